@@ -1,0 +1,2 @@
+//! Replayer.
+fn main() {}
