@@ -1,2 +1,13 @@
+//! What the BPF programs and user space share.
+//!
+//! - [`addr`]: addresses, one form for IPv4 and IPv6
+//! - [`hash`]: the flow hash that sampling and sharding use
+//! - [`tcp_options`]: TCP options, read from hostile bytes
+//! - [`response`]: the header record that the assistant returns
 #![no_std]
-//! Shared types.
+#![forbid(unsafe_code)]
+
+pub mod addr;
+pub mod hash;
+pub mod response;
+pub mod tcp_options;

@@ -1,0 +1,79 @@
+//! The flow hash: the same in the kernel and in user space, on every host and in every run.
+//!
+//! It decides two things: which sessions a sample keeps (so that every host samples the same ones) and which worker a
+//! session lives in. It is not a defence: tables that hostile traffic fills take a random `seed`.
+
+use crate::addr::Ip;
+
+/// The seed that sampling and sharding use: fixed, so that the same client is chosen everywhere.
+pub const FLOW_SEED: u64 = 0x52_65_70_6c_61_79_65_72;
+
+/// One round: multiply, then fold the high half back (the finaliser of MurmurHash3, public domain, A. Appleby).
+#[inline(always)]
+fn mix(mut h: u64) -> u64 {
+    h ^= h >> 33;
+    h = h.wrapping_mul(0xff51_afd7_ed55_8ccd);
+    h ^= h >> 33;
+    h = h.wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    h ^ (h >> 33)
+}
+
+#[inline(always)]
+fn halves(ip: &Ip) -> (u64, u64) {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *ip;
+    (u64::from_be_bytes([a, b, c, d, e, f, g, h]), u64::from_be_bytes([i, j, k, l, m, n, o, p]))
+}
+
+/// The hash of a client's address and port.
+#[inline(always)]
+pub fn flow_hash(seed: u64, ip: &Ip, port: u16) -> u32 {
+    let (high, low) = halves(ip);
+    let h = mix(seed ^ low ^ ((port as u64) << 48)).wrapping_add(high.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    mix(h) as u32
+}
+
+/// The hash of both ends of a connection, for tables.
+#[inline(always)]
+pub fn pair_hash(seed: u64, a: &Ip, a_port: u16, b: &Ip, b_port: u16) -> u32 {
+    let (a_high, a_low) = halves(a);
+    let (b_high, b_low) = halves(b);
+    let ports = ((a_port as u64) << 32) | b_port as u64;
+    let left = (seed ^ a_low).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ a_high.rotate_left(23) ^ ports;
+    let right = b_low.wrapping_mul(0xc2b2_ae3d_27d4_eb4f) ^ b_high.rotate_left(29);
+    mix(mix(left) ^ right) as u32
+}
+
+/// The threshold below which a flow hash belongs to a sample of `percent`.
+pub fn sample_threshold(percent: f64) -> u64 {
+    // 2^32 values; a u64, so that 100 % includes the highest hash.
+    (percent.clamp(0.0, 100.0) / 100.0 * 4_294_967_296.0) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::from_v4;
+
+    #[test]
+    fn b044_a_sample_keeps_its_share() {
+        let threshold = sample_threshold(20.0);
+        let mut kept = 0;
+        for client in 0..100u8 {
+            for port in 20_000..20_500 {
+                kept += u32::from(
+                    u64::from(flow_hash(FLOW_SEED, &from_v4([10, 0, 0, client]), port)) < threshold,
+                );
+            }
+        }
+        assert!((9_500..10_500).contains(&kept), "{kept} of 50000 at 20 %");
+    }
+
+    #[test]
+    fn consecutive_ports_spread_over_shards() {
+        let mut shards = [0u32; 8];
+        for port in 30_000..38_000 {
+            shards[(flow_hash(FLOW_SEED, &from_v4([192, 0, 2, 7]), port) % 8) as usize] += 1;
+        }
+        assert!(shards.iter().all(|&n| (850..1150).contains(&n)), "{shards:?}");
+    }
+}
