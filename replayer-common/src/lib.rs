@@ -3,11 +3,13 @@
 //! - [`addr`]: addresses, one form for IPv4 and IPv6
 //! - [`hash`]: the flow hash that sampling and sharding use
 //! - [`tcp_options`]: TCP options, read from hostile bytes
+//! - [`packet`]: the header parser, from Ethernet to TCP
 //! - [`response`]: the header record that the assistant returns
 #![no_std]
 #![forbid(unsafe_code)]
 
 pub mod addr;
 pub mod hash;
+pub mod packet;
 pub mod response;
 pub mod tcp_options;
