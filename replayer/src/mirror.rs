@@ -1,0 +1,212 @@
+//! The mirror: a private veth pair through which clones of packets reach the AF_XDP sockets.
+//!
+//! ```text
+//!   network namespace of the host         │  private namespace, kept by one descriptor of this process
+//!                                         │
+//!   capture device ─ tcx: clone ─► near ══╪══► far ─ XDP (native): redirect ─► AF_XDP sockets, one a queue
+//! ```
+//!
+//! Why the far end is away from the host: nothing there can see it, assign it an address or answer on it, and
+//! it goes away with this process. When the descriptor closes, SIGKILL included, the kernel destroys the
+//! namespace, with it the far end, and with that the near end.
+//!
+//! What may not happen here: nothing is ever sent from the far end to the near end, and neither end has an
+//! address.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags,
+    LinkInfo, LinkMessage,
+};
+use thiserror::Error;
+
+use crate::net::netlink::Netlink;
+use crate::netns::Namespace;
+
+/// The far end's name, in the private namespace.
+const FAR: &str = "far";
+
+/// The largest MTU that native XDP on veth takes without multi-buffer programs, on machines with 4 KiB pages:
+/// a packet, 256 bytes of headroom and the kernel's `skb_shared_info` have to fit into a page
+/// (drivers/net/veth.c, `veth_xdp_set`). Also below the data area of a 4096-byte frame.
+pub const MAX_MTU: u32 = 3498;
+
+/// Names tried before giving up.
+const NAME_ATTEMPTS: u32 = 100;
+
+/// The veth pair and the private namespace. Dropping it removes them.
+#[derive(Debug)]
+pub struct Mirror {
+    near: String,
+    near_index: u32,
+    queues: u32,
+    namespace: Arc<Namespace>,
+    /// A socket of the near end's namespace, wherever this value is dropped.
+    netlink: Netlink,
+}
+
+/// Why the mirror could not be made.
+#[derive(Debug, Error)]
+pub enum MirrorError {
+    /// Packets may be larger than what the mirror can carry.
+    #[error(
+        "the capture interface has an MTU of {mtu}, the mirror carries at most {MAX_MTU}: \
+         set its MTU to {MAX_MTU} or less (`ip link set dev … mtu {MAX_MTU}`)"
+    )]
+    Mtu {
+        /// The MTU asked for.
+        mtu: u32,
+    },
+    /// The kernel refused a step.
+    #[error("{step}: {source}{}", hint(.source))]
+    Kernel {
+        /// What was tried.
+        step: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+fn hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM) => "; CAP_NET_ADMIN and CAP_SYS_ADMIN are needed, run as root",
+        Some(libc::EOPNOTSUPP) => "; this kernel has no veth devices (CONFIG_VETH)",
+        _ => "",
+    }
+}
+
+impl Mirror {
+    /// Makes a pair with `queues` queues in each direction, up, the near end in the namespace of the calling
+    /// thread.
+    ///
+    /// # Errors
+    /// See [`MirrorError`]. Nothing is left behind.
+    pub fn create(mtu: u32, queues: u32) -> Result<Mirror, MirrorError> {
+        if mtu > MAX_MTU {
+            return Err(MirrorError::Mtu { mtu });
+        }
+        let fail = |step| move |source| MirrorError::Kernel { step, source };
+        let namespace = Namespace::anonymous().map_err(fail("create a private network namespace"))?;
+        let mut netlink = Netlink::open::<RouteNetlinkMessage>().map_err(fail("open a netlink socket"))?;
+        let near = create_pair(&mut netlink, &namespace, mtu, queues)
+            .map_err(fail("create the mirror's veth pair"))?;
+        // From here on dropping the namespace removes the pair.
+        silence_ipv6(&mut netlink, &near).map_err(fail("switch IPv6 off on the mirror"))?;
+        let near_index = set_up(&mut netlink, &near).map_err(fail("bring the mirror's near end up"))?;
+        namespace
+            .run(|| {
+                let mut netlink = Netlink::open::<RouteNetlinkMessage>()?;
+                silence_ipv6(&mut netlink, FAR)?;
+                set_up(&mut netlink, FAR)
+            })
+            .and_then(|result| result)
+            .map_err(fail("bring the mirror's far end up"))?;
+        Ok(Mirror { near, near_index, queues, namespace: Arc::new(namespace), netlink })
+    }
+
+    /// The near end's name, in the host's namespace.
+    pub fn near(&self) -> &str {
+        &self.near
+    }
+
+    /// The near end's interface index: where packets are cloned to.
+    pub fn near_index(&self) -> u32 {
+        self.near_index
+    }
+
+    /// The far end's name, in [`Mirror::namespace`].
+    pub fn far(&self) -> &str {
+        FAR
+    }
+
+    /// Queues of the far end.
+    pub fn queues(&self) -> u32 {
+        self.queues
+    }
+
+    /// The private namespace: sockets are bound and XDP is attached to the far end from within.
+    pub fn namespace(&self) -> &Arc<Namespace> {
+        &self.namespace
+    }
+}
+
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        // Others may still hold the namespace, and the kernel destroys namespaces at its leisure: this
+        // removes both ends now.
+        let mut message = LinkMessage::default();
+        message.header.index = self.near_index;
+        let _ = self.netlink.request(RouteNetlinkMessage::DelLink(message), 0);
+    }
+}
+
+/// Makes the pair, both ends down; returns the near end's name.
+fn create_pair(netlink: &mut Netlink, namespace: &Namespace, mtu: u32, queues: u32) -> io::Result<String> {
+    let process = std::process::id();
+    for attempt in 0..NAME_ATTEMPTS {
+        // Unique among the processes of this PID namespace by the process id; others, and other mirrors of
+        // this process, make the kernel answer EEXIST. At most 12 of the 15 bytes of an interface name.
+        let near =
+            format!("rpl{process:x}{}", if attempt == 0 { String::new() } else { format!("-{attempt}") });
+        let end = |name: &str| {
+            let mut message = LinkMessage::default();
+            message.attributes = vec![
+                LinkAttribute::IfName(name.to_owned()),
+                LinkAttribute::Mtu(mtu),
+                // Native XDP wants at least as many receive queues as the peer has transmit queues.
+                LinkAttribute::NumTxQueues(queues),
+                LinkAttribute::NumRxQueues(queues),
+            ];
+            message
+        };
+        let mut peer = end(FAR);
+        peer.attributes.push(LinkAttribute::NetNsFd(namespace.as_fd().as_raw_fd()));
+        let mut message = end(&near);
+        message.attributes.push(LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::Veth),
+            LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
+        ]));
+        match netlink.request(RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL) {
+            Ok(_) => return Ok(near),
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::EEXIST))
+}
+
+/// No link-local address, so that the device never solicits, joins groups or announces anything.
+fn silence_ipv6(netlink: &mut Netlink, name: &str) -> io::Result<()> {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![
+        LinkAttribute::IfName(name.to_owned()),
+        LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
+            In6AddrGenMode::None,
+        )])]),
+    ];
+    match netlink.request(RouteNetlinkMessage::SetLink(message), 0) {
+        Ok(_) => {}
+        // A kernel without IPv6 has nothing to be switched off.
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return Ok(()),
+        Err(error) => return Err(error),
+    }
+    // Also keeps a router's announcements from having an effect. Where /proc/sys is read-only the line above
+    // has to do.
+    let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
+    Ok(())
+}
+
+/// Up and without ARP; returns the interface index.
+fn set_up(netlink: &mut Netlink, name: &str) -> io::Result<u32> {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![LinkAttribute::IfName(name.to_owned())];
+    message.header.flags = LinkFlags::Up | LinkFlags::Noarp;
+    message.header.change_mask = LinkFlags::Up | LinkFlags::Noarp;
+    netlink.request(RouteNetlinkMessage::SetLink(message), 0)?;
+    nix::net::if_::if_nametoindex(name).map_err(io::Error::from)
+}

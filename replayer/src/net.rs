@@ -1,0 +1,3 @@
+//! What the kernel knows about the network.
+
+pub(crate) mod netlink;
