@@ -1,1 +1,20 @@
-//! The lab.
+//! The lab and what runs in it.
+//!
+//! - [`lab`]: hosts as network namespaces on one segment, made and removed as a whole
+//! - [`namespace`]: one network namespace: running programs and closures inside it
+//! - [`process`]: a started program, its output, and its certain end
+//! - [`servers`]: nginx, redis and the project's stream server, started on a host of the lab
+//! - [`ledger`]: requests counted id by id in the access logs of two servers
+//! - [`stream`]: the wire format of the project's own server and client, and the records that both write
+//! - [`wait`]: waiting for a condition with a deadline
+//!
+//! Binaries: `stream-server` records every byte that it is sent; `loadgen` drives it, or any HTTP server.
+
+pub mod lab;
+pub mod ledger;
+pub mod namespace;
+pub mod process;
+
+pub mod servers;
+pub mod stream;
+pub mod wait;

@@ -1,2 +1,55 @@
-//! Everything a person types.
-fn main() {}
+//! Everything a person types: `cargo xtask COMMAND`.
+//!
+//! - [`deps`]: what the machine must have, installed or named
+//! - [`cargo`]: builds and test binaries; [`privilege`]: root, where a command needs it
+//! - [`lab`], [`run`], [`demo`], [`test`]: the commands
+//!
+//! This program itself needs nothing but Rust: it must not depend on a crate that builds C code, since it installs what
+//! such builds need. Builds run as the user who typed the command; only what works with namespaces runs as root.
+
+mod cargo;
+mod deps;
+mod lab;
+mod privilege;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Builds, runs, shows and tests Replayer.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+    /// Everything is installed and built: set when a command starts itself again as root.
+    #[arg(long, global = true, hide = true)]
+    prepared: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Install what builds, lab and tests need, or name what is missing.
+    Deps,
+    /// A world of network namespaces on this machine: clients, online server, target, assistant.
+    Lab(lab::Arguments),
+    /// Build a role of Replayer and run it; without arguments of its own, in the lab.
+    Run(run::Arguments),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let result = match arguments.command {
+        Command::Deps => deps::install(deps::ALL),
+        Command::Lab(lab) => lab::main(&lab, arguments.prepared),
+        Command::Run(run) => run::main(&run, arguments.prepared),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

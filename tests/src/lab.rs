@@ -1,0 +1,584 @@
+//! The lab: hosts as network namespaces, each with one NIC `eth0`, all on one segment.
+//!
+//! ```text
+//!   client      online      target      assistant        each a namespace with one NIC, eth0
+//!  172.28.1.1  172.28.0.11 172.28.0.21 172.28.0.31       fd00:28:0:1::1, fd00:28::11, …
+//!     └───────────┴───────────┴───────────┘
+//!                   br0 in `switch`
+//! ```
+//!
+//! Clients live in other subnets than the servers: every host reaches them directly, except the target, whose routes to the
+//! clients and to the identity pool (172.29.0.0/16, fd00:29::/64) go through the assistant. That is the one change that
+//! Replayer asks of a target.
+//!
+//! A lab belongs to the process that made it and is removed with it: on drop, on panic, on SIGINT, SIGTERM and SIGHUP, and
+//! after SIGKILL by the next process that makes a lab. Several labs stand side by side; nothing in the machine's own network
+//! namespace is made or changed, and nothing outside of a lab's namespaces is ever sent to.
+
+use std::fs::{self, File};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::namespace::{Namespace, run};
+
+/// Where labs keep their owner, plan, configuration files and logs.
+const STATE_DIR: &str = "/run/replayer-lab";
+/// What the name of every namespace of every lab begins with.
+const NAMESPACE_PREFIX: &str = "rpl-";
+/// The NIC of every host.
+pub const NIC: &str = "eth0";
+/// Addresses that the target can reach only through the assistant and that belong to no host: identities for `-c` and `-n`.
+pub const POOL_V4: &str = "172.29.0.0/16";
+/// The same for IPv6.
+pub const POOL_V6: &str = "fd00:29::/64";
+/// Owner of a lab that stays up until it is taken down by name.
+const PERSISTENT: &str = "persistent";
+
+/// What a lab consists of.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Plan {
+    /// Number of client hosts (`client`, `client2`, …), each in a subnet of its own.
+    pub clients: u8,
+    /// Source addresses of each client host, in both families.
+    pub client_addresses: u8,
+    /// Number of online hosts (`online`, `online2`, …).
+    pub onlines: u8,
+    /// Number of targets (`target`, `target2`, …).
+    pub targets: u8,
+    /// Number of assistants (`assistant`, `assistant2`, …); all return traffic is routed to the first.
+    pub assistants: u8,
+    /// MTU of the segment, in bytes.
+    pub mtu: u16,
+    /// Whether NICs aggregate, segment and checksum in "hardware" (GRO, GSO, TSO, checksum offload).
+    pub offloads: bool,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            clients: 1,
+            client_addresses: 1,
+            onlines: 1,
+            targets: 1,
+            assistants: 1,
+            mtu: 1500,
+            offloads: true,
+        }
+    }
+}
+
+/// The part that a host plays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Sends requests to the online host.
+    Client,
+    /// The production server.
+    Online,
+    /// The server under test.
+    Target,
+    /// Where the target's answers end.
+    Assistant,
+}
+
+impl Role {
+    fn name(self) -> &'static str {
+        match self {
+            Role::Client => "client",
+            Role::Online => "online",
+            Role::Target => "target",
+            Role::Assistant => "assistant",
+        }
+    }
+}
+
+/// One host: a namespace with one NIC.
+#[derive(Debug)]
+pub struct Host {
+    name: String,
+    role: Role,
+    /// 1 for the first of its role.
+    number: u8,
+    namespace: Namespace,
+}
+
+impl Host {
+    /// `online`, `online2`, …
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The part that it plays.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// Its network namespace: commands, closures, routes and rules inside it.
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// A command that runs on this host.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        self.namespace.command(program)
+    }
+
+    /// Its (first) IPv4 address.
+    pub fn v4(&self) -> Ipv4Addr {
+        v4(self.role, self.number, 0)
+    }
+
+    /// Its (first) IPv6 address.
+    pub fn v6(&self) -> Ipv6Addr {
+        v6(self.role, self.number, 0)
+    }
+
+    /// The `index`-th IPv4 source address of a client, counted from 0.
+    pub fn client_v4(&self, index: u8) -> Ipv4Addr {
+        v4(self.role, self.number, index)
+    }
+
+    /// The `index`-th IPv6 source address of a client, counted from 0.
+    pub fn client_v6(&self, index: u8) -> Ipv6Addr {
+        v6(self.role, self.number, index)
+    }
+}
+
+fn v4(role: Role, number: u8, index: u8) -> Ipv4Addr {
+    match role {
+        Role::Client => Ipv4Addr::new(172, 28, number, 1 + index),
+        _ => Ipv4Addr::new(172, 28, 0, server_number(role, number)),
+    }
+}
+
+fn v6(role: Role, number: u8, index: u8) -> Ipv6Addr {
+    match role {
+        Role::Client => Ipv6Addr::new(0xfd00, 0x28, 0, number.into(), 0, 0, 0, 1 + u16::from(index)),
+        // The same digits as in the IPv4 address, read as hexadecimal.
+        _ => {
+            let digits = u16::from(server_number(role, number));
+            Ipv6Addr::new(0xfd00, 0x28, 0, 0, 0, 0, 0, digits / 10 * 16 + digits % 10)
+        }
+    }
+}
+
+fn server_number(role: Role, number: u8) -> u8 {
+    let base = match role {
+        Role::Client | Role::Online => 10,
+        Role::Target => 20,
+        Role::Assistant => 30,
+    };
+    base + number
+}
+
+/// A locally administered MAC address that tells role and number.
+fn mac(role: Role, number: u8) -> String {
+    format!("02:28:00:00:{:02x}:{number:02x}", role as u8 + 1)
+}
+
+/// A standing lab.
+#[derive(Debug)]
+pub struct Lab {
+    id: String,
+    plan: Plan,
+    hosts: Vec<Host>,
+    switch: Namespace,
+    persistent: bool,
+}
+
+impl Lab {
+    /// Builds a lab that belongs to this process, after removing those whose owners are dead.
+    ///
+    /// Needs root, `ip` and (for the offload switch) `ethtool`.
+    pub fn up(plan: Plan) -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        remove_on_signals();
+        let id = format!("p{}n{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        Self::build(&id, plan, &this_process(), false)
+    }
+
+    /// Builds a lab named `id` (letters and digits) that stays until [`remove`]`(id)`.
+    pub fn up_persistent(id: &str, plan: Plan) -> Result<Self> {
+        Self::build(id, plan, PERSISTENT, true)
+    }
+
+    /// Opens a standing persistent lab; `None` when there is none of that name.
+    pub fn open(id: &str) -> Result<Option<Self>> {
+        let Ok(text) = fs::read_to_string(state_dir(id).join("plan.json")) else { return Ok(None) };
+        let plan: Plan = serde_json::from_str(&text).context("plan of the lab")?;
+        let switch = Namespace::open(&namespace_name(id, "switch"))?;
+        let hosts = hosts_of(&plan)
+            .map(|(role, number)| {
+                let name = host_name(role, number);
+                Ok(Host { namespace: Namespace::open(&namespace_name(id, &name))?, name, role, number })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Some(Self { id: id.to_owned(), plan, hosts, switch, persistent: true }))
+    }
+
+    fn build(id: &str, plan: Plan, owner: &str, persistent: bool) -> Result<Self> {
+        ensure!(!id.is_empty() && id.len() <= 20, "a lab's name has 1 to 20 characters, not {id:?}");
+        ensure!(
+            id.chars().all(|c| c.is_ascii_alphanumeric()),
+            "a lab's name has letters and digits only, not {id:?}"
+        );
+        ensure!(plan.client_addresses >= 1 && plan.client_addresses <= 250, "1 to 250 addresses a client");
+        if !nix::unistd::geteuid().is_root() {
+            bail!("making network namespaces needs root: run this with sudo");
+        }
+        let _building = building();
+        {
+            let _lock = lock_state()?;
+            remove_stale()?;
+            let dir = state_dir(id);
+            if dir.exists() {
+                bail!("a lab named {id} is up already; `cargo xtask lab down` removes it");
+            }
+            fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+            fs::write(dir.join("owner"), owner)?;
+        }
+        match Self::wire(id, &plan) {
+            Ok((hosts, switch)) => {
+                fs::write(state_dir(id).join("plan.json"), serde_json::to_string(&plan)?)?;
+                Ok(Self { id: id.to_owned(), plan, hosts, switch, persistent })
+            }
+            Err(error) => {
+                // What failed is the message; what is left of it goes away as far as it can.
+                let _ = remove_parts(id);
+                Err(error.context("building the lab"))
+            }
+        }
+    }
+
+    /// Makes the namespaces, the bridge, the cables, the addresses and the routes.
+    fn wire(id: &str, plan: &Plan) -> Result<(Vec<Host>, Namespace)> {
+        let switch = Namespace::create(&namespace_name(id, "switch"))?;
+        switch.set_sysctl("ipv6/conf/default/disable_ipv6", "1")?;
+        let mut cables = format!(
+            "link add br0 mtu {} type bridge stp_state 0 mcast_snooping 0\nlink set br0 up\nlink set lo up\n",
+            plan.mtu
+        );
+        let mut hosts = Vec::new();
+        for (role, number) in hosts_of(plan) {
+            let name = host_name(role, number);
+            let namespace = Namespace::create(&namespace_name(id, &name))?;
+            tune(&namespace)?;
+            cables += &format!(
+                "link add {name} mtu {mtu} type veth peer name {NIC} mtu {mtu} address {mac} netns {peer}\n\
+                 link set {name} master br0 up\n",
+                mtu = plan.mtu,
+                mac = mac(role, number),
+                peer = namespace.name(),
+            );
+            hosts.push(Host { name, role, number, namespace });
+        }
+        switch.ip(&cables)?;
+        for host in &hosts {
+            host.namespace.ip(&addresses_and_routes(host, plan))?;
+            set_offloads(&host.namespace, NIC, plan.offloads)?;
+            set_offloads(&switch, &host.name, plan.offloads)?;
+        }
+        Ok((hosts, switch))
+    }
+
+    /// The name that tells it from other labs.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What it was built from.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Whether it outlives this process.
+    pub fn is_persistent(&self) -> bool {
+        self.persistent
+    }
+
+    /// Directory for configuration files and logs; removed with the lab.
+    pub fn dir(&self) -> PathBuf {
+        state_dir(&self.id)
+    }
+
+    /// All hosts, the switch not among them.
+    pub fn hosts(&self) -> &[Host] {
+        &self.hosts
+    }
+
+    /// The host of that name, if the lab has it.
+    pub fn find(&self, name: &str) -> Option<&Host> {
+        self.hosts.iter().find(|host| host.name == name)
+    }
+
+    /// The host of that name.
+    ///
+    /// # Panics
+    /// When the plan has no such host: a mistake in the caller.
+    pub fn host(&self, name: &str) -> &Host {
+        self.find(name).unwrap_or_else(|| panic!("the lab has no host {name}"))
+    }
+
+    /// The first client.
+    pub fn client(&self) -> &Host {
+        self.host("client")
+    }
+
+    /// The first online host.
+    pub fn online(&self) -> &Host {
+        self.host("online")
+    }
+
+    /// The first target.
+    pub fn target(&self) -> &Host {
+        self.host("target")
+    }
+
+    /// The first assistant.
+    pub fn assistant(&self) -> &Host {
+        self.host("assistant")
+    }
+
+    /// The namespace of the segment: its bridge `br0` has a port named after each host. For loss, reorder and taps.
+    pub fn switch(&self) -> &Namespace {
+        &self.switch
+    }
+
+    /// Routes the target's answers to `destination` (an address or prefix) through another assistant.
+    pub fn route_through(&self, target: &Host, destination: &str, assistant: &Host) -> Result<()> {
+        let via: IpAddr =
+            if destination.contains(':') { assistant.v6().into() } else { assistant.v4().into() };
+        target.namespace.ip(&format!("route replace {destination} via {via} dev {NIC}\n"))
+    }
+
+    /// Takes it down, with every process inside.
+    pub fn down(mut self) -> Result<()> {
+        self.persistent = true; // The removal below is the only one.
+        remove(&self.id)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if !self.persistent
+            && let Err(error) = remove(&self.id)
+        {
+            eprintln!("removing the lab {}: {error:#}", self.id);
+        }
+    }
+}
+
+/// Removes the lab `id`: its processes, namespaces and files. Removing what is not there is no error.
+pub fn remove(id: &str) -> Result<()> {
+    let _building = building();
+    remove_parts(id)
+}
+
+fn remove_parts(id: &str) -> Result<()> {
+    for name in Namespace::list(&namespace_name(id, "")) {
+        Namespace::open(&name)?.destroy()?;
+    }
+    match fs::remove_dir_all(state_dir(id)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).context("removing the lab's files")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes every lab whose owner is dead.
+fn remove_stale() -> Result<()> {
+    let Ok(entries) = fs::read_dir(STATE_DIR) else { return Ok(()) };
+    for entry in entries.flatten() {
+        let owner = fs::read_to_string(entry.path().join("owner")).unwrap_or_default();
+        if entry.path().is_dir()
+            && owner != PERSISTENT
+            && !is_running(&owner)
+            && let Some(id) = entry.file_name().to_str()
+        {
+            remove_parts(id).with_context(|| format!("removing the stale lab {id}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes this process's labs when a signal asks it to end, then ends it with 128 + the signal's number.
+fn remove_on_signals() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        let Ok(mut signals) = Signals::new([SIGINT, SIGTERM, SIGHUP]) else { return };
+        std::thread::spawn(move || {
+            if let Some(signal) = signals.forever().next() {
+                // Held until the end: a test that is about to build its next lab must not get that far.
+                let _building = building();
+                let own = format!("{NAMESPACE_PREFIX}p{}n", std::process::id());
+                let mut ids: Vec<String> = Namespace::list(&own)
+                    .iter()
+                    .filter_map(|name| {
+                        Some(name.strip_prefix(NAMESPACE_PREFIX)?.split_once('-')?.0.to_owned())
+                    })
+                    .collect();
+                ids.dedup();
+                for id in ids {
+                    if let Err(error) = remove_parts(&id) {
+                        eprintln!("removing the lab {id}: {error:#}");
+                    }
+                }
+                std::process::exit(128 + signal);
+            }
+        });
+    });
+}
+
+/// Labs of this process are built and removed one at a time.
+fn building() -> MutexGuard<'static, ()> {
+    static BUILDING: Mutex<()> = Mutex::new(());
+    BUILDING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Between processes: only one at a time claims a name or removes what is stale.
+fn lock_state() -> Result<Flock<File>> {
+    fs::create_dir_all(STATE_DIR).with_context(|| format!("creating {STATE_DIR}"))?;
+    let file = File::create(Path::new(STATE_DIR).join("lock"))?;
+    Flock::lock(file, FlockArg::LockExclusive)
+        .map_err(|(_, error)| error)
+        .context("locking the state of the labs")
+}
+
+/// Process id and start time of this process: an id alone may be used again.
+fn this_process() -> String {
+    let pid = std::process::id();
+    format!("{pid} {}", start_time(pid).unwrap_or_default())
+}
+
+fn is_running(owner: &str) -> bool {
+    owner.split_once(' ').is_some_and(|(pid, started)| {
+        pid.parse().ok().and_then(start_time).is_some_and(|time| time.to_string() == started)
+    })
+}
+
+/// Field 22 of `/proc/PID/stat`: ticks after boot.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+fn state_dir(id: &str) -> PathBuf {
+    Path::new(STATE_DIR).join(id)
+}
+
+fn namespace_name(id: &str, host: &str) -> String {
+    format!("{NAMESPACE_PREFIX}{id}-{host}")
+}
+
+fn host_name(role: Role, number: u8) -> String {
+    match number {
+        1 => role.name().to_owned(),
+        _ => format!("{}{number}", role.name()),
+    }
+}
+
+fn hosts_of(plan: &Plan) -> impl Iterator<Item = (Role, u8)> {
+    let counts = [
+        (Role::Client, plan.clients),
+        (Role::Online, plan.onlines),
+        (Role::Target, plan.targets),
+        (Role::Assistant, plan.assistants),
+    ];
+    counts.into_iter().flat_map(|(role, count)| (1..=count).map(move |number| (role, number)))
+}
+
+/// Settings of a host's kernel, before it has a NIC.
+fn tune(host: &Namespace) -> Result<()> {
+    for (key, value) in [
+        // A black hole that routes is none.
+        ("ipv4/ip_forward", "0"),
+        // Replayed packets come from a MAC that is not the route's.
+        ("ipv4/conf/all/rp_filter", "0"),
+        ("ipv4/conf/default/rp_filter", "0"),
+        ("ipv4/conf/default/accept_redirects", "0"),
+        ("ipv4/conf/default/send_redirects", "0"),
+        // Addresses are usable at once.
+        ("ipv6/conf/default/accept_dad", "0"),
+        ("ipv6/conf/default/accept_ra", "0"),
+        ("ipv6/conf/default/accept_redirects", "0"),
+        // Tens of thousands of connections a second from few addresses.
+        ("ipv4/ip_local_port_range", "1024 65000"),
+        ("ipv4/tcp_max_syn_backlog", "65535"),
+        ("core/somaxconn", "65535"),
+    ] {
+        host.set_sysctl(key, value)?;
+    }
+    Ok(())
+}
+
+fn addresses_and_routes(host: &Host, plan: &Plan) -> String {
+    let mut lines = format!("link set lo up\nlink set {NIC} up\n");
+    if host.role == Role::Client {
+        for index in 0..plan.client_addresses {
+            let (v4, v6) = (host.client_v4(index), host.client_v6(index));
+            lines += &format!("addr add {v4}/24 dev {NIC}\naddr add {v6}/64 dev {NIC} nodad\n");
+        }
+        let (v4, v6) = (host.v4(), host.v6());
+        lines += &format!(
+            "route add 172.28.0.0/24 dev {NIC} src {v4}\nroute add fd00:28::/64 dev {NIC} src {v6}\n"
+        );
+        return lines;
+    }
+    lines += &format!("addr add {}/24 dev {NIC}\naddr add {}/64 dev {NIC} nodad\n", host.v4(), host.v6());
+    let assistant = (v4(Role::Assistant, 1, 0), v6(Role::Assistant, 1, 0));
+    for client in 1..=plan.clients {
+        let (net4, net6) = (format!("172.28.{client}.0/24"), format!("fd00:28:0:{client:x}::/64"));
+        lines += &match host.role {
+            Role::Target => through(&net4, &net6, assistant),
+            _ => format!("route add {net4} dev {NIC}\nroute add {net6} dev {NIC}\n"),
+        };
+    }
+    if host.role == Role::Target {
+        lines += &through(POOL_V4, POOL_V6, assistant);
+    }
+    lines
+}
+
+fn through(net4: &str, net6: &str, (via4, via6): (Ipv4Addr, Ipv6Addr)) -> String {
+    format!("route add {net4} via {via4} dev {NIC}\nroute add {net6} via {via6} dev {NIC}\n")
+}
+
+fn set_offloads(namespace: &Namespace, device: &str, on: bool) -> Result<()> {
+    let value = if on { "on" } else { "off" };
+    let mut command = namespace.command("ethtool");
+    command.args(["-K", device]);
+    // In this order: segmentation needs checksum offload.
+    for feature in ["tx", "sg", "tso", "gso", "gro"] {
+        command.args([feature, value]);
+    }
+    run(&mut command)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_tell_role_and_number() {
+        assert_eq!(v4(Role::Online, 2, 0).to_string(), "172.28.0.12");
+        assert_eq!(v6(Role::Online, 2, 0).to_string(), "fd00:28::12");
+        assert_eq!(v4(Role::Client, 1, 7).to_string(), "172.28.1.8");
+        assert_eq!(v6(Role::Assistant, 1, 0).to_string(), "fd00:28::31");
+    }
+
+    #[test]
+    fn an_owner_is_a_process_with_its_start_time() {
+        assert!(is_running(&this_process()));
+        assert!(!is_running(&format!("{} 1", std::process::id())));
+        assert!(!is_running("nonsense"));
+    }
+}

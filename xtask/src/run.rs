@@ -1,0 +1,88 @@
+//! `cargo xtask run --role ROLE [-- ARGUMENTS]`: builds a role and runs it with the privileges that it needs.
+//!
+//! Without arguments the role runs on its host of the lab, which is brought up when it is not: for a first look at Replayer
+//! in a few terminals of one machine.
+
+use std::os::unix::process::CommandExt;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use replayer_tests::lab::NIC;
+use replayer_tests::servers::tool;
+
+use crate::lab::{self, HTTP_PORT, STREAM_PORT};
+use crate::privilege::as_root;
+use crate::{cargo, deps};
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// Which role to run.
+    #[arg(long)]
+    role: Role,
+    /// Arguments of the role, as after `replayer ROLE`.
+    #[arg(last = true)]
+    arguments: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Role {
+    Online,
+    Assistant,
+    Offline,
+}
+
+impl Role {
+    fn name(self) -> &'static str {
+        match self {
+            Role::Online => "online",
+            Role::Assistant => "assistant",
+            Role::Offline => "offline",
+        }
+    }
+}
+
+pub(crate) fn main(arguments: &Arguments, prepared: bool) -> Result<()> {
+    if arguments.arguments.is_empty() {
+        return run_in_lab(arguments.role, prepared);
+    }
+    deps::install(deps::ALL)?;
+    cargo::build_release()?;
+    let program = tool("replayer")?;
+    let program = program.to_str().context("the path of replayer is not UTF-8")?;
+    let mut command = as_root(program, "capturing and sending packets")?;
+    Err(command.arg(arguments.role.name()).args(&arguments.arguments).exec()).context("starting replayer")
+}
+
+fn run_in_lab(role: Role, prepared: bool) -> Result<()> {
+    if role == Role::Offline {
+        bail!("the offline role needs a capture file: cargo xtask run --role offline -- -f FILE -x … -s …");
+    }
+    lab::prepare(prepared)?;
+    let lab = lab::up_or_open()?;
+    let (online, target, assistant) = (lab.online(), lab.target(), lab.assistant());
+    let (host, arguments) = match role {
+        Role::Assistant => (assistant, vec!["-i".to_owned(), NIC.to_owned()]),
+        _ => (online, online_arguments(&target.v4().to_string(), &assistant.v4().to_string())),
+    };
+    println!("on the lab's host {}: replayer {} {}", host.name(), role.name(), arguments.join(" "));
+    match role {
+        Role::Assistant => println!("in another terminal: cargo xtask run --role online"),
+        _ => println!(
+            "in other terminals:\n\
+             \x20 the assistant, if it does not run yet:  cargo xtask run --role assistant\n\
+             \x20 a request to the online server:         cargo xtask lab shell client -- curl -i http://{}:{HTTP_PORT}/hello\n\
+             \x20 what arrives at the target:             tail -f {}/target/access.log",
+            online.v4(),
+            lab.dir().display(),
+        ),
+    }
+    println!("the lab stays up until: cargo xtask lab down\n");
+    let mut command = host.command(tool("replayer")?);
+    Err(command.arg(role.name()).args(&arguments).exec()).context("starting replayer")
+}
+
+/// What the online role of a lab is told: nginx and stream-server of the online host to those of the target.
+pub(crate) fn online_arguments(target: &str, assistant: &str) -> Vec<String> {
+    let services = format!("{HTTP_PORT}-{target}:{HTTP_PORT},{STREAM_PORT}-{target}:{STREAM_PORT}");
+    ["-x", &services, "-s", assistant, "-i", NIC].map(str::to_owned).to_vec()
+}
