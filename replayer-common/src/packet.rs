@@ -40,7 +40,8 @@ const ETHERTYPE_IPV6: u16 = 0x86dd;
 /// 802.1Q, 802.1ad, and the value that older switches use for the outer tag.
 const ETHERTYPES_VLAN: [u16; 3] = [0x8100, 0x88a8, 0x9100];
 
-const PROTOCOL_TCP: u8 = 6;
+/// TCP, as the IP header names it.
+pub const PROTOCOL_TCP: u8 = 6;
 // IPv6 extension headers (RFC 8200 section 4, RFC 4302).
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;

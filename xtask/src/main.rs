@@ -2,13 +2,14 @@
 //!
 //! - [`deps`]: what the machine must have, installed or named
 //! - [`cargo`]: builds and test binaries; [`privilege`]: root, where a command needs it
-//! - [`lab`], [`run`], [`demo`], [`test`]: the commands
+//! - [`ebpf`], [`lab`], [`run`], [`demo`], [`test`]: the commands
 //!
 //! This program itself needs nothing but Rust: it must not depend on a crate that builds C code, since it installs what
 //! such builds need. Builds run as the user who typed the command; only what works with namespaces runs as root.
 
 mod cargo;
 mod deps;
+mod ebpf;
 mod lab;
 mod privilege;
 mod run;
@@ -36,6 +37,8 @@ enum Command {
     Lab(lab::Arguments),
     /// Build a role of Replayer and run it; without arguments of its own, in the lab.
     Run(run::Arguments),
+    /// Rebuild the committed BPF object, or check it.
+    Ebpf(ebpf::EbpfArgs),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         Command::Deps => deps::install(deps::ALL),
         Command::Lab(lab) => lab::main(&lab, arguments.prepared),
         Command::Run(run) => run::main(&run, arguments.prepared),
+        Command::Ebpf(ebpf) => ebpf::run(ebpf.check),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

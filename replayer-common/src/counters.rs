@@ -1,0 +1,119 @@
+//! The verdicts of the BPF programs, counted in the kernel.
+//!
+//! Each program has a per-CPU array of `u64`, indexed by its enum here. Every packet that a program sees moves exactly
+//! one of them by one: together they are the packets seen. Names are stable, for metrics; the descriptions are for
+//! people.
+
+/// An enum of verdicts: its values count from 0, and each one's first line of documentation is its description.
+macro_rules! verdicts {
+    ($(#[doc = $about:literal])+ $name:ident { $(#[doc = $description:literal] $verdict:ident = $text:literal,)+ }) => {
+        $(#[doc = $about])+
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u32)]
+        pub enum $name {
+            $(#[doc = $description] $verdict,)+
+        }
+
+        impl $name {
+            /// All of them, in the order of their indices.
+            pub const ALL: &[$name] = &[$($name::$verdict),+];
+
+            /// The stable name.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $($name::$verdict => $text,)+
+                }
+            }
+
+            /// One line for people.
+            pub fn description(self) -> &'static str {
+                match self {
+                    $($name::$verdict => $description.trim_ascii_start(),)+
+                }
+            }
+
+            /// Its place in the map.
+            #[inline(always)]
+            pub fn index(self) -> u32 {
+                self as u32
+            }
+        }
+    };
+}
+
+verdicts! {
+    /// What `mirror` (tcx ingress on the capture interface) did. The packet itself always goes on unchanged.
+    MirrorVerdict {
+        /// Cloned to the mirror.
+        Mirrored = "mirrored",
+        /// For no service: another port, another address, not TCP, or not IP.
+        Unrelated = "unrelated",
+        /// For a wildcard service, but not addressed to this host (bridged, or seen in promiscuous mode).
+        NotForHost = "not_for_host",
+        /// Of a connection that the sample leaves out.
+        NotSampled = "not_sampled",
+        /// An acknowledgment without data, of which the replay makes its own.
+        PureAck = "pure_ack",
+        /// A TCP fragment to a service's address; fragments are not replayed.
+        Fragment = "fragment",
+        /// Ends inside its headers.
+        Truncated = "truncated",
+        /// Its header fields contradict each other.
+        Malformed = "malformed",
+        /// More or longer IPv6 extension headers than are followed.
+        ExtensionHeaders = "extension_headers",
+        /// For a service, while mirroring was switched off (no mirror interface configured).
+        Off = "off",
+        /// To be mirrored, but the mirror's queue was full: captured traffic was lost.
+        MirrorFull = "mirror_full",
+        /// To be mirrored, but the clone failed: no memory, or the mirror is gone or down. Captured traffic was lost.
+        CloneFailed = "clone_failed",
+    }
+}
+
+verdicts! {
+    /// What `capture` (XDP on the mirror's far end) did.
+    CaptureVerdict {
+        /// Handed to the AF_XDP socket of its queue.
+        Redirected = "redirected",
+        /// Dropped: no AF_XDP socket on its queue. Captured traffic was lost.
+        NoSocket = "no_socket",
+    }
+}
+
+verdicts! {
+    /// What `responses` (XDP on the assistant's interface) did. Whatever is not taken goes on to the kernel unchanged.
+    ResponsesVerdict {
+        /// A target's segment: cut to its headers and taken.
+        Cut = "cut",
+        /// A target's segment: taken whole, since it could not be cut.
+        Whole = "whole",
+        /// From no target: another port, another address, not TCP, or not IP.
+        Unrelated = "unrelated",
+        /// From a target to this host itself.
+        ToThisHost = "to_this_host",
+        /// A TCP fragment from a target's address.
+        Fragment = "fragment",
+        /// Ends inside its headers.
+        Truncated = "truncated",
+        /// Its header fields contradict each other.
+        Malformed = "malformed",
+        /// More or longer IPv6 extension headers than are followed.
+        ExtensionHeaders = "extension_headers",
+        /// A target's segment, dropped: no AF_XDP socket on its queue. It must not reach a real client.
+        NoSocket = "no_socket",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn indices_follow_the_list() {
+        assert!(MirrorVerdict::ALL.iter().enumerate().all(|(at, verdict)| verdict.index() as usize == at));
+        assert_eq!(ResponsesVerdict::NoSocket.index() as usize, ResponsesVerdict::ALL.len() - 1);
+        assert_eq!(CaptureVerdict::NoSocket.name(), "no_socket");
+        assert_eq!(MirrorVerdict::Mirrored.description(), "Cloned to the mirror.");
+    }
+}
