@@ -1,6 +1,8 @@
 //! Replayer.
 
 pub mod afxdp;
+pub mod assistant;
+pub mod channel;
 pub mod mirror;
 pub mod net;
 pub mod netns;
