@@ -1,3 +1,46 @@
+//! The session engine: captured packets and header records of responses in, packets to targets out.
+//!
+//! Pure: bytes and events in, packets and decisions out, the time an argument. No sockets, no clock, no allocation after
+//! [`Engine::new`], no panic that a captured byte can reach. One engine belongs to one worker and shares nothing.
+//!
+//! - [`config`]: what to replay, and the limits
+//! - [`output`]: what the engine needs from its surroundings
+//! - `engine`: the state, opening and ending sessions, timers
+//! - `capture`: captured packets: order, turns, joining in the middle, holes
+//! - `connection`: a client connection as it was captured
+//! - `session`: a connection replayed to a target; the turn gate
+//! - `sender`: what a session sends, and sends again
+//! - `receiver`: what a target's segments do
+//! - [`counters`], [`histogram`]: where everything ends
+//! - `identity`: source addresses and ports
+//! - `store`: client data that is held
+//! - `timer`, `table`, `slab`: mechanism
+//! - `wire`: writing segments
 #![no_std]
 #![forbid(unsafe_code)]
-//! The session engine.
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+mod capture;
+pub mod config;
+mod connection;
+pub mod counters;
+mod engine;
+pub mod histogram;
+mod identity;
+pub mod output;
+mod receiver;
+mod sender;
+mod session;
+mod slab;
+mod store;
+mod table;
+mod timer;
+mod wire;
+
+pub use engine::{BATCH, Engine, Gauges};
+pub use identity::AddressRange;
+pub use output::Output;
+pub use wire::Link;

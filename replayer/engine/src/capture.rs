@@ -1,0 +1,651 @@
+//! What captured packets do: find their connection, put the stream in order, find its turns, give it to the sessions.
+
+use crate::connection::{Connection, End, Phase};
+use crate::counters::Counter;
+use crate::engine::{BATCH, Engine};
+use crate::output::{InHand, Output};
+use crate::sender::micros;
+use crate::session::seq_before;
+use crate::slab::NONE;
+use crate::timer::tick;
+use alloc::vec::Vec;
+use replayer_common::addr::Endpoint;
+use replayer_common::hash::pair_hash;
+use replayer_common::packet::{TcpSegment, flags, parse_tcp};
+use replayer_common::tcp_options::{self, TcpOptions};
+
+/// A segment this far from its stream's place is not of this stream.
+const MAX_DISTANCE: u32 = 1 << 28;
+
+/// Where a packet ends in the accounts: its counter, or why it is not replayed, with the counter for its bytes.
+type Fate = Result<Counter, (Counter, Counter)>;
+
+/// What a batch's first pass found out of a packet.
+#[derive(Clone, Copy)]
+struct Parsed {
+    segment: Option<TcpSegment>,
+    hash: u32,
+}
+
+impl Engine {
+    /// Handles captured packets: each is `(frame, length)`, Ethernet first. The frames are taken: sent, or released. `frames` is
+    /// empty afterwards and keeps its capacity.
+    pub fn on_captured<O: Output>(&mut self, now_ns: u64, frames: &mut Vec<(O::Frame, usize)>, out: &mut O) {
+        // Two passes over each batch: the first only reads and hashes, so that the table's cache misses overlap.
+        let mut left = frames.drain(..);
+        loop {
+            let mut parsed = [Parsed { segment: None, hash: 0 }; BATCH];
+            let mut batch: [Option<(O::Frame, usize)>; BATCH] = [const { None }; BATCH];
+            for (place, slot) in parsed.iter_mut().zip(&mut batch) {
+                let Some((mut frame, len)) = left.next() else { break };
+                let bytes = out.bytes(&mut frame);
+                let bytes: &[u8] = &bytes[..len.min(bytes.len())];
+                place.segment = parse_tcp(&bytes).ok();
+                if let Some(s) = &place.segment {
+                    place.hash = pair_hash(self.config.seed, &s.src, s.src_port, &s.dst, s.dst_port);
+                    core::hint::black_box(self.by_client.touch(place.hash));
+                }
+                *slot = Some((frame, len));
+            }
+            for (place, slot) in parsed.iter().zip(&mut batch) {
+                let Some((frame, len)) = slot.take() else { return };
+                self.on_packet(now_ns, place, frame, len, out);
+            }
+        }
+    }
+
+    /// A connection that was open before capture began and is between two turns: its next data starts one.
+    pub fn expect_turn(&mut self, now_ns: u64, client: Endpoint, server: Endpoint) {
+        let hash = pair_hash(self.config.seed, &client.ip, client.port, &server.ip, server.port);
+        if self.config.new_connections_only
+            || !self.services_of(&server).0
+            || !self.in_sample(&client)
+            || self.find_connection(hash, &client, &server).is_some()
+        {
+            return;
+        }
+        let now = tick(now_ns);
+        let mut connection = Connection::new(client, server, hash, Phase::BetweenTurns, now);
+        connection.copies = self.next_copies();
+        self.new_connection(connection, now);
+    }
+
+    fn find_connection(&self, hash: u32, client: &Endpoint, server: &Endpoint) -> Option<u32> {
+        self.by_client.find(hash, |index| {
+            let connection = &self.connections[index];
+            connection.client == *client && connection.server == *server
+        })
+    }
+
+    fn on_packet<O: Output>(
+        &mut self,
+        now_ns: u64,
+        parsed: &Parsed,
+        mut frame: O::Frame,
+        len: usize,
+        out: &mut O,
+    ) {
+        self.counters[Counter::PacketsCaptured] += 1;
+        let Some(segment) = parsed.segment else {
+            self.counters[Counter::PacketsUnparsable] += 1;
+            out.release(frame);
+            return;
+        };
+        self.counters[Counter::BytesCaptured] += u64::from(segment.payload_len);
+        let payload_offset = usize::from(segment.payload_offset);
+        let payload_len = segment.payload_len as usize;
+        let bytes = out.bytes(&mut frame);
+        let fate = if payload_offset + payload_len > len.min(bytes.len()) {
+            out.release(frame);
+            Err((Counter::PacketsUnparsable, Counter::BytesUnparsable))
+        } else {
+            let options = if segment.flags & flags::SYN != 0 || payload_len > 0 {
+                tcp_options::parse(
+                    bytes.get(usize::from(segment.tcp_offset) + 20..payload_offset).unwrap_or(&[]),
+                )
+            } else {
+                TcpOptions::default()
+            };
+            let mut in_hand = Some(InHand { frame, payload_offset, payload_len, segment: NONE });
+            let fate = self.on_segment_captured(now_ns, parsed.hash, &segment, &options, &mut in_hand, out);
+            if let Some(hand) = in_hand {
+                out.release(hand.frame);
+            }
+            fate
+        };
+        match fate {
+            Ok(counter) => self.counters[counter] += 1,
+            Err((packets, bytes)) => {
+                self.counters[packets] += 1;
+                self.counters[bytes] += u64::from(segment.payload_len);
+            }
+        }
+    }
+
+    fn on_segment_captured<O: Output>(
+        &mut self,
+        now_ns: u64,
+        hash: u32,
+        segment: &TcpSegment,
+        options: &TcpOptions,
+        in_hand: &mut Option<InHand<O::Frame>>,
+        out: &mut O,
+    ) -> Fate {
+        let client = Endpoint { ip: segment.src, port: segment.src_port };
+        let server = Endpoint { ip: segment.dst, port: segment.dst_port };
+        if !self.services_of(&server).0 {
+            return Err((Counter::PacketsNotService, Counter::BytesNotService));
+        }
+        if self.stopping.is_some() {
+            return Err((Counter::PacketsStopping, Counter::BytesStopping));
+        }
+        if !self.in_sample(&client) {
+            return Err((Counter::PacketsSampledOut, Counter::BytesSampledOut));
+        }
+        let found = self.find_connection(hash, &client, &server);
+        if segment.is_opening() {
+            let connection = Connection::new(client, server, hash, Phase::Following, tick(now_ns));
+            return self.on_client_syn(now_ns, found, connection, segment, options, in_hand, out);
+        }
+        let Some(c) = found else {
+            return self.on_unknown(
+                now_ns,
+                Connection::new(client, server, hash, Phase::Watching, tick(now_ns)),
+                segment,
+                options,
+            );
+        };
+        self.connections[c].last_seen = tick(now_ns);
+        if segment.flags & flags::RST != 0 {
+            return self.on_client_reset(now_ns, c, segment, out);
+        }
+        match self.connections[c].phase {
+            Phase::Following => self.on_stream(now_ns, c, segment, segment.seq, in_hand, out),
+            Phase::Watching | Phase::BetweenTurns => {
+                self.on_watched(now_ns, c, segment, options, in_hand, out)
+            }
+        }
+    }
+
+    fn on_client_syn<O: Output>(
+        &mut self,
+        now_ns: u64,
+        found: Option<u32>,
+        mut connection: Connection,
+        segment: &TcpSegment,
+        options: &TcpOptions,
+        in_hand: &mut Option<InHand<O::Frame>>,
+        out: &mut O,
+    ) -> Fate {
+        // Data in a SYN (Fast Open, RFC 7413) comes after the SYN's own number; the target gets it after the handshake.
+        let data_seq = segment.seq.wrapping_add(1);
+        if let Some(c) = found {
+            let old = &self.connections[c];
+            if old.began_with_syn && old.isn == segment.seq {
+                if segment.payload_len > 0 && old.end == End::Open {
+                    return self.on_stream(now_ns, c, segment, data_seq, in_hand, out);
+                }
+                self.counters[Counter::BytesDuplicate] += u64::from(segment.payload_len);
+                return Ok(Counter::PacketsSynRepeated);
+            }
+            self.replace(now_ns, c, out);
+        }
+        connection.began_with_syn = true;
+        connection.isn = segment.seq;
+        connection.next_seq = data_seq;
+        connection.mss = options.mss.unwrap_or(536);
+        connection.window_scale = options.window_scale.map(|shift| shift.min(14));
+        connection.sack_permitted = options.sack_permitted;
+        connection.ts_value = options.timestamps.map(|(value, _)| value);
+        connection.copies = self.next_copies();
+        let Some(c) = self.new_connection(connection, tick(now_ns)) else {
+            return Err((Counter::PacketsLimit, Counter::BytesLimit));
+        };
+        self.open_sessions(now_ns, c, segment.seq, false, out);
+        if segment.payload_len > 0 {
+            // Counted as the data that it carries.
+            return self.on_stream(now_ns, c, segment, data_seq, in_hand, out);
+        }
+        Ok(Counter::PacketsSyn)
+    }
+
+    /// The client uses the same port for a new connection: what the old one has is still delivered, then it closes.
+    fn replace<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+        self.drop_out_of_order(c, Counter::BytesGap);
+        self.detach(c);
+        let connection = &mut self.connections[c];
+        connection.early_fin = None;
+        if connection.end == End::Open {
+            connection.end = End::Fin { seq: connection.next_seq, need: u32::from(connection.any_data) };
+        }
+        self.output_all(now_ns, c, out);
+        self.forget_if_over(c);
+    }
+
+    /// Lets all sessions of a connection send what they may. The connection may be gone afterwards only if it was over.
+    fn output_all<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+        let mut s = self.connections[c].first_session;
+        while s != NONE {
+            let next = self.sessions[s].next_copy;
+            self.output(now_ns, s, out, &mut None);
+            s = next;
+        }
+    }
+
+    fn on_unknown(
+        &mut self,
+        now_ns: u64,
+        mut connection: Connection,
+        segment: &TcpSegment,
+        options: &TcpOptions,
+    ) -> Fate {
+        if segment.payload_len == 0 || segment.flags & (flags::RST | flags::SYN) != 0 {
+            return Err((Counter::PacketsNoConnection, Counter::BytesMidstream));
+        }
+        let midstream = Err((Counter::PacketsMidstream, Counter::BytesMidstream));
+        if self.config.new_connections_only || segment.flags & flags::FIN != 0 {
+            return midstream;
+        }
+        // It may be in the middle of a request: remember how far the client had read, and join when it has read more.
+        connection.next_seq = segment.seq.wrapping_add(segment.payload_len);
+        connection.last_ack = segment.ack;
+        connection.ack_known = true;
+        connection.ts_value = options.timestamps.map(|(value, _)| value);
+        connection.copies = self.next_copies();
+        match self.new_connection(connection, tick(now_ns)) {
+            Some(_) => midstream,
+            None => Err((Counter::PacketsLimit, Counter::BytesLimit)),
+        }
+    }
+
+    /// A connection that is not followed yet, or was lost to a hole: joined at the first segment that surely starts a turn. That is one
+    /// that follows what was seen last without a hole and acknowledges more of the response.
+    fn on_watched<O: Output>(
+        &mut self,
+        now_ns: u64,
+        c: u32,
+        segment: &TcpSegment,
+        options: &TcpOptions,
+        in_hand: &mut Option<InHand<O::Frame>>,
+        out: &mut O,
+    ) -> Fate {
+        let connection = &mut self.connections[c];
+        if segment.is_pure_ack() {
+            return Ok(Counter::PacketsAck);
+        }
+        let starts_turn = segment.payload_len > 0
+            && (connection.phase == Phase::BetweenTurns
+                || (segment.seq == connection.next_seq && connection.ack_advances(segment.ack)));
+        if starts_turn && !self.config.new_connections_only {
+            connection.phase = Phase::Following;
+            connection.next_seq = segment.seq;
+            connection.ack_known = false;
+            connection.any_data = false;
+            connection.ts_value = options.timestamps.map(|(value, _)| value);
+            self.counters[Counter::ConnectionsJoined] += 1;
+            self.open_sessions(now_ns, c, segment.seq.wrapping_sub(1), true, out);
+            return self.on_stream(now_ns, c, segment, segment.seq, in_hand, out);
+        }
+        let end = segment.seq.wrapping_add(segment.payload_len);
+        if !seq_before(end, connection.next_seq) {
+            connection.next_seq = end;
+        }
+        if connection.ack_advances(segment.ack) {
+            connection.last_ack = segment.ack;
+        }
+        if segment.flags & flags::FIN != 0 {
+            connection.end = End::Fin { seq: end, need: 0 };
+            self.forget_if_over(c);
+        }
+        Err((Counter::PacketsMidstream, Counter::BytesMidstream))
+    }
+
+    fn on_client_reset<O: Output>(&mut self, now_ns: u64, c: u32, segment: &TcpSegment, out: &mut O) -> Fate {
+        let connection = &mut self.connections[c];
+        let distance = segment.seq.wrapping_sub(connection.next_seq) as i32;
+        if connection.phase == Phase::Following && distance.unsigned_abs() > MAX_DISTANCE {
+            return Err((Counter::PacketsOutOfWindow, Counter::BytesOutOfWindow));
+        }
+        self.counters[Counter::BytesAfterEnd] += u64::from(segment.payload_len);
+        if connection.end == End::Open {
+            // The session ends after the pending turn: when as much of its response has come as the client had read.
+            let read = if segment.flags & flags::ACK != 0 && connection.ack_advances(segment.ack) {
+                segment.ack.wrapping_sub(connection.last_ack)
+            } else {
+                u32::from(connection.any_data)
+            };
+            connection.end = End::Reset { need: read };
+            connection.early_fin = None;
+            self.drop_out_of_order(c, Counter::BytesGap);
+            self.output_all(now_ns, c, out);
+            if !self.connections[c].detached {
+                self.forget_if_over(c);
+            }
+        }
+        Ok(Counter::PacketsEnd)
+    }
+
+    /// A segment of a stream that is followed. `seq` is that of its first payload byte.
+    fn on_stream<O: Output>(
+        &mut self,
+        now_ns: u64,
+        c: u32,
+        segment: &TcpSegment,
+        seq: u32,
+        in_hand: &mut Option<InHand<O::Frame>>,
+        out: &mut O,
+    ) -> Fate {
+        let connection = &mut self.connections[c];
+        let len = segment.payload_len;
+        let fin = segment.flags & flags::FIN != 0;
+        if segment.is_pure_ack() {
+            // The first tells where the server's stream begins: for servers that speak first.
+            if !connection.any_data && !connection.ack_known && segment.flags & flags::ACK != 0 {
+                connection.ack_known = true;
+                connection.last_ack = segment.ack;
+            }
+            return Ok(Counter::PacketsAck);
+        }
+        let ahead = seq.wrapping_sub(connection.next_seq) as i32;
+        if ahead.unsigned_abs() > MAX_DISTANCE {
+            return Err((Counter::PacketsOutOfWindow, Counter::BytesOutOfWindow));
+        }
+        if connection.copies == 0 {
+            if fin {
+                connection.end = End::Fin { seq, need: 0 };
+                self.forget_if_over(c);
+            }
+            return Err((Counter::PacketsSampledOut, Counter::BytesSampledOut));
+        }
+        if connection.end != End::Open {
+            let fresh = !seq_before(seq.wrapping_add(len), connection.next_seq.wrapping_add(1));
+            return if fresh && len > 0 {
+                Err((Counter::PacketsAfterEnd, Counter::BytesAfterEnd))
+            } else {
+                Err((Counter::PacketsDuplicate, Counter::BytesDuplicate))
+            };
+        }
+        let mut fate = Ok(if fin { Counter::PacketsEnd } else { Counter::PacketsDuplicate });
+        let seen = if ahead < 0 { ahead.unsigned_abs().min(len) } else { 0 };
+        if seen < len {
+            self.counters[Counter::BytesDuplicate] += u64::from(seen);
+            if let Some(hand) = in_hand {
+                hand.payload_offset += seen as usize;
+                hand.payload_len -= seen as usize;
+            }
+            let start = seq.wrapping_add(seen);
+            let push = segment.flags & flags::PSH != 0;
+            fate = if ahead > 0 {
+                self.keep_out_of_order(now_ns, c, start, segment.ack, push, in_hand, out)
+            } else {
+                self.append(now_ns, c, start, segment.ack, push, in_hand, out)
+            };
+            if let Err((packets, bytes)) = fate {
+                // The bytes seen before are counted already.
+                self.counters[bytes] += u64::from(len - seen);
+                fate = Ok(packets);
+            }
+            if self.connections[c].detached {
+                return fate;
+            }
+            self.take_in_order(now_ns, c, out);
+        } else {
+            self.counters[Counter::BytesDuplicate] += u64::from(len);
+        }
+        if fin && self.connections[c].end == End::Open {
+            self.connections[c].early_fin = Some((seq.wrapping_add(len), segment.ack));
+        }
+        self.end_stream(now_ns, c, out);
+        fate
+    }
+
+    /// The payload in hand, as bytes.
+    fn payload<'a, O: Output>(out: &'a mut O, in_hand: &'a mut Option<InHand<O::Frame>>) -> &'a [u8] {
+        match in_hand {
+            Some(hand) => {
+                let range = hand.payload_offset..hand.payload_offset + hand.payload_len;
+                out.bytes(&mut hand.frame).get(range).unwrap_or(&[])
+            }
+            None => &[],
+        }
+    }
+
+    /// Takes the payload in hand as the next of the stream.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one packet's facts; a struct for one call would only rename them"
+    )]
+    fn append<O: Output>(
+        &mut self,
+        now_ns: u64,
+        c: u32,
+        seq: u32,
+        ack: u32,
+        push: bool,
+        in_hand: &mut Option<InHand<O::Frame>>,
+        out: &mut O,
+    ) -> Fate {
+        let payload = Self::payload(out, in_hand);
+        let len = payload.len() as u32;
+        let connection = &self.connections[c];
+        let over = connection.held_bytes + len > self.config.limits.held_bytes_per_connection;
+        let stored =
+            if over { None } else { self.store.insert(seq, ack, payload, push, micros(now_ns)).ok() };
+        let Some(segment) = stored else {
+            return self.over_limit(now_ns, c, seq.wrapping_add(len), ack, out);
+        };
+        if let Some(hand) = in_hand {
+            hand.segment = segment;
+        }
+        self.connections[c].held_bytes += len;
+        Ok(self.link(now_ns, c, segment, in_hand, out))
+    }
+
+    /// No room to hold the stream: its sessions are shed whole, and it is joined again at its next turn.
+    fn over_limit<O: Output>(&mut self, now_ns: u64, c: u32, end: u32, ack: u32, out: &mut O) -> Fate {
+        self.drop_out_of_order(c, Counter::BytesLimit);
+        self.shed(now_ns, c, out);
+        let connection = &mut self.connections[c];
+        connection.phase = Phase::Watching;
+        connection.next_seq = end;
+        connection.early_fin = None;
+        (connection.last_ack, connection.ack_known) = (ack, true);
+        Err((Counter::PacketsLimit, Counter::BytesLimit))
+    }
+
+    /// Puts a stored segment at the end of the stream and lets the sessions send it.
+    fn link<O: Output>(
+        &mut self,
+        now_ns: u64,
+        c: u32,
+        segment: u32,
+        in_hand: &mut Option<InHand<O::Frame>>,
+        out: &mut O,
+    ) -> Counter {
+        let stored = self.store[segment];
+        let connection = &mut self.connections[c];
+        let answered = connection.ack_advances(stored.ack);
+        let starts_turn = answered || !connection.any_data;
+        let need = if answered { stored.ack.wrapping_sub(connection.last_ack) } else { 0 };
+        if answered || !connection.ack_known {
+            connection.last_ack = stored.ack;
+            connection.ack_known = true;
+        }
+        connection.next_seq = stored.end();
+        // Sessions that ended (the target closed, reset or refused) come back at the beginning of a turn, never within one.
+        let surely_new_turn = answered && connection.any_data;
+        connection.any_data = true;
+        if surely_new_turn {
+            self.open_sessions(now_ns, c, stored.seq.wrapping_sub(1), true, out);
+        }
+        let mut takers = 0;
+        let mut s = self.connections[c].first_session;
+        while s != NONE {
+            let session = &mut self.sessions[s];
+            if !session.cut {
+                takers += 1;
+                if session.una_segment == NONE {
+                    session.una_segment = segment;
+                }
+                if session.next_segment == NONE {
+                    session.next_segment = segment;
+                    session.next_offset = 0;
+                }
+            }
+            s = session.next_copy;
+        }
+        let entry = &mut self.store[segment];
+        entry.next = NONE;
+        if takers == 0 {
+            self.connections[c].held_bytes -= stored.len;
+            self.store.remove(segment);
+            self.counters[Counter::BytesNoSession] += u64::from(stored.len);
+            return Counter::PacketsNoSession;
+        }
+        entry.references = takers;
+        (entry.starts_turn, entry.need) = (starts_turn, need);
+        self.counters[Counter::BytesAccepted] += u64::from(stored.len);
+        self.counters[Counter::ReplayBytesOffered] += u64::from(stored.len) * u64::from(takers);
+        let connection = &mut self.connections[c];
+        if connection.tail == NONE {
+            connection.head = segment;
+        } else {
+            self.store[connection.tail].next = segment;
+        }
+        connection.tail = segment;
+        let mut s = connection.first_session;
+        while s != NONE {
+            let next = self.sessions[s].next_copy;
+            self.output(now_ns, s, out, in_hand);
+            s = next;
+        }
+        Counter::PacketsData
+    }
+
+    /// Keeps a segment that lies behind a hole, between those that are there; bytes that are there already are not kept twice.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one packet's facts; a struct for one call would only rename them"
+    )]
+    fn keep_out_of_order<O: Output>(
+        &mut self,
+        now_ns: u64,
+        c: u32,
+        mut seq: u32,
+        ack: u32,
+        push: bool,
+        in_hand: &mut Option<InHand<O::Frame>>,
+        out: &mut O,
+    ) -> Fate {
+        let mut payload = Self::payload(out, in_hand);
+        let mut end = seq.wrapping_add(payload.len() as u32);
+        let mut previous = NONE;
+        let mut next = self.connections[c].out_of_order;
+        while next != NONE && !seq_before(seq, self.store[next].seq) {
+            previous = next;
+            next = self.store[next].next;
+        }
+        let mut duplicate = 0;
+        if previous != NONE {
+            let covered = (self.store[previous].end().wrapping_sub(seq) as i32).max(0) as usize;
+            let covered = covered.min(payload.len());
+            payload = &payload[covered..];
+            seq = seq.wrapping_add(covered as u32);
+            duplicate += covered as u64;
+        }
+        // What overlaps the next one is cut off; a segment that covers several is kept up to the first of them, the rest comes
+        // again or is in them.
+        if next != NONE && seq_before(self.store[next].seq, end) {
+            let keep = (self.store[next].seq.wrapping_sub(seq) as i32).max(0) as usize;
+            let keep = keep.min(payload.len());
+            duplicate += (payload.len() - keep) as u64;
+            payload = &payload[..keep];
+            end = seq.wrapping_add(keep as u32);
+        }
+        self.counters[Counter::BytesDuplicate] += duplicate;
+        if payload.is_empty() {
+            return Ok(Counter::PacketsDuplicate);
+        }
+        let len = payload.len() as u32;
+        let over = self.connections[c].held_bytes + len > self.config.limits.held_bytes_per_connection;
+        let stored =
+            if over { None } else { self.store.insert(seq, ack, payload, push, micros(now_ns)).ok() };
+        let Some(segment) = stored else {
+            // Part of the packet is counted as seen before: take it back out of what the caller counts.
+            self.counters[Counter::BytesDuplicate] -= duplicate;
+            return self.over_limit(now_ns, c, end, ack, out);
+        };
+        let now = tick(now_ns);
+        let connection = &mut self.connections[c];
+        connection.held_bytes += len;
+        self.store[segment].next = next;
+        let had_hole = connection.has_hole();
+        if previous == NONE {
+            connection.out_of_order = segment;
+        } else {
+            self.store[previous].next = segment;
+        }
+        if !had_hole {
+            self.open_hole(c, now);
+        }
+        Ok(Counter::PacketsData)
+    }
+
+    fn open_hole(&mut self, c: u32, now: crate::timer::Tick) {
+        self.connections[c].gap_since = now;
+        let at = now.wrapping_add(self.gap_timeout);
+        self.arm_connection(c, at);
+    }
+
+    /// Appends what waited for the hole that was just filled.
+    fn take_in_order<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+        let mut progress = false;
+        loop {
+            let connection = &mut self.connections[c];
+            let segment = connection.out_of_order;
+            if segment == NONE || seq_before(connection.next_seq, self.store[segment].seq) {
+                break;
+            }
+            let stored = self.store[segment];
+            connection.out_of_order = stored.next;
+            progress = true;
+            let seen = connection.next_seq.wrapping_sub(stored.seq);
+            if seen >= stored.len {
+                connection.held_bytes -= stored.len;
+                self.counters[Counter::BytesDuplicate] += u64::from(stored.len);
+                self.store.remove(segment);
+                continue;
+            }
+            if seen > 0 {
+                // Its first bytes came in another packet.
+                self.counters[Counter::BytesDuplicate] += u64::from(seen);
+                connection.held_bytes -= seen;
+                self.store.trim_front(segment, seen);
+            }
+            self.link(now_ns, c, segment, &mut None, out);
+        }
+        if progress && self.connections[c].has_hole() {
+            // Another hole: it has its own time.
+            self.open_hole(c, tick(now_ns));
+        }
+    }
+
+    /// Ends the stream when its FIN is the next in order.
+    fn end_stream<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+        let connection = &mut self.connections[c];
+        let Some((seq, ack)) = connection.early_fin else { return };
+        if connection.next_seq != seq {
+            if connection.out_of_order == NONE {
+                self.open_hole(c, tick(now_ns));
+            }
+            return;
+        }
+        connection.early_fin = None;
+        let need = if connection.ack_advances(ack) { ack.wrapping_sub(connection.last_ack) } else { 0 };
+        connection.end = End::Fin { seq, need };
+        self.output_all(now_ns, c, out);
+        if !self.connections[c].detached {
+            self.forget_if_over(c);
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! What the engine is told at its start, and the limits within which it stays.
+
+use crate::identity::AddressRange;
+use alloc::vec::Vec;
+use replayer_common::addr::Endpoint;
+
+/// An online endpoint and the target endpoint that it is copied to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Where real clients send to; the address may be [`replayer_common::addr::ANY`].
+    pub online: Endpoint,
+    /// Where the copies go.
+    pub target: Endpoint,
+}
+
+/// What to replay, and how.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The services; the position is the service's number.
+    pub services: Vec<Service>,
+    /// Copies per connection and service, in millionths: 1 000 000 is one.
+    pub copies_millionths: u64,
+    /// Sessions kept: flow hashes below this (of 2^32).
+    pub sample_threshold: u64,
+    /// Addresses for identities; empty: clients keep their own.
+    pub pool: Vec<AddressRange>,
+    /// Hold a turn until the target has answered the one before (`-W` switches it off).
+    pub wait_for_responses: bool,
+    /// Leave connections out that were open before (`-O`).
+    pub new_connections_only: bool,
+    /// The longest that a turn waits, ns.
+    pub hold_limit_ns: u64,
+    /// How long a hole in a captured stream may stay open, ns.
+    pub gap_timeout_ns: u64,
+    /// This worker's number and how many there are.
+    pub worker: u32,
+    /// How many workers there are.
+    pub workers: u32,
+    /// Random: hash tables that hostile traffic fills depend on it.
+    pub seed: u64,
+    /// Room for a packet in a frame, bytes.
+    pub frame_room: u16,
+    /// Bounds.
+    pub limits: Limits,
+}
+
+/// Bounds on what traffic can make a worker use. Each has a policy: see the counters.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Client connections followed at once.
+    pub connections: usize,
+    /// Sessions at once.
+    pub sessions: usize,
+    /// Client bytes held, all sessions together; memory is used in blocks of 256 bytes.
+    pub held_bytes: usize,
+    /// Client bytes held of one connection.
+    pub held_bytes_per_connection: u32,
+    /// Identities of a pool that one worker uses.
+    pub identities: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            connections: 1 << 20,
+            sessions: 1 << 20,
+            held_bytes: 512 << 20,
+            held_bytes_per_connection: 64 << 20,
+            identities: 1 << 22,
+        }
+    }
+}
+
+impl Config {
+    /// A configuration with the defaults of the command line.
+    pub fn new(services: Vec<Service>) -> Config {
+        Config {
+            services,
+            copies_millionths: 1_000_000,
+            sample_threshold: 1 << 32,
+            pool: Vec::new(),
+            wait_for_responses: true,
+            new_connections_only: false,
+            hold_limit_ns: 2_000_000_000,
+            gap_timeout_ns: 1_000_000_000,
+            worker: 0,
+            workers: 1,
+            seed: 0,
+            frame_room: 1536,
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// Durations that are not the user's to set.
+pub(crate) mod timing {
+    use crate::timer::ticks;
+
+    const MS: u64 = 1_000_000;
+
+    /// The first SYN's retransmission timeout (RFC 6298 section 2.1).
+    pub(crate) const SYN_TIMEOUT_US: u32 = 1_000_000;
+    /// SYNs sent for a session: 1, 2, 4, 8, 16 s; then it is given up.
+    pub(crate) const SYN_TRIES: u8 = 5;
+    /// Bounds of the retransmission timeout. The lower is Linux's; RFC 6298 asks for 1 s, which would make a lost packet cost more
+    /// here than with a real client.
+    pub(crate) const RTO_MIN_US: u32 = 200_000;
+    pub(crate) const RTO_MAX_US: u32 = 10_000_000;
+    /// Retransmissions of the same data without an acknowledgment; then the target is given up (about 50 s).
+    pub(crate) const RETRANSMIT_TRIES: u8 = 9;
+    /// A delayed acknowledgment (RFC 9293 section 3.8.6.3 allows 500 ms; Linux's is 40 ms at least).
+    pub(crate) const DELAYED_ACK: u32 = ticks(40 * MS);
+    /// After the target closed its side or acknowledged our FIN, how long the rest may take.
+    pub(crate) const FIN_TIMEOUT: u32 = ticks(60_000 * MS);
+    /// How long an identity from a pool rests after use.
+    pub(crate) const QUARANTINE: u32 = ticks(2_000 * MS);
+    /// A connection from which nothing was captured for so long is forgotten.
+    pub(crate) const CONNECTION_IDLE: u32 = ticks(2 * 3600 * 1000 * MS);
+    /// A connection that never became more than one packet in the middle of nowhere is forgotten sooner.
+    pub(crate) const WATCHED_IDLE: u32 = ticks(300_000 * MS);
+    /// While a target refuses or ignores SYNs, one is sent so often to see whether it is back.
+    pub(crate) const DOWN_PROBE: u32 = ticks(50 * MS);
+    /// A target that answered nothing for so long since the first unanswered SYN counts as down.
+    pub(crate) const DOWN_AFTER: u32 = ticks(3_000 * MS);
+    /// After an unexpected ACK in answer to a SYN was answered by RST, when the SYN goes again (RFC 9293 section 3.10.7.3).
+    pub(crate) const SYN_AGAIN: u32 = ticks(5 * MS);
+    /// Bounds of the quiet time after which a response counts as ended.
+    pub(crate) const QUIET_MIN_US: u32 = 1_000;
+    pub(crate) const QUIET_MAX_US: u32 = 50_000;
+    /// How long the end of a session is remembered by its registration; shorter than the quarantine.
+    pub(crate) const LINGER: u32 = ticks(1_500 * MS);
+    /// On stop: sessions may finish closing for so long, then they are reset.
+    pub(crate) const STOP_GRACE: u32 = ticks(500 * MS);
+}

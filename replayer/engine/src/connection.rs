@@ -1,0 +1,111 @@
+//! A client connection as it was captured: its stream put in order, and where its turns begin. What its sessions do with the
+//! stream is not decided here.
+
+use crate::slab::NONE;
+use crate::timer::Tick;
+use replayer_common::addr::Endpoint;
+
+/// How the client's stream ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// It has not.
+    Open,
+    /// FIN, at this sequence number; `need` response bytes were read since the turn before.
+    Fin { seq: u32, need: u32 },
+    /// RST.
+    Reset { need: u32 },
+}
+
+/// What is known of the stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Open before capture began (or lost to a hole): waits for the first segment that surely starts a turn.
+    Watching,
+    /// Open before capture began, and known to be between two turns: the next data starts one.
+    BetweenTurns,
+    /// In step with the client: `next_seq` is the next byte.
+    Following,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Connection {
+    pub(crate) client: Endpoint,
+    pub(crate) server: Endpoint,
+    pub(crate) hash: u32,
+    pub(crate) phase: Phase,
+    pub(crate) end: End,
+    /// A new SYN took its place in the table: only its sessions still need it.
+    pub(crate) detached: bool,
+    /// It began with a SYN that was captured.
+    pub(crate) began_with_syn: bool,
+    /// Data was appended.
+    pub(crate) any_data: bool,
+    /// The number of the client's SYN.
+    pub(crate) isn: u32,
+    /// Watching: the end of the last data seen. Following: the next byte in order.
+    pub(crate) next_seq: u32,
+    /// The highest ACK number on data (before data: on the handshake's last ACK).
+    pub(crate) last_ack: u32,
+    pub(crate) ack_known: bool,
+    /// Copies wanted of each of its services.
+    pub(crate) copies: u16,
+    pub(crate) sessions: u32,
+    pub(crate) first_session: u32,
+    /// Held segments in order, oldest first, and those behind a hole, sorted.
+    pub(crate) head: u32,
+    pub(crate) tail: u32,
+    pub(crate) out_of_order: u32,
+    pub(crate) held_bytes: u32,
+    /// A FIN behind a hole: its sequence number and ACK number.
+    pub(crate) early_fin: Option<(u32, u32)>,
+    pub(crate) gap_since: Tick,
+    pub(crate) last_seen: Tick,
+    /// What its SYN offered, for sessions opened later.
+    pub(crate) mss: u16,
+    pub(crate) window_scale: Option<u8>,
+    pub(crate) sack_permitted: bool,
+    pub(crate) ts_value: Option<u32>,
+}
+
+impl Connection {
+    pub(crate) fn new(client: Endpoint, server: Endpoint, hash: u32, phase: Phase, now: Tick) -> Connection {
+        Connection {
+            client,
+            server,
+            hash,
+            phase,
+            end: End::Open,
+            detached: false,
+            began_with_syn: false,
+            any_data: false,
+            isn: 0,
+            next_seq: 0,
+            last_ack: 0,
+            ack_known: false,
+            copies: 0,
+            sessions: 0,
+            first_session: NONE,
+            head: NONE,
+            tail: NONE,
+            out_of_order: NONE,
+            held_bytes: 0,
+            early_fin: None,
+            gap_since: now,
+            last_seen: now,
+            mss: 1460,
+            window_scale: Some(7),
+            sack_permitted: true,
+            ts_value: None,
+        }
+    }
+
+    /// Whether it waits for a hole to be filled.
+    pub(crate) fn has_hole(&self) -> bool {
+        self.out_of_order != NONE || self.early_fin.is_some()
+    }
+
+    /// Whether `ack` says that the client has read more of the response than `last_ack` says.
+    pub(crate) fn ack_advances(&self, ack: u32) -> bool {
+        self.ack_known && (ack.wrapping_sub(self.last_ack) as i32) > 0
+    }
+}

@@ -1,0 +1,259 @@
+//! Where every captured packet, every client byte and every session ends: exactly one counter each.
+//!
+//! The identities that must hold are computed by [`Counters::check`]; `docs/architecture.md` lists them.
+
+/// Defines the counters once: variant, name in reports, what it counts.
+macro_rules! counters {
+    ($($variant:ident $name:literal $what:literal,)*) => {
+        /// A counter of the engine.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(usize)]
+        pub enum Counter {
+            $(#[doc = $what] $variant,)*
+        }
+
+        impl Counter {
+            /// All counters, in the order of the reports.
+            pub const ALL: &'static [Counter] = &[$(Counter::$variant,)*];
+
+            /// The name in reports.
+            pub const fn name(self) -> &'static str {
+                match self { $(Counter::$variant => $name,)* }
+            }
+
+            /// What it counts, for a person.
+            pub const fn what(self) -> &'static str {
+                match self { $(Counter::$variant => $what,)* }
+            }
+        }
+    };
+}
+
+counters! {
+    // Packets: `packets_captured` is the sum of the other packets_*.
+    PacketsCaptured "packets_captured" "packets taken from the capture",
+    PacketsSyn "packets_syn" "SYNs that opened a connection",
+    PacketsSynRepeated "packets_syn_repeated" "SYNs seen again",
+    PacketsData "packets_data" "packets with new client bytes that were accepted",
+    PacketsEnd "packets_end" "FINs without new bytes, and RSTs, of a known connection",
+    PacketsAck "packets_ack" "acknowledgments without data",
+    PacketsDuplicate "packets_duplicate" "packets whose bytes had all been seen",
+    PacketsUnparsable "packets_unparsable" "not replayed: not TCP over IP, a fragment, truncated or malformed",
+    PacketsNotService "packets_not_service" "not replayed: not for a service",
+    PacketsSampledOut "packets_sampled_out" "not replayed: the connection is outside the sample",
+    PacketsMidstream "packets_midstream" "not replayed: of a connection that was open before, not yet at the start of a turn, or left out by -O",
+    PacketsNoConnection "packets_no_connection" "not replayed: FIN, RST or ACK of an unknown connection",
+    PacketsAfterEnd "packets_after_end" "not replayed: after the connection's FIN or RST",
+    PacketsOutOfWindow "packets_out_of_window" "not replayed: sequence number far from the stream",
+    PacketsLimit "packets_limit" "not replayed: a limit on connections or held bytes was reached",
+    PacketsNoSession "packets_no_session" "not replayed: the rest of a turn whose sessions had ended",
+    PacketsStopping "packets_stopping" "not replayed: captured after the stop began",
+
+    // Bytes as captured: `bytes_captured` is the sum of the other bytes_*, plus what waits for a hole to be filled.
+    BytesCaptured "bytes_captured" "client bytes captured",
+    BytesAccepted "bytes_accepted" "client bytes given to sessions",
+    BytesDuplicate "bytes_duplicate" "client bytes seen before",
+    BytesUnparsable "bytes_unparsable" "not replayed: the capture had cut the packet short",
+    BytesNotService "bytes_not_service" "not replayed: not for a service",
+    BytesSampledOut "bytes_sampled_out" "not replayed: outside the sample",
+    BytesMidstream "bytes_midstream" "not replayed: before the first turn of a connection that was open before, or left out by -O",
+    BytesAfterEnd "bytes_after_end" "not replayed: after the connection's FIN or RST",
+    BytesOutOfWindow "bytes_out_of_window" "not replayed: sequence number far from the stream",
+    BytesGap "bytes_gap" "not replayed: behind a hole in the capture that was not filled in time",
+    BytesLimit "bytes_limit" "not replayed: a limit on connections or held bytes was reached",
+    BytesNoSession "bytes_no_session" "not replayed: the rest of a turn whose sessions had ended",
+    BytesStopping "bytes_stopping" "not replayed: captured after the stop began, or waiting for order when it came",
+
+    // Bytes as replayed, summed over copies: offered = delivered + lost by reason + pending.
+    ReplayBytesOffered "replay_bytes_offered" "client bytes given to sessions, times copies",
+    ReplayBytesDelivered "replay_bytes_delivered" "bytes that the target acknowledged",
+    LostTargetClosed "lost_bytes_target_closed" "bytes not delivered: the target closed in the middle of a turn",
+    LostTargetReset "lost_bytes_target_reset" "bytes not delivered: the target reset the connection",
+    LostRefused "lost_bytes_refused" "bytes not delivered: the target refused the connection",
+    LostHandshakeTimeout "lost_bytes_handshake_timeout" "bytes not delivered: the target did not answer the SYN",
+    LostRetransmitTimeout "lost_bytes_retransmit_timeout" "bytes not delivered: the target stopped acknowledging",
+    LostClientReset "lost_bytes_client_reset" "bytes not delivered: the client reset its connection",
+    LostGap "lost_bytes_gap" "bytes not delivered: a hole in the capture",
+    LostLimit "lost_bytes_limit" "bytes not delivered: shed at a limit",
+    LostFinTimeout "lost_bytes_fin_timeout" "bytes not delivered: the target did not finish closing",
+    LostStopped "lost_bytes_stopped" "bytes not delivered: the replayer was stopped",
+
+    // Sessions: wanted = opened + refused by reason; opened = ended by reason + live.
+    SessionsWanted "sessions_wanted" "sessions that the traffic asked for",
+    SessionsOpened "sessions_opened" "sessions opened: a SYN was sent",
+    SessionsRefusedLimit "sessions_refused_limit" "not opened: the limit on sessions was reached",
+    SessionsRefusedPool "sessions_refused_pool" "not opened: no identity was free",
+    SessionsRefusedTargetDown "sessions_refused_target_down" "not opened: the target refuses connections or is silent; it is probed",
+    SessionsCompleted "sessions_completed" "ended: both sides closed",
+    SessionsTargetClosed "sessions_target_closed" "ended: the target closed first",
+    SessionsTargetReset "sessions_target_reset" "ended: the target reset the connection",
+    SessionsRefused "sessions_refused" "ended: the target refused the connection",
+    SessionsHandshakeTimeout "sessions_handshake_timeout" "ended: the target did not answer the SYN",
+    SessionsRetransmitTimeout "sessions_retransmit_timeout" "ended: the target stopped acknowledging",
+    SessionsClientReset "sessions_client_reset" "ended: the client reset its connection",
+    SessionsGap "sessions_gap" "ended: a hole in the capture",
+    SessionsLimit "sessions_limit" "ended: shed at a limit",
+    SessionsFinTimeout "sessions_fin_timeout" "ended: the target did not finish closing",
+    SessionsStopped "sessions_stopped" "ended: the replayer was stopped",
+
+    // Turns and what drove them.
+    TurnsSent "turns_sent" "turns (requests) of which the first byte was sent",
+    TurnsReleasedByBytes "turns_released_by_bytes" "turns that went after as many response bytes as online",
+    TurnsReleasedByQuiet "turns_released_by_quiet" "turns that went after a response of another size had ended",
+    TurnsReleasedByHoldLimit "turns_released_by_hold_limit" "turns that went because the hold limit was reached",
+    ConnectionsJoined "connections_joined" "connections joined in the middle",
+
+    // Segments sent and received.
+    SegmentsSent "segments_sent" "segments sent to targets",
+    SegmentsRetransmitted "segments_retransmitted" "of these, sent again",
+    SegmentsNoLink "segments_no_link" "segments not sent: no route or next hop to the target",
+    SegmentsNoFrame "segments_no_frame" "segments not sent: no free frame or no room in the transmit ring",
+    ResponsesReceived "responses_received" "header records received",
+    ResponsesUnknown "responses_unknown" "of these, for no live session",
+    ResponseBytes "response_bytes" "response bytes that the targets sent",
+}
+
+const COUNT: usize = Counter::ALL.len();
+
+/// The values.
+#[derive(Clone, Copy, Debug)]
+pub struct Counters([u64; COUNT]);
+
+impl Default for Counters {
+    fn default() -> Counters {
+        Counters([0; COUNT])
+    }
+}
+
+impl core::ops::Index<Counter> for Counters {
+    type Output = u64;
+    #[inline]
+    fn index(&self, counter: Counter) -> &u64 {
+        &self.0[counter as usize]
+    }
+}
+
+impl core::ops::IndexMut<Counter> for Counters {
+    #[inline]
+    fn index_mut(&mut self, counter: Counter) -> &mut u64 {
+        &mut self.0[counter as usize]
+    }
+}
+
+/// What is neither delivered nor lost yet, measured by walking all sessions and connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pending {
+    /// Sessions that have not ended.
+    pub sessions: u64,
+    /// Bytes given to sessions and not acknowledged.
+    pub replay_bytes: u64,
+    /// Captured bytes that wait for a hole to be filled.
+    pub out_of_order_bytes: u64,
+}
+
+impl Counters {
+    /// Adds another worker's values.
+    pub fn add(&mut self, other: &Counters) {
+        for (mine, theirs) in self.0.iter_mut().zip(other.0) {
+            *mine += theirs;
+        }
+    }
+
+    fn sum(&self, from: Counter, to: Counter) -> u64 {
+        self.0[from as usize..=to as usize].iter().sum()
+    }
+
+    /// The accounting identities: `(name, left, right)`; each must have left equal to right.
+    pub fn identities(&self, pending: &Pending) -> [(&'static str, u64, u64); 5] {
+        use Counter as C;
+        [
+            (
+                "packets captured = sum by fate",
+                self[C::PacketsCaptured],
+                self.sum(C::PacketsSyn, C::PacketsStopping),
+            ),
+            (
+                "bytes captured = sum by fate + out of order",
+                self[C::BytesCaptured],
+                self.sum(C::BytesAccepted, C::BytesStopping) + pending.out_of_order_bytes,
+            ),
+            (
+                "replay bytes offered = delivered + lost by reason + pending",
+                self[C::ReplayBytesOffered],
+                self.sum(C::ReplayBytesDelivered, C::LostStopped) + pending.replay_bytes,
+            ),
+            (
+                "sessions wanted = opened + refused by reason",
+                self[C::SessionsWanted],
+                self.sum(C::SessionsOpened, C::SessionsRefusedTargetDown),
+            ),
+            (
+                "sessions opened = ended by reason + live",
+                self[C::SessionsOpened],
+                self.sum(C::SessionsCompleted, C::SessionsStopped) + pending.sessions,
+            ),
+        ]
+    }
+}
+
+/// Why a session ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndReason {
+    /// The client closed, the target closed.
+    Completed,
+    /// The target closed first.
+    TargetClosed,
+    /// RST from the target.
+    TargetReset,
+    /// RST from the target in answer to the SYN.
+    Refused,
+    /// No answer to the SYN.
+    HandshakeTimeout,
+    /// No acknowledgment for too long.
+    RetransmitTimeout,
+    /// The client sent RST.
+    ClientReset,
+    /// A hole in the capture.
+    Gap,
+    /// Shed at a limit.
+    Limit,
+    /// The target acknowledged our FIN but never sent its own.
+    FinTimeout,
+    /// The replayer was stopped.
+    Stopped,
+}
+
+impl EndReason {
+    /// The counter of sessions that ended for this reason.
+    pub const fn sessions(self) -> Counter {
+        match self {
+            EndReason::Completed => Counter::SessionsCompleted,
+            EndReason::TargetClosed => Counter::SessionsTargetClosed,
+            EndReason::TargetReset => Counter::SessionsTargetReset,
+            EndReason::Refused => Counter::SessionsRefused,
+            EndReason::HandshakeTimeout => Counter::SessionsHandshakeTimeout,
+            EndReason::RetransmitTimeout => Counter::SessionsRetransmitTimeout,
+            EndReason::ClientReset => Counter::SessionsClientReset,
+            EndReason::Gap => Counter::SessionsGap,
+            EndReason::Limit => Counter::SessionsLimit,
+            EndReason::FinTimeout => Counter::SessionsFinTimeout,
+            EndReason::Stopped => Counter::SessionsStopped,
+        }
+    }
+
+    /// The counter of bytes that were lost for this reason. A completed session has lost none.
+    pub const fn lost_bytes(self) -> Counter {
+        match self {
+            EndReason::Completed | EndReason::TargetClosed => Counter::LostTargetClosed,
+            EndReason::TargetReset => Counter::LostTargetReset,
+            EndReason::Refused => Counter::LostRefused,
+            EndReason::HandshakeTimeout => Counter::LostHandshakeTimeout,
+            EndReason::RetransmitTimeout => Counter::LostRetransmitTimeout,
+            EndReason::ClientReset => Counter::LostClientReset,
+            EndReason::Gap => Counter::LostGap,
+            EndReason::Limit => Counter::LostLimit,
+            EndReason::FinTimeout => Counter::LostFinTimeout,
+            EndReason::Stopped => Counter::LostStopped,
+        }
+    }
+}

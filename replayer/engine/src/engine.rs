@@ -1,0 +1,659 @@
+//! The engine's state, its entry points, and what concerns sessions and connections as a whole: opening, ending, timers, limits.
+//!
+//! Invariants:
+//! - A session is in the identity table from its SYN to its end; a connection is in the client table unless `detached`.
+//! - A stored segment's `references` are the sessions whose `una_segment`..tail range holds it; the head of a connection's list is
+//!   freed when its references are zero.
+//! - Every deadline of a session is at or after the time its timer stands at in the wheel.
+
+use crate::config::{Config, timing};
+use crate::connection::{Connection, End, Phase};
+use crate::counters::{Counter, Counters, EndReason, Pending};
+use crate::histogram::Histogram;
+use crate::identity::{Copies, Pool, Ports};
+use crate::output::Output;
+use crate::session::{Session, State};
+use crate::slab::{NONE, Slab};
+use crate::store::Store;
+use crate::table::Table;
+use crate::timer::{Tick, Wheel, before, tick, ticks};
+use crate::wire::Link;
+use alloc::collections::VecDeque;
+use alloc::vec::Vec;
+use replayer_common::addr::{ANY, Endpoint};
+use replayer_common::hash::{FLOW_SEED, flow_hash, pair_hash};
+
+/// Packets and records are handled in batches of at most this many.
+pub const BATCH: usize = 64;
+
+/// Identities that stay registered after their session; the oldest goes first when there are more.
+const MAX_LINGERING: usize = 1 << 16;
+
+/// How the target of a service does.
+#[derive(Debug)]
+pub(crate) struct ServiceState {
+    pub(crate) online: Endpoint,
+    pub(crate) target: Endpoint,
+    pub(crate) link: Option<Link>,
+    pub(crate) ip_id: u16,
+    /// Refuses or ignores SYNs: one goes out every `DOWN_PROBE`.
+    pub(crate) down: bool,
+    pub(crate) next_probe: Tick,
+    /// The first SYN that was not answered yet.
+    pub(crate) unanswered_since: Option<Tick>,
+}
+
+/// What a worker shows of itself besides its counters.
+#[derive(Clone, Debug, Default)]
+pub struct Gauges {
+    /// Sessions that have not ended.
+    pub sessions_live: u64,
+    /// Client connections followed.
+    pub connections_live: u64,
+    /// Client bytes held.
+    pub held_bytes: u64,
+}
+
+/// The session engine of one worker.
+#[derive(Debug)]
+pub struct Engine {
+    pub(crate) config: Config,
+    pub(crate) hold_limit: u32,
+    pub(crate) gap_timeout: u32,
+    pub(crate) services: Vec<ServiceState>,
+    pub(crate) connections: Slab<Connection>,
+    pub(crate) sessions: Slab<Session>,
+    pub(crate) by_client: Table,
+    pub(crate) by_identity: Table,
+    pub(crate) store: Store,
+    wheel: Wheel,
+    pool: Option<Pool>,
+    copies: Copies,
+    ports: Ports,
+    pub(crate) dirty: Vec<u32>,
+    lingering: VecDeque<(Tick, u16, Endpoint)>,
+    pub(crate) counters: Counters,
+    pub(crate) capture_to_transmit: Histogram,
+    pub(crate) target_response: Histogram,
+    pub(crate) lag_max_us: u32,
+    pub(crate) stopping: Option<Tick>,
+}
+
+impl Engine {
+    /// Reserves everything that the limits allow; memory is touched as it is used.
+    pub fn new(config: Config, now_ns: u64) -> Engine {
+        let limits = config.limits;
+        let now = tick(now_ns);
+        let services = config
+            .services
+            .iter()
+            .map(|service| ServiceState {
+                online: service.online,
+                target: service.target,
+                link: None,
+                ip_id: 0,
+                down: false,
+                next_probe: now,
+                unanswered_since: None,
+            })
+            .collect();
+        let pool = (!config.pool.is_empty()).then(|| {
+            Pool::new(&config.pool, config.worker, config.workers, limits.identities, timing::QUARANTINE)
+        });
+        Engine {
+            hold_limit: ticks(config.hold_limit_ns),
+            gap_timeout: ticks(config.gap_timeout_ns),
+            services,
+            connections: Slab::new(limits.connections),
+            sessions: Slab::new(limits.sessions),
+            by_client: Table::new(limits.connections),
+            by_identity: Table::new(limits.sessions),
+            store: Store::new(limits.held_bytes),
+            wheel: Wheel::new(limits.sessions + limits.connections, now),
+            pool,
+            copies: Copies::new(config.copies_millionths),
+            ports: Ports::new(config.seed),
+            dirty: Vec::with_capacity(4 * BATCH),
+            lingering: VecDeque::with_capacity(MAX_LINGERING),
+            counters: Counters::default(),
+            capture_to_transmit: Histogram::default(),
+            target_response: Histogram::default(),
+            lag_max_us: 0,
+            stopping: None,
+            config,
+        }
+    }
+
+    /// Says how packets to a service's target leave, or that they cannot (no route, next hop unresolved).
+    pub fn set_link(&mut self, service: usize, link: Option<Link>) {
+        self.services[service].link = link;
+    }
+
+    /// The counters.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// From capture to transmission, of data sent for the first time, and from the first byte of a turn sent to the first byte of its
+    /// response.
+    pub fn histograms(&self) -> (&Histogram, &Histogram) {
+        (&self.capture_to_transmit, &self.target_response)
+    }
+
+    /// The longest delay from capture to transmission since the last call, microseconds.
+    pub fn take_lag_us(&mut self) -> u32 {
+        core::mem::take(&mut self.lag_max_us)
+    }
+
+    /// Momentary values.
+    pub fn gauges(&self) -> Gauges {
+        Gauges {
+            sessions_live: self.sessions.len() as u64,
+            connections_live: self.connections.len() as u64,
+            held_bytes: self.store.held_bytes(),
+        }
+    }
+
+    /// Walks everything and measures what is pending: for reports and tests, not for the hot path.
+    pub fn pending(&self) -> Pending {
+        let mut pending = Pending::default();
+        for session in self.live_sessions() {
+            pending.sessions += 1;
+            pending.replay_bytes += self.undelivered(&self.sessions[session]);
+        }
+        for index in 0..self.connections.high_water() {
+            let mut segment = self.connections[index].out_of_order;
+            while segment != NONE {
+                pending.out_of_order_bytes += u64::from(self.store[segment].len);
+                segment = self.store[segment].next;
+            }
+        }
+        pending
+    }
+
+    /// The live identities, for a new or returned assistant: `(service, identity)`, from place `from` on.
+    pub fn identities(&self, from: u32) -> impl Iterator<Item = (u32, u16, Endpoint)> {
+        (from..self.sessions.high_water()).filter_map(|index| {
+            let session = &self.sessions[index];
+            (session.state != State::Closed).then_some((index, session.service, session.identity))
+        })
+    }
+
+    fn live_sessions(&self) -> impl Iterator<Item = u32> {
+        (0..self.sessions.high_water()).filter(|&index| self.sessions[index].state != State::Closed)
+    }
+
+    /// Bytes given to the session that its target has not acknowledged.
+    fn undelivered(&self, session: &Session) -> u64 {
+        let mut bytes = 0;
+        let mut segment = session.una_segment;
+        while segment != NONE {
+            let stored = &self.store[segment];
+            let acknowledged = session.snd_una.wrapping_sub(stored.seq) as i32;
+            bytes += u64::from(stored.len - acknowledged.clamp(0, stored.len as i32) as u32);
+            segment = session.segment_after(segment, stored.next);
+        }
+        bytes
+    }
+
+    /// A tick before which nothing needs to be done by the clock, as ns from `now_ns`; `None`: nothing is waiting.
+    pub fn next_deadline_ns(&self, now_ns: u64) -> Option<u64> {
+        let next = self.wheel.next()?;
+        let ahead = next.wrapping_sub(tick(now_ns)) as i32;
+        Some((ahead.max(0) as u64) << 16)
+    }
+
+    // ---- opening ----
+
+    /// The services that a captured destination belongs to: those with its very address, else those with any.
+    pub(crate) fn services_of(&self, server: &Endpoint) -> (bool, Endpoint) {
+        if self.services.iter().any(|s| s.online == *server) {
+            return (true, *server);
+        }
+        let any = Endpoint { ip: ANY, port: server.port };
+        (self.services.iter().any(|s| s.online == any), any)
+    }
+
+    pub(crate) fn in_sample(&self, client: &Endpoint) -> bool {
+        u64::from(flow_hash(FLOW_SEED, &client.ip, client.port)) < self.config.sample_threshold
+    }
+
+    pub(crate) fn next_copies(&mut self) -> u16 {
+        self.copies.next()
+    }
+
+    /// Makes a connection and puts it in the client table.
+    pub(crate) fn new_connection(&mut self, connection: Connection, now: Tick) -> Option<u32> {
+        let hash = connection.hash;
+        let index = self.connections.insert(connection)?;
+        self.by_client.insert(hash, index);
+        self.arm_connection(index, now.wrapping_add(timing::WATCHED_IDLE));
+        Some(index)
+    }
+
+    /// Opens the sessions that the connection wants and does not have; each begins with the byte after `iss`.
+    pub(crate) fn open_sessions<O: Output>(
+        &mut self,
+        now_ns: u64,
+        c: u32,
+        iss: u32,
+        joined: bool,
+        out: &mut O,
+    ) {
+        let wanted = self.connections[c].copies;
+        let (_, source) = self.services_of(&self.connections[c].server);
+        for service in 0..self.services.len() as u16 {
+            if self.services[usize::from(service)].online != source {
+                continue;
+            }
+            let mut live = 0;
+            let mut session = self.connections[c].first_session;
+            while session != NONE {
+                let s = &self.sessions[session];
+                live += u16::from(s.service == service && !s.cut);
+                session = s.next_copy;
+            }
+            for copy in live..wanted {
+                if let Some(s) = self.open_session(now_ns, c, service, copy, iss, out) {
+                    self.sessions[s].joined = joined;
+                }
+            }
+        }
+    }
+
+    pub(crate) fn open_session<O: Output>(
+        &mut self,
+        now_ns: u64,
+        c: u32,
+        service: u16,
+        copy: u16,
+        iss: u32,
+        out: &mut O,
+    ) -> Option<u32> {
+        self.counters[Counter::SessionsWanted] += 1;
+        let now = tick(now_ns);
+        let state = &mut self.services[usize::from(service)];
+        if state.down {
+            if before(now, state.next_probe) {
+                self.counters[Counter::SessionsRefusedTargetDown] += 1;
+                return None;
+            }
+            state.next_probe = now.wrapping_add(timing::DOWN_PROBE);
+        }
+        let target = state.target;
+        let connection = self.connections[c];
+        let Some((pool_index, identity)) = self.choose_identity(now, &connection, &target, copy) else {
+            self.counters[Counter::SessionsRefusedPool] += 1;
+            return None;
+        };
+        let hash = pair_hash(self.config.seed, &identity.ip, identity.port, &target.ip, target.port);
+        let mut session = Session::new(identity, service, c, iss);
+        session.pool_index = pool_index;
+        session.hash = hash;
+        session.offer_mss = connection.mss;
+        session.offer_wscale = connection.window_scale;
+        session.offer_sack = connection.sack_permitted;
+        session.timestamps = connection.ts_value.is_some();
+        session.ts_offset = connection.ts_value.unwrap_or(0).wrapping_sub((now_ns / 1_000_000) as u32);
+        session.next_copy = connection.first_session;
+        let Some(index) = self.sessions.insert(session) else {
+            if let (Some(pool), true) = (&mut self.pool, pool_index != NONE) {
+                pool.release(pool_index, now);
+            }
+            self.counters[Counter::SessionsRefusedLimit] += 1;
+            return None;
+        };
+        self.by_identity.insert(hash, index);
+        self.connections[c].first_session = index;
+        self.connections[c].sessions += 1;
+        self.counters[Counter::SessionsOpened] += 1;
+        let state = &mut self.services[usize::from(service)];
+        state.unanswered_since.get_or_insert(now);
+        out.register(service, identity);
+        self.send_syn(now_ns, index, out);
+        Some(index)
+    }
+
+    fn choose_identity(
+        &mut self,
+        now: Tick,
+        connection: &Connection,
+        target: &Endpoint,
+        copy: u16,
+    ) -> Option<(u32, Endpoint)> {
+        if let Some(pool) = &mut self.pool {
+            let (index, identity) = pool.take(now)?;
+            return Some((index, identity));
+        }
+        let client = connection.client;
+        if copy == 0 && self.find_identity(&client, target).is_none() {
+            return Some((NONE, client));
+        }
+        // Another port of the client's own address.
+        for _ in 0..128 {
+            let candidate = Endpoint { ip: client.ip, port: self.ports.candidate() };
+            if self.find_identity(&candidate, target).is_none() {
+                return Some((NONE, candidate));
+            }
+        }
+        None
+    }
+
+    pub(crate) fn find_identity(&self, identity: &Endpoint, target: &Endpoint) -> Option<u32> {
+        let hash = pair_hash(self.config.seed, &identity.ip, identity.port, &target.ip, target.port);
+        self.by_identity.find(hash, |index| {
+            let session = &self.sessions[index];
+            session.identity == *identity && self.services[usize::from(session.service)].target == *target
+        })
+    }
+
+    // ---- ending ----
+
+    /// Ends a session: what it did not deliver is counted under `reason`, its identity rests, and its connection goes with its last
+    /// session when the client had closed.
+    pub(crate) fn end_session<O: Output>(&mut self, now: Tick, s: u32, reason: EndReason, out: &mut O) {
+        let session = self.sessions[s];
+        debug_assert_ne!(session.state, State::Closed);
+        let lost = self.undelivered(&session);
+        self.counters[reason.lost_bytes()] += lost;
+        self.counters[reason.sessions()] += 1;
+        self.unreference(s, session.una_segment);
+        self.by_identity.remove(session.hash, s);
+        if let (Some(pool), true) = (&mut self.pool, session.pool_index != NONE) {
+            pool.release(session.pool_index, now);
+        }
+        self.linger(now, session.service, session.identity, out);
+        self.wheel.cancel(s);
+        let entry = &mut self.sessions[s];
+        entry.state = State::Closed;
+        entry.dirty = false;
+        self.sessions.remove(s);
+        let c = session.connection;
+        self.unlink_session(c, s);
+        self.free_head(c);
+        self.forget_if_over(c);
+    }
+
+    /// The identity stays registered for a while, so that what the target still sends to it is answered.
+    fn linger<O: Output>(&mut self, now: Tick, service: u16, identity: Endpoint, out: &mut O) {
+        if self.lingering.len() == MAX_LINGERING
+            && let Some((_, service, identity)) = self.lingering.pop_front()
+        {
+            self.unregister_unless_live(service, identity, out);
+        }
+        self.lingering.push_back((now, service, identity));
+    }
+
+    fn unregister_unless_live<O: Output>(&self, service: u16, identity: Endpoint, out: &mut O) {
+        let target = self.services[usize::from(service)].target;
+        if self.find_identity(&identity, &target).is_none() {
+            out.unregister(service, identity);
+        }
+    }
+
+    fn end_lingering<O: Output>(&mut self, now: Tick, out: &mut O) {
+        while let Some(&(since, service, identity)) = self.lingering.front()
+            && !before(now, since.wrapping_add(timing::LINGER))
+        {
+            self.lingering.pop_front();
+            self.unregister_unless_live(service, identity, out);
+        }
+    }
+
+    fn unlink_session(&mut self, c: u32, s: u32) {
+        let next = self.sessions[s].next_copy;
+        let connection = &mut self.connections[c];
+        connection.sessions -= 1;
+        if connection.first_session == s {
+            connection.first_session = next;
+            return;
+        }
+        let mut at = connection.first_session;
+        while self.sessions[at].next_copy != s {
+            at = self.sessions[at].next_copy;
+        }
+        self.sessions[at].next_copy = next;
+    }
+
+    /// Drops the session's references from `segment` to the end of what it was given.
+    pub(crate) fn unreference(&mut self, s: u32, mut segment: u32) {
+        let session = self.sessions[s];
+        while segment != NONE {
+            self.store[segment].references -= 1;
+            segment = session.segment_after(segment, self.store[segment].next);
+        }
+    }
+
+    /// Frees the segments at the head of the connection's list that no session needs.
+    pub(crate) fn free_head(&mut self, c: u32) {
+        let connection = &mut self.connections[c];
+        while connection.head != NONE && self.store[connection.head].references == 0 {
+            let segment = self.store[connection.head];
+            self.store.remove(connection.head);
+            connection.held_bytes -= segment.len;
+            connection.head = segment.next;
+        }
+        if connection.head == NONE {
+            connection.tail = NONE;
+        }
+    }
+
+    /// Forgets a connection that has no session and from which nothing more will come.
+    pub(crate) fn forget_if_over(&mut self, c: u32) {
+        let connection = &self.connections[c];
+        if connection.sessions == 0 && (connection.detached || connection.end != End::Open) {
+            self.forget(c);
+        }
+    }
+
+    fn forget(&mut self, c: u32) {
+        debug_assert_eq!(self.connections[c].sessions, 0);
+        self.drop_out_of_order(c, Counter::BytesGap);
+        self.detach(c);
+        self.wheel.cancel(self.connection_timer(c));
+        self.connections.remove(c);
+    }
+
+    /// Takes the connection out of the client table.
+    pub(crate) fn detach(&mut self, c: u32) {
+        if !self.connections[c].detached {
+            self.connections[c].detached = true;
+            let hash = self.connections[c].hash;
+            self.by_client.remove(hash, c);
+        }
+    }
+
+    /// Drops what waits behind a hole, counted as `fate`.
+    pub(crate) fn drop_out_of_order(&mut self, c: u32, fate: Counter) {
+        let mut segment = core::mem::replace(&mut self.connections[c].out_of_order, NONE);
+        while segment != NONE {
+            let stored = self.store[segment];
+            self.counters[fate] += u64::from(stored.len);
+            self.connections[c].held_bytes -= stored.len;
+            self.store.remove(segment);
+            segment = stored.next;
+        }
+    }
+
+    /// Ends all sessions of a connection at once by RST, for a limit, and waits for its next turn.
+    pub(crate) fn shed<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+        let mut s = self.connections[c].first_session;
+        while s != NONE {
+            let next = self.sessions[s].next_copy;
+            self.send_reset(now_ns, s, out);
+            // `forget_if_over` inside must not free the connection under our hands when the client has closed: it is the last step.
+            self.end_session(tick(now_ns), s, EndReason::Limit, out);
+            s = next;
+        }
+    }
+
+    // ---- timers ----
+
+    fn connection_timer(&self, c: u32) -> u32 {
+        self.config.limits.sessions as u32 + c
+    }
+
+    pub(crate) fn arm_connection(&mut self, c: u32, at: Tick) {
+        self.wheel.arm(self.connection_timer(c), at);
+    }
+
+    /// Puts the session's earliest deadline into the wheel.
+    pub(crate) fn arm_session(&mut self, s: u32) {
+        if let Some(deadline) = self.sessions[s].deadline() {
+            self.wheel.arm(s, deadline);
+        }
+    }
+
+    /// Does what the clock asks for.
+    pub fn on_timers<O: Output>(&mut self, now_ns: u64, out: &mut O) {
+        let now = tick(now_ns);
+        while let Some(timer) = self.wheel.expired(now) {
+            if timer < self.config.limits.sessions as u32 {
+                if self.sessions[timer].state != State::Closed {
+                    self.on_session_timer(now_ns, timer, out);
+                }
+            } else {
+                self.on_connection_timer(now_ns, timer - self.config.limits.sessions as u32, out);
+            }
+        }
+        self.end_lingering(now, out);
+        if let Some(since) = self.stopping
+            && !before(now, since.wrapping_add(timing::STOP_GRACE))
+        {
+            self.reset_all(now_ns, out);
+        }
+    }
+
+    fn on_session_timer<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
+        let now = tick(now_ns);
+        let due = |at: Option<Tick>| at.is_some_and(|at| !before(now, at));
+        let session = &mut self.sessions[s];
+        if due(session.release_at) {
+            session.release_at = None;
+            self.output(now_ns, s, out, &mut None);
+        }
+        if self.sessions[s].state != State::Closed && due(self.sessions[s].rto_at) {
+            self.sessions[s].rto_at = None;
+            self.on_retransmission_timeout(now_ns, s, out);
+        }
+        if self.sessions[s].state != State::Closed && due(self.sessions[s].ack_at) {
+            self.send_ack(now_ns, s, out);
+        }
+        if self.sessions[s].state != State::Closed {
+            self.arm_session(s);
+        }
+    }
+
+    fn on_connection_timer<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+        let now = tick(now_ns);
+        let connection = &self.connections[c];
+        if connection.has_hole() {
+            let at = connection.gap_since.wrapping_add(self.gap_timeout);
+            if before(now, at) {
+                self.arm_connection(c, at);
+                return;
+            }
+            self.give_up_hole(now_ns, c, out);
+            return;
+        }
+        let idle = if connection.phase == Phase::Watching && connection.sessions == 0 {
+            timing::WATCHED_IDLE
+        } else {
+            timing::CONNECTION_IDLE
+        };
+        let at = connection.last_seen.wrapping_add(idle);
+        if before(now, at) {
+            self.arm_connection(c, at);
+        } else if connection.sessions == 0 {
+            self.forget(c);
+        } else {
+            // The client is gone without a word: its sessions end as if it had closed.
+            let mut s = connection.first_session;
+            while s != NONE {
+                let next = self.sessions[s].next_copy;
+                self.cut(s, EndReason::Completed);
+                self.output(now_ns, s, out, &mut None);
+                s = next;
+            }
+            self.arm_connection(c, now.wrapping_add(idle));
+        }
+    }
+
+    /// A hole stayed open too long: the sessions end after what came before it, and join again at the next turn.
+    fn give_up_hole<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+        let mut segment = self.connections[c].out_of_order;
+        while segment != NONE {
+            let stored = self.store[segment];
+            let connection = &mut self.connections[c];
+            connection.next_seq = stored.end();
+            if connection.ack_advances(stored.ack) {
+                connection.last_ack = stored.ack;
+            }
+            segment = stored.next;
+        }
+        self.drop_out_of_order(c, Counter::BytesGap);
+        let connection = &mut self.connections[c];
+        connection.phase = Phase::Watching;
+        if let Some((seq, _)) = connection.early_fin.take() {
+            connection.end = End::Fin { seq, need: 0 };
+        }
+        let mut s = self.connections[c].first_session;
+        while s != NONE {
+            let next = self.sessions[s].next_copy;
+            if !self.sessions[s].cut {
+                self.cut(s, EndReason::Gap);
+                self.output(now_ns, s, out, &mut None);
+            }
+            s = next;
+        }
+        if !self.connections[c].detached {
+            self.arm_connection(c, tick(now_ns).wrapping_add(timing::WATCHED_IDLE));
+            self.forget_if_over(c);
+        }
+    }
+
+    // ---- stopping ----
+
+    /// Begins to end every session cleanly: what is in flight may finish, then FIN. After 500 ms the rest is reset by `on_timers`;
+    /// `stopped` says when nothing is left.
+    pub fn stop<O: Output>(&mut self, now_ns: u64, out: &mut O) {
+        if self.stopping.is_some() {
+            return;
+        }
+        self.stopping = Some(tick(now_ns));
+        for c in 0..self.connections.high_water() {
+            self.drop_out_of_order(c, Counter::BytesStopping);
+        }
+        for s in 0..self.sessions.high_water() {
+            match self.sessions[s].state {
+                State::Closed => {}
+                State::SynSent => {
+                    // Not known at the target, or about to be: the reset takes it back.
+                    self.send_reset(now_ns, s, out);
+                    self.end_session(tick(now_ns), s, EndReason::Stopped, out);
+                }
+                _ => {
+                    self.cut_unsent(s, EndReason::Stopped);
+                    self.output(now_ns, s, out, &mut None);
+                    if self.sessions[s].state != State::Closed {
+                        self.arm_session(s);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether `stop` has finished.
+    pub fn stopped(&self) -> bool {
+        self.stopping.is_some() && self.sessions.len() == 0
+    }
+
+    fn reset_all<O: Output>(&mut self, now_ns: u64, out: &mut O) {
+        for s in 0..self.sessions.high_water() {
+            if self.sessions[s].state != State::Closed {
+                self.send_reset(now_ns, s, out);
+                self.end_session(tick(now_ns), s, EndReason::Stopped, out);
+            }
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! Identities: the source address and port that a session uses towards its target.
+
+use crate::timer::{Tick, before};
+use alloc::{collections::VecDeque, vec::Vec};
+use replayer_common::addr::{Endpoint, Ip};
+
+/// The lowest port of an identity that is not the client's own.
+const FIRST_PORT: u16 = 1024;
+const PORTS: u64 = 65536 - FIRST_PORT as u64;
+
+/// A run of consecutive addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AddressRange {
+    /// The first address.
+    pub first: Ip,
+    /// How many.
+    pub count: u32,
+}
+
+/// What `-c` gives: addresses whose ports 1024 to 65535 are this worker's to use.
+///
+/// The space of identities is carved up by worker: identity `i` belongs to worker `i % workers`, so no two workers ever use
+/// the same one. Identities go round: each is used again only when all others of the worker were, and when its
+/// quarantine is over.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    ranges: Vec<AddressRange>,
+    addresses: u64,
+    worker: u64,
+    workers: u64,
+    /// Identities of this worker that were never used: from here to `size`.
+    fresh: u64,
+    size: u64,
+    released: VecDeque<(u32, Tick)>,
+    quarantine: u32,
+}
+
+impl Pool {
+    /// At most `max` identities are used; `quarantine` is in ticks.
+    pub(crate) fn new(
+        ranges: &[AddressRange],
+        worker: u32,
+        workers: u32,
+        max: usize,
+        quarantine: u32,
+    ) -> Pool {
+        let addresses: u64 = ranges.iter().map(|range| u64::from(range.count)).sum();
+        let size = (addresses * PORTS / u64::from(workers)).min(max as u64);
+        Pool {
+            ranges: ranges.to_vec(),
+            addresses,
+            worker: u64::from(worker),
+            workers: u64::from(workers),
+            fresh: 0,
+            size,
+            released: VecDeque::with_capacity(size as usize),
+            quarantine,
+        }
+    }
+
+    /// The identity with number `index` of this worker.
+    fn identity(&self, index: u32) -> Endpoint {
+        let global = u64::from(index) * self.workers + self.worker;
+        // Neighbouring numbers have different addresses, so that a target sees the load spread over all clients.
+        let mut address = global % self.addresses;
+        let port = FIRST_PORT + (global / self.addresses % PORTS) as u16;
+        let mut ip = [0; 16];
+        for range in &self.ranges {
+            if address < u64::from(range.count) {
+                ip = (u128::from_be_bytes(range.first) + u128::from(address)).to_be_bytes();
+                break;
+            }
+            address -= u64::from(range.count);
+        }
+        Endpoint { ip, port }
+    }
+
+    /// A free identity and its number, or `None` when all are in use or in quarantine.
+    pub(crate) fn take(&mut self, now: Tick) -> Option<(u32, Endpoint)> {
+        let index = if self.fresh < self.size {
+            self.fresh += 1;
+            self.fresh as u32 - 1
+        } else {
+            let &(index, since) = self.released.front()?;
+            if before(now, since.wrapping_add(self.quarantine)) {
+                return None;
+            }
+            self.released.pop_front();
+            index
+        };
+        Some((index, self.identity(index)))
+    }
+
+    /// Gives an identity back; its quarantine begins.
+    pub(crate) fn release(&mut self, index: u32, now: Tick) {
+        self.released.push_back((index, now));
+    }
+}
+
+/// How many copies each connection gets: a share that may be fractional, exact over time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Copies {
+    /// Millionths of a copy per connection.
+    rate: u64,
+    carried: u64,
+}
+
+impl Copies {
+    pub(crate) fn new(millionths: u64) -> Copies {
+        Copies { rate: millionths, carried: 0 }
+    }
+
+    /// The copies of the next connection.
+    pub(crate) fn next(&mut self) -> u16 {
+        self.carried += self.rate;
+        let whole = self.carried / 1_000_000;
+        self.carried %= 1_000_000;
+        whole.min(u64::from(u16::MAX)) as u16
+    }
+}
+
+/// Candidates for a port of the client's own address, when its own port is taken or when it has several copies.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ports {
+    next: u32,
+}
+
+impl Ports {
+    pub(crate) fn new(seed: u64) -> Ports {
+        Ports { next: seed as u32 }
+    }
+
+    pub(crate) fn candidate(&mut self) -> u16 {
+        // A step that is coprime to the number of ports visits all of them, far from each other.
+        self.next = self.next.wrapping_add(25_309);
+        FIRST_PORT + (u64::from(self.next) % PORTS) as u16
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use replayer_common::addr::from_v4;
+    use std::collections::HashSet;
+
+    #[test]
+    fn workers_share_no_identity_and_use_all() {
+        let ranges = [
+            AddressRange { first: from_v4([10, 0, 0, 255]), count: 2 },
+            AddressRange { first: from_v4([10, 9, 0, 1]), count: 1 },
+        ];
+        let mut seen = HashSet::new();
+        for worker in 0..4 {
+            let mut pool = Pool::new(&ranges, worker, 4, usize::MAX >> 1, 10);
+            while let Some((_, identity)) = pool.take(0) {
+                assert!(seen.insert((identity.ip, identity.port)), "{identity} twice");
+            }
+        }
+        assert_eq!(seen.len() as u64, 3 * PORTS);
+        assert!(seen.contains(&(from_v4([10, 0, 1, 0]), 1024)));
+    }
+
+    #[test]
+    fn a_released_identity_waits_for_its_quarantine() {
+        let ranges = [AddressRange { first: from_v4([10, 0, 0, 1]), count: 1 }];
+        let mut pool = Pool::new(&ranges, 0, 1, 2, 100);
+        let (first, _) = pool.take(0).unwrap();
+        pool.take(0).unwrap();
+        assert_eq!(pool.take(0), None);
+        pool.release(first, 50);
+        assert_eq!(pool.take(149), None);
+        assert_eq!(pool.take(150).map(|(index, _)| index), Some(first));
+    }
+
+    #[test]
+    fn b041_fractional_copies_are_exact_over_time() {
+        let mut copies = Copies::new(2_500_000);
+        assert_eq!((0..1000).map(|_| u32::from(copies.next())).sum::<u32>(), 2500);
+        let mut copies = Copies::new(10_000);
+        assert_eq!((0..1000).map(|_| u32::from(copies.next())).sum::<u32>(), 10);
+    }
+}

@@ -1,0 +1,410 @@
+//! What the target's segments do to a session. Only their headers come, some may be lost on the way, and none is ever asked
+//! for again: the highest number seen counts as received, so a lost record does no harm.
+
+use crate::config::timing;
+use crate::connection::End;
+use crate::counters::{Counter, EndReason};
+use crate::engine::{BATCH, Engine};
+use crate::output::Output;
+use crate::sender::micros;
+use crate::session::{State, seq_before};
+use crate::slab::NONE;
+use crate::timer::{tick, ticks};
+use replayer_common::addr::Endpoint;
+use replayer_common::hash::pair_hash;
+use replayer_common::packet::flags;
+use replayer_common::response::{ResponseHeader, present};
+
+/// Window scale shifts above this are treated as this (RFC 7323 section 2.3).
+const MAX_WINDOW_SCALE: u8 = 14;
+
+impl Engine {
+    /// Handles header records of the target's segments, in the order in which they came.
+    pub fn on_responses<O: Output>(&mut self, now_ns: u64, records: &[ResponseHeader], out: &mut O) {
+        for batch in records.chunks(BATCH) {
+            let mut hashes = [0u32; BATCH];
+            for (hash, record) in hashes.iter_mut().zip(batch) {
+                if let Some(service) = self.services.get(usize::from(record.service)) {
+                    let target = service.target;
+                    *hash = pair_hash(self.config.seed, &record.addr, record.port, &target.ip, target.port);
+                    core::hint::black_box(self.by_identity.touch(*hash));
+                }
+            }
+            for (&hash, record) in hashes.iter().zip(batch) {
+                self.on_response(now_ns, hash, record, out);
+            }
+            self.finish_batch(now_ns, out);
+        }
+    }
+
+    /// After a batch: each session that it touched sends what it may, then acknowledges if it still has to.
+    fn finish_batch<O: Output>(&mut self, now_ns: u64, out: &mut O) {
+        while let Some(s) = self.dirty.pop() {
+            if !self.sessions[s].dirty {
+                continue;
+            }
+            self.sessions[s].dirty = false;
+            self.output(now_ns, s, out, &mut None);
+            if self.sessions[s].state == State::Closed {
+                continue;
+            }
+            if self.sessions[s].ack_now {
+                self.send_ack(now_ns, s, out);
+            }
+            self.arm_session(s);
+        }
+    }
+
+    fn on_response<O: Output>(&mut self, now_ns: u64, hash: u32, record: &ResponseHeader, out: &mut O) {
+        self.counters[Counter::ResponsesReceived] += 1;
+        let identity = Endpoint { ip: record.addr, port: record.port };
+        let found = self.services.get(usize::from(record.service)).and_then(|service| {
+            self.by_identity.find(hash, |index| {
+                let session = &self.sessions[index];
+                session.identity == identity
+                    && self.services[usize::from(session.service)].target == service.target
+            })
+        });
+        let Some(s) = found else {
+            self.counters[Counter::ResponsesUnknown] += 1;
+            self.answer_stray(record, identity, out);
+            return;
+        };
+        let service = &mut self.services[usize::from(record.service)];
+        service.unanswered_since = None;
+        if record.flags & flags::RST == 0 {
+            service.down = false;
+        }
+        if !self.sessions[s].dirty {
+            self.sessions[s].dirty = true;
+            self.dirty.push(s);
+        }
+        if self.sessions[s].state == State::SynSent {
+            self.on_handshake(now_ns, s, record, out);
+        } else {
+            self.on_segment(now_ns, s, record, out);
+        }
+    }
+
+    fn on_handshake<O: Output>(&mut self, now_ns: u64, s: u32, record: &ResponseHeader, out: &mut O) {
+        let session = &mut self.sessions[s];
+        let ours = record.flags & flags::ACK != 0 && record.ack == session.snd_nxt;
+        if record.flags & flags::RST != 0 {
+            if ours {
+                let service = &mut self.services[usize::from(session.service)];
+                service.down = true;
+                service.next_probe = tick(now_ns).wrapping_add(timing::DOWN_PROBE);
+                self.end_session(tick(now_ns), s, EndReason::Refused, out);
+            }
+            return;
+        }
+        if !ours {
+            if record.flags & flags::ACK != 0 {
+                self.reset_old_connection(now_ns, s, record.ack, out);
+            }
+            return;
+        }
+        if record.flags & flags::SYN == 0 {
+            return;
+        }
+        session.state = State::Established;
+        session.snd_una = record.ack;
+        session.rcv_nxt = record.seq.wrapping_add(1);
+        session.turn_base = session.rcv_nxt;
+        session.response_at = tick(now_ns);
+        // The window of a SYN is never scaled (RFC 7323 section 2.2).
+        session.snd_wnd = u32::from(record.window);
+        session.snd_wscale = if record.has(present::WINDOW_SCALE) && session.offer_wscale.is_some() {
+            record.window_scale.min(MAX_WINDOW_SCALE)
+        } else {
+            0
+        };
+        session.timestamps = session.timestamps && record.has(present::TIMESTAMPS);
+        session.ts_recent = record.ts_val;
+        if session.timing {
+            session.round_trip(micros(now_ns).wrapping_sub(session.timed_at_us));
+            session.timing = false;
+        }
+        session.tries = 0;
+        session.rto_at = None;
+        session.ack_now = true;
+        let mss = if record.has(present::MSS) { record.mss } else { 536 };
+        self.begin_sending(s, mss);
+    }
+
+    fn on_segment<O: Output>(&mut self, now_ns: u64, s: u32, record: &ResponseHeader, out: &mut O) {
+        let session = &mut self.sessions[s];
+        if record.flags & flags::RST != 0 {
+            // Anything from what we know to be received on: records may have been lost, so the target may be ahead of us.
+            let ahead = record.seq.wrapping_sub(session.rcv_nxt) as i32;
+            if ahead > -(1 << 16) {
+                self.on_target_reset(now_ns, s, out);
+            }
+            return;
+        }
+        if record.flags & flags::SYN != 0 {
+            // Our handshake's last ACK was lost.
+            session.ack_now = true;
+            return;
+        }
+        if record.has(present::TIMESTAMPS) && !seq_before(record.ts_val, session.ts_recent) {
+            session.ts_recent = record.ts_val;
+        }
+        if record.flags & flags::ACK != 0 {
+            self.on_acknowledgment(now_ns, s, record, out);
+            if self.sessions[s].state == State::Closed {
+                return;
+            }
+        }
+        self.on_payload(now_ns, s, record);
+        if record.flags & flags::FIN != 0 {
+            let end = record.seq.wrapping_add(record.payload_len);
+            // The FIN's own number must be the next one: records of data before it may be lost, but not be still to come.
+            if self.sessions[s].rcv_nxt == end {
+                self.on_target_fin(now_ns, s, out);
+            } else {
+                self.sessions[s].ack_now = true;
+            }
+        }
+    }
+
+    fn on_payload(&mut self, now_ns: u64, s: u32, record: &ResponseHeader) {
+        let session = &mut self.sessions[s];
+        let end = record.seq.wrapping_add(record.payload_len);
+        if record.payload_len == 0 && !seq_before(session.rcv_nxt, record.seq) {
+            // A keepalive probe repeats an old number and wants an answer (RFC 9293 section 3.8.4).
+            if seq_before(record.seq, session.rcv_nxt) && record.flags & flags::FIN == 0 {
+                session.ack_now = true;
+            }
+            return;
+        }
+        if !seq_before(session.rcv_nxt, end) {
+            session.ack_now = true;
+            return;
+        }
+        self.counters[Counter::ResponseBytes] += u64::from(end.wrapping_sub(session.rcv_nxt));
+        session.rcv_nxt = end;
+        session.response_at = tick(now_ns);
+        session.response_ended = record.flags & (flags::PSH | flags::FIN) != 0;
+        if session.response_ended {
+            session.marks.push(end);
+        }
+        if session.awaiting_response {
+            session.awaiting_response = false;
+            self.target_response.record(micros(now_ns).wrapping_sub(session.turn_sent_us));
+        }
+        // A record that was lost is made up for by the next: a segment says that all before it was sent.
+        // RFC 9293 section 3.8.6.3: at least every second full segment at once, the rest within the delay.
+        session.unacked_segments = session.unacked_segments.saturating_add(1);
+        if session.unacked_segments >= 2 {
+            session.ack_now = true;
+        } else if session.ack_at.is_none() {
+            session.ack_at = Some(tick(now_ns).wrapping_add(timing::DELAYED_ACK));
+        }
+    }
+
+    fn on_acknowledgment<O: Output>(&mut self, now_ns: u64, s: u32, record: &ResponseHeader, out: &mut O) {
+        let now = tick(now_ns);
+        let session = &mut self.sessions[s];
+        let window = u32::from(record.window) << session.snd_wscale;
+        let ack = record.ack;
+        if seq_before(ack, session.snd_una) || seq_before(session.snd_max, ack) {
+            return;
+        }
+        if ack == session.snd_una {
+            let repeated = record.payload_len == 0
+                && window == session.snd_wnd
+                && session.snd_una != session.snd_max
+                && record.flags & flags::FIN == 0;
+            session.snd_wnd = window;
+            if !repeated {
+                if session.snd_una == session.snd_max && session.next_segment != NONE {
+                    // An answer to a window probe: the target lives.
+                    session.tries = 0;
+                    if window > 0 {
+                        session.rto_at = None;
+                    }
+                }
+                return;
+            }
+            session.dup_acks = session.dup_acks.saturating_add(1);
+            if session.dup_acks == 3 && !session.in_recovery {
+                session.in_recovery = true;
+                session.recover = session.snd_max;
+                let flight = session.snd_max.wrapping_sub(session.snd_una);
+                session.ssthresh = (flight / 2).max(2 * u32::from(session.mss));
+                session.cwnd = session.ssthresh + 3 * u32::from(session.mss);
+                self.retransmit_first(now_ns, s, out);
+            } else if session.in_recovery {
+                session.cwnd = session.cwnd.saturating_add(u32::from(session.mss));
+            }
+            return;
+        }
+        // New data acknowledged.
+        let acked = ack.wrapping_sub(session.snd_una);
+        let fin = session.state.fin_sent() && ack == session.snd_max;
+        self.counters[Counter::ReplayBytesDelivered] += u64::from(acked - u32::from(fin));
+        session.snd_una = ack;
+        session.snd_wnd = window;
+        session.dup_acks = 0;
+        session.tries = 0;
+        if seq_before(session.snd_nxt, ack) {
+            session.snd_nxt = ack;
+        }
+        if session.timing && !seq_before(ack, session.timed_seq) {
+            session.round_trip(micros(now_ns).wrapping_sub(session.timed_at_us));
+            session.timing = false;
+        }
+        let mss = u32::from(session.mss);
+        let mut partial = false;
+        if session.in_recovery {
+            if seq_before(ack, session.recover) {
+                partial = true;
+                session.cwnd = session.cwnd.saturating_sub(acked).max(mss) + mss;
+            } else {
+                session.in_recovery = false;
+                session.cwnd = session.ssthresh;
+            }
+        } else if session.cwnd < session.ssthresh {
+            session.cwnd = session.cwnd.saturating_add(acked);
+        } else {
+            session.cwnd = session.cwnd.saturating_add((mss * mss / session.cwnd).max(1));
+        }
+        session.cwnd = session.cwnd.min(1 << 30);
+        let outstanding = session.snd_una != session.snd_max;
+        session.rto_at = outstanding.then(|| now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+        self.acknowledge_segments(s);
+        if partial {
+            self.retransmit_first(now_ns, s, out);
+        }
+        self.on_fin_acknowledged(now_ns, s, out);
+    }
+
+    /// Lets go of segments that are wholly acknowledged, and moves the send position past them.
+    fn acknowledge_segments(&mut self, s: u32) {
+        let session = &mut self.sessions[s];
+        let una = session.snd_una;
+        let before = session.una_segment;
+        while session.una_segment != NONE {
+            let stored = &mut self.store[session.una_segment];
+            if seq_before(una, stored.end()) {
+                break;
+            }
+            stored.references -= 1;
+            let next = session.segment_after(session.una_segment, stored.next);
+            // After a timeout the send position went back; an acknowledgment overtakes it.
+            if session.next_segment == session.una_segment {
+                session.next_segment = next;
+                session.next_offset = 0;
+            }
+            session.una_segment = next;
+        }
+        if session.next_segment != NONE && session.next_segment == session.una_segment {
+            let stored = &self.store[session.next_segment];
+            let offset = una.wrapping_sub(stored.seq);
+            if (offset as i32) > 0 && offset > session.next_offset {
+                session.next_offset = offset;
+            }
+        }
+        if before != session.una_segment {
+            let c = session.connection;
+            self.free_head(c);
+        }
+    }
+
+    fn on_fin_acknowledged<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
+        let session = &mut self.sessions[s];
+        if !session.state.fin_sent() || session.snd_una != session.snd_max {
+            return;
+        }
+        match session.state {
+            State::FinWait1 => {
+                session.state = State::FinWait2;
+                session.rto_at = Some(tick(now_ns).wrapping_add(timing::FIN_TIMEOUT));
+            }
+            State::Closing | State::LastAck => self.finish(now_ns, s, out),
+            _ => {}
+        }
+    }
+
+    /// Both sides have closed.
+    fn finish<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
+        let session = &self.sessions[s];
+        let client_open = self.connections[session.connection].end == End::Open;
+        let reason = match session.cut_reason {
+            EndReason::Completed | EndReason::TargetClosed if session.target_closed_first && client_open => {
+                EndReason::TargetClosed
+            }
+            EndReason::TargetClosed => EndReason::Completed,
+            other => other,
+        };
+        self.end_session(tick(now_ns), s, reason, out);
+    }
+
+    /// The target closed its side: what the session has begun to send it finishes, then it closes too. Turns that it has not begun go
+    /// to a new session.
+    fn on_target_fin<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
+        let session = &mut self.sessions[s];
+        session.rcv_nxt = session.rcv_nxt.wrapping_add(1);
+        session.ack_now = true;
+        session.response_ended = true;
+        session.response_at = tick(now_ns);
+        session.marks.push(session.rcv_nxt);
+        match session.state {
+            State::Established => {
+                session.state = State::CloseWait;
+                session.target_closed_first = true;
+                if !session.cut {
+                    self.hand_over(now_ns, s, EndReason::TargetClosed, out);
+                }
+            }
+            State::FinWait1 => session.state = State::Closing,
+            State::FinWait2 => {
+                self.send_ack(now_ns, s, out);
+                self.finish(now_ns, s, out);
+            }
+            _ => {}
+        }
+    }
+
+    fn on_target_reset<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
+        let session = &self.sessions[s];
+        // After both FINs a reset is only an impolite way to say the same.
+        let over = matches!(session.state, State::LastAck | State::Closing | State::FinWait2)
+            && session.una_segment == NONE;
+        if over {
+            self.finish(now_ns, s, out);
+            return;
+        }
+        if !session.cut {
+            self.hand_over(now_ns, s, EndReason::TargetReset, out);
+        }
+        self.end_session(tick(now_ns), s, EndReason::TargetReset, out);
+    }
+
+    /// Gives the turns that a session has not begun to a new session of the same copy, and cuts the old one there.
+    fn hand_over<O: Output>(&mut self, now_ns: u64, s: u32, reason: EndReason, out: &mut O) {
+        let first = self.first_unsent(s, true);
+        self.cut_before(s, first, reason);
+        if first == NONE {
+            return;
+        }
+        let session = &self.sessions[s];
+        let (c, service) = (session.connection, session.service);
+        let iss = self.store[first].seq.wrapping_sub(1);
+        // Copy 1: not the client's own port, which the old session still has.
+        match self.open_session(now_ns, c, service, 1, iss, out) {
+            Some(new) => {
+                let new = &mut self.sessions[new];
+                new.joined = true;
+                new.una_segment = first;
+                new.next_segment = first;
+            }
+            None => {
+                self.counters[reason.lost_bytes()] += self.bytes_from(first);
+                self.unreference_tail(first);
+                self.free_head(c);
+            }
+        }
+    }
+}

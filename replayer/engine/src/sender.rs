@@ -1,0 +1,565 @@
+//! What a session sends: SYN, data, FIN, RST, acknowledgments; retransmission and the turn gate.
+
+use crate::config::timing;
+use crate::connection::End;
+use crate::counters::{Counter, EndReason};
+use crate::engine::Engine;
+use crate::output::{InHand, Output};
+use crate::session::{Gate, State, seq_before};
+use crate::slab::NONE;
+use crate::timer::{tick, ticks};
+use crate::wire::{Header, MAX_HEADER, SynOptions, payload_limit};
+use replayer_common::addr::Endpoint;
+use replayer_common::packet::flags;
+use replayer_common::response::{ResponseHeader, present};
+
+/// Initial congestion window, segments (RFC 6928).
+const INITIAL_WINDOW: u32 = 10;
+
+/// The window field of every segment: with the client's scale it never closes, for nothing is stored of a response.
+const WINDOW: u16 = u16::MAX;
+
+/// Bytes of a stored segment.
+#[derive(Clone, Copy)]
+struct Piece {
+    segment: u32,
+    offset: u32,
+    len: u32,
+}
+
+/// Microseconds, wrapping: for durations under an hour.
+pub(crate) fn micros(now_ns: u64) -> u32 {
+    (now_ns / 1000) as u32
+}
+
+impl Engine {
+    /// A segment for an identity whose session has ended: a repeated FIN is acknowledged (TIME-WAIT without a state), anything
+    /// else is reset, so that nothing stays half open at the target.
+    pub(crate) fn answer_stray<O: Output>(
+        &mut self,
+        record: &ResponseHeader,
+        identity: Endpoint,
+        out: &mut O,
+    ) {
+        let Some(service) = self.services.get_mut(usize::from(record.service)) else { return };
+        let Some(link) = service.link else { return };
+        let acknowledges = record.flags & (flags::FIN | flags::SYN) == flags::FIN;
+        if record.flags & flags::RST != 0 || record.flags & flags::ACK == 0 {
+            return;
+        }
+        if !acknowledges && record.payload_len == 0 && record.flags & flags::SYN == 0 {
+            return;
+        }
+        service.ip_id = service.ip_id.wrapping_add(1);
+        let header = Header {
+            source: identity,
+            destination: service.target,
+            seq: record.ack,
+            ack: if acknowledges { record.seq.wrapping_add(record.payload_len).wrapping_add(1) } else { 0 },
+            flags: if acknowledges { flags::ACK } else { flags::RST },
+            window: WINDOW,
+            // The target's own clock keeps PAWS content (RFC 7323 section 5): it echoed ours last.
+            timestamps: record.has(present::TIMESTAMPS).then_some((record.ts_ecr, record.ts_val)),
+            syn: None,
+            ip_id: service.ip_id,
+        };
+        let Some(mut frame) = out.allocate() else {
+            self.counters[Counter::SegmentsNoFrame] += 1;
+            return;
+        };
+        let len = header.len(&link);
+        let bytes = out.bytes(&mut frame);
+        if bytes.len() < MAX_HEADER {
+            out.release(frame);
+            return;
+        }
+        header.write(&link, &mut bytes[..len], 0);
+        self.counters[Counter::SegmentsSent] += 1;
+        if !out.transmit(frame, len) {
+            self.counters[Counter::SegmentsNoFrame] += 1;
+        }
+    }
+
+    /// Writes a segment and gives it to the output. With `in_hand`, a captured frame that holds just these bytes is rewritten in
+    /// place; otherwise the bytes are copied from the store into a free frame.
+    fn send<O: Output>(
+        &mut self,
+        now_ns: u64,
+        s: u32,
+        control: u8,
+        seq: u32,
+        piece: Option<Piece>,
+        out: &mut O,
+        in_hand: &mut Option<InHand<O::Frame>>,
+    ) {
+        let session = &mut self.sessions[s];
+        let service = &mut self.services[usize::from(session.service)];
+        let Some(link) = service.link else {
+            self.counters[Counter::SegmentsNoLink] += 1;
+            return;
+        };
+        let syn = control & flags::SYN != 0;
+        let acknowledges = control & flags::ACK != 0;
+        service.ip_id = service.ip_id.wrapping_add(1);
+        let header = Header {
+            source: session.identity,
+            destination: service.target,
+            seq,
+            ack: if acknowledges { session.rcv_nxt } else { 0 },
+            flags: control,
+            window: WINDOW,
+            timestamps: session
+                .timestamps
+                .then(|| (session.ts_offset.wrapping_add((now_ns / 1_000_000) as u32), session.ts_recent)),
+            syn: syn.then_some(SynOptions {
+                mss: session.offer_mss,
+                window_scale: session.offer_wscale,
+                sack_permitted: session.offer_sack,
+            }),
+            ip_id: service.ip_id,
+        };
+        if acknowledges {
+            session.ack_now = false;
+            session.unacked_segments = 0;
+            session.ack_at = None;
+        }
+        let start = header.len(&link);
+        let len = piece.map_or(0, |piece| piece.len as usize);
+        let same = in_hand.take_if(|hand| {
+            piece.is_some_and(|piece| {
+                piece.segment == hand.segment && piece.offset == 0 && len == hand.payload_len
+            })
+        });
+        let mut frame = if let Some(hand) = same {
+            let mut frame = hand.frame;
+            if hand.payload_offset != start {
+                let bytes = out.bytes(&mut frame);
+                if bytes.len() < start + len {
+                    self.counters[Counter::SegmentsNoFrame] += 1;
+                    out.release(frame);
+                    return;
+                }
+                bytes.copy_within(hand.payload_offset..hand.payload_offset + len, start);
+            }
+            frame
+        } else {
+            let Some(mut frame) = out.allocate() else {
+                self.counters[Counter::SegmentsNoFrame] += 1;
+                return;
+            };
+            let bytes = out.bytes(&mut frame);
+            if bytes.len() < start + len {
+                self.counters[Counter::SegmentsNoFrame] += 1;
+                out.release(frame);
+                return;
+            }
+            if let Some(piece) = piece {
+                self.store.copy_to(piece.segment, piece.offset as usize, &mut bytes[start..start + len]);
+            }
+            frame
+        };
+        header.write(&link, &mut out.bytes(&mut frame)[..start + len], len);
+        self.counters[Counter::SegmentsSent] += 1;
+        if !out.transmit(frame, start + len) {
+            self.counters[Counter::SegmentsNoFrame] += 1;
+        }
+    }
+
+    pub(crate) fn send_syn<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
+        let session = &mut self.sessions[s];
+        session.snd_nxt = session.iss.wrapping_add(1);
+        session.snd_max = session.snd_nxt;
+        session.timing = session.tries == 0;
+        (session.timed_seq, session.timed_at_us) = (session.snd_nxt, micros(now_ns));
+        session.rto_at = Some(tick(now_ns).wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+        let iss = session.iss;
+        if session.tries > 0 {
+            self.counters[Counter::SegmentsRetransmitted] += 1;
+        }
+        self.send(now_ns, s, flags::SYN, iss, None, out, &mut None);
+        self.arm_session(s);
+    }
+
+    pub(crate) fn send_ack<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
+        let seq = self.sessions[s].snd_max;
+        self.send(now_ns, s, flags::ACK, seq, None, out, &mut None);
+    }
+
+    /// Resets the target's side. The target takes an RST only at the very number that it expects next (RFC 5961): that is
+    /// either what it acknowledged last or, if all that is in flight arrived, the highest number sent.
+    pub(crate) fn send_reset<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
+        let session = &self.sessions[s];
+        let (una, max) = (session.snd_una, session.snd_max);
+        if session.state == State::SynSent {
+            self.send(now_ns, s, flags::RST, max, None, out, &mut None);
+            return;
+        }
+        self.send(now_ns, s, flags::RST | flags::ACK, max, None, out, &mut None);
+        if una != max {
+            self.send(now_ns, s, flags::RST | flags::ACK, una, None, out, &mut None);
+        }
+    }
+
+    /// An answer to a SYN that belongs to an older connection of the same addresses: that one is reset (RFC 9293 section
+    /// 3.10.7.3), and the SYN goes again.
+    pub(crate) fn reset_old_connection<O: Output>(&mut self, now_ns: u64, s: u32, ack: u32, out: &mut O) {
+        self.send(now_ns, s, flags::RST, ack, None, out, &mut None);
+        let session = &mut self.sessions[s];
+        session.rto_at = Some(tick(now_ns).wrapping_add(timing::SYN_AGAIN));
+        self.arm_session(s);
+    }
+
+    /// The handshake is done: sizes and windows are known.
+    pub(crate) fn begin_sending(&mut self, s: u32, target_mss: u16) {
+        let session = &mut self.sessions[s];
+        let service = &self.services[usize::from(session.service)];
+        let mtu = service.link.map_or(1500, |link| link.mtu).min(self.config.frame_room - 18);
+        // RFC 6691: the MSS option does not count options, so what they take is taken off here.
+        let options = if session.timestamps { 12 } else { 0 };
+        session.mss = payload_limit(mtu, &service.target, session.timestamps)
+            .min(target_mss.max(64).saturating_sub(options))
+            .max(48);
+        session.cwnd = INITIAL_WINDOW * u32::from(session.mss);
+    }
+
+    /// Sends what may be sent now: data that turn and windows allow, then FIN or RST when the stream has ended. The session may
+    /// be gone afterwards.
+    pub(crate) fn output<O: Output>(
+        &mut self,
+        now_ns: u64,
+        s: u32,
+        out: &mut O,
+        in_hand: &mut Option<InHand<O::Frame>>,
+    ) {
+        let now = tick(now_ns);
+        loop {
+            let session = &mut self.sessions[s];
+            let again = session.snd_nxt != session.snd_max;
+            if !session.state.may_send() && !(again && session.state.fin_sent()) {
+                return;
+            }
+            if session.next_segment == NONE {
+                break;
+            }
+            let stored = self.store[session.next_segment];
+            let in_flight = session.in_flight();
+            let usable = session.snd_wnd.min(session.cwnd).saturating_sub(in_flight);
+            let mut len = (stored.len - session.next_offset).min(u32::from(session.mss));
+            if len > usable {
+                if in_flight > 0 {
+                    // The acknowledgment of what is in flight brings us back here.
+                    return;
+                }
+                if usable == 0 {
+                    // Zero window: probe (RFC 9293 section 3.8.6.1).
+                    if session.rto_at.is_none() {
+                        session.rto_at = Some(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+                        self.arm_session(s);
+                    }
+                    return;
+                }
+                len = usable;
+            }
+            if !again && session.next_offset == 0 && stored.starts_turn {
+                if !self.turn_may_begin(now_ns, s, stored.need) {
+                    return;
+                }
+                let session = &mut self.sessions[s];
+                session.awaiting_response = true;
+                session.turn_sent_us = micros(now_ns);
+                self.counters[Counter::TurnsSent] += 1;
+            }
+            let session = &mut self.sessions[s];
+            let piece = Piece { segment: session.next_segment, offset: session.next_offset, len };
+            let seq = session.snd_nxt;
+            let whole = session.next_offset + len == stored.len;
+            if again {
+                self.counters[Counter::SegmentsRetransmitted] += 1;
+            } else if session.next_offset == 0 {
+                let lag = micros(now_ns).wrapping_sub(stored.captured_us);
+                self.capture_to_transmit.record(lag);
+                self.lag_max_us = self.lag_max_us.max(lag);
+            }
+            session.snd_nxt = seq.wrapping_add(len);
+            if seq_before(session.snd_max, session.snd_nxt) {
+                session.snd_max = session.snd_nxt;
+            }
+            if !session.timing && !again {
+                session.timing = true;
+                (session.timed_seq, session.timed_at_us) = (session.snd_nxt, micros(now_ns));
+            }
+            if session.rto_at.is_none() {
+                session.rto_at = Some(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+            }
+            if whole {
+                session.next_segment = session.segment_after(piece.segment, stored.next);
+                session.next_offset = 0;
+            } else {
+                session.next_offset += len;
+            }
+            let push = if whole && stored.push { flags::PSH } else { 0 };
+            self.send(now_ns, s, flags::ACK | push, seq, Some(piece), out, in_hand);
+            self.arm_session(s);
+        }
+        self.output_end(now_ns, s, out);
+    }
+
+    /// Whether the turn gate is open; arms the time to look again when it is not.
+    fn turn_may_begin(&mut self, now_ns: u64, s: u32, need: u32) -> bool {
+        let now = tick(now_ns);
+        let hold_limit = self.hold_limit;
+        let session = &mut self.sessions[s];
+        if session.joined || !self.config.wait_for_responses {
+            session.joined = false;
+            session.turn_base = session.rcv_nxt;
+            return true;
+        }
+        let opened_by = match session.gate(need, hold_limit, now) {
+            Gate::Wait(until) => {
+                session.release_at = Some(until);
+                self.arm_session(s);
+                return false;
+            }
+            Gate::Bytes => Counter::TurnsReleasedByBytes,
+            Gate::Quiet => Counter::TurnsReleasedByQuiet,
+            Gate::HoldLimit => Counter::TurnsReleasedByHoldLimit,
+        };
+        session.holding = false;
+        session.release_at = None;
+        if need > 0 {
+            self.counters[opened_by] += 1;
+        }
+        true
+    }
+
+    /// Everything stored was sent: the end of the stream, if it has come.
+    fn output_end<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
+        let session = &self.sessions[s];
+        let again = session.snd_nxt != session.snd_max;
+        if session.state.fin_sent() {
+            if again {
+                self.counters[Counter::SegmentsRetransmitted] += 1;
+                self.send_fin(now_ns, s, out);
+            }
+            return;
+        }
+        if again {
+            return;
+        }
+        let end = if session.cut {
+            // A hole: the target may still be answering, which a close would disturb.
+            let need = u32::from(session.cut_reason == EndReason::Gap);
+            End::Fin { seq: 0, need }
+        } else {
+            self.connections[session.connection].end
+        };
+        match end {
+            End::Open => {
+                if session.state == State::CloseWait {
+                    self.send_fin(now_ns, s, out);
+                }
+            }
+            End::Fin { need, .. } => {
+                if session.state == State::CloseWait || self.turn_may_begin(now_ns, s, need) {
+                    self.send_fin(now_ns, s, out);
+                }
+            }
+            End::Reset { need } => {
+                if session.state == State::CloseWait || self.turn_may_begin(now_ns, s, need) {
+                    self.send_reset(now_ns, s, out);
+                    self.end_session(tick(now_ns), s, EndReason::ClientReset, out);
+                }
+            }
+        }
+    }
+
+    fn send_fin<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
+        let now = tick(now_ns);
+        let session = &mut self.sessions[s];
+        let seq = session.snd_nxt;
+        session.snd_nxt = seq.wrapping_add(1);
+        if seq_before(session.snd_max, session.snd_nxt) {
+            session.snd_max = session.snd_nxt;
+        }
+        match session.state {
+            State::Established => session.state = State::FinWait1,
+            State::CloseWait => session.state = State::LastAck,
+            _ => {}
+        }
+        session.release_at = None;
+        session.rto_at.get_or_insert(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+        self.send(now_ns, s, flags::FIN | flags::ACK, seq, None, out, &mut None);
+        self.arm_session(s);
+    }
+
+    /// The retransmission timer: lost SYN, data or FIN; a zero window to probe; a close that the target does not finish.
+    pub(crate) fn on_retransmission_timeout<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
+        let now = tick(now_ns);
+        let session = &mut self.sessions[s];
+        session.tries = session.tries.saturating_add(1);
+        if session.state == State::SynSent {
+            if session.tries >= timing::SYN_TRIES {
+                self.end_session(now, s, EndReason::HandshakeTimeout, out);
+                return;
+            }
+            let service = &mut self.services[usize::from(session.service)];
+            let silent = |since: u32| !crate::timer::before(now, since.wrapping_add(timing::DOWN_AFTER));
+            if !service.down && service.unanswered_since.is_some_and(silent) {
+                service.down = true;
+                service.next_probe = now;
+            }
+            self.send_syn(now_ns, s, out);
+            return;
+        }
+        if session.snd_una != session.snd_max {
+            if session.tries > timing::RETRANSMIT_TRIES {
+                self.send_reset(now_ns, s, out);
+                self.end_session(now, s, EndReason::RetransmitTimeout, out);
+                return;
+            }
+            // RFC 5681 section 3.1; then everything after the last acknowledgment goes again (RFC 9293 section 3.8.1).
+            let mss = u32::from(session.mss);
+            session.ssthresh = (session.snd_max.wrapping_sub(session.snd_una) / 2).max(2 * mss);
+            session.cwnd = mss;
+            session.in_recovery = false;
+            session.dup_acks = 0;
+            session.timing = false;
+            session.snd_nxt = session.snd_una;
+            session.next_segment = session.una_segment;
+            session.next_offset = match session.una_segment {
+                NONE => 0,
+                segment => session.snd_una.wrapping_sub(self.store[segment].seq),
+            };
+            if session.snd_wnd == 0 {
+                self.send_window_probe(now_ns, s, out);
+            } else {
+                self.output(now_ns, s, out, &mut None);
+            }
+            return;
+        }
+        if session.state == State::FinWait2 {
+            self.send_reset(now_ns, s, out);
+            self.end_session(now, s, EndReason::FinTimeout, out);
+            return;
+        }
+        if session.next_segment != NONE && session.snd_wnd == 0 {
+            if session.tries > timing::RETRANSMIT_TRIES {
+                self.send_reset(now_ns, s, out);
+                self.end_session(now, s, EndReason::RetransmitTimeout, out);
+                return;
+            }
+            self.send_window_probe(now_ns, s, out);
+        }
+    }
+
+    /// An old sequence number makes the target say its window (the form that Linux uses; RFC 9293 section 3.8.6.1 wants it answered).
+    fn send_window_probe<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
+        let session = &mut self.sessions[s];
+        session.rto_at = Some(tick(now_ns).wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+        let seq = session.snd_una.wrapping_sub(1);
+        self.send(now_ns, s, flags::ACK, seq, None, out, &mut None);
+        self.arm_session(s);
+    }
+
+    /// Sends the first unacknowledged segment again, without going back (fast retransmit, RFC 6582).
+    pub(crate) fn retransmit_first<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
+        let session = &mut self.sessions[s];
+        session.timing = false;
+        let seq = session.snd_una;
+        self.counters[Counter::SegmentsRetransmitted] += 1;
+        if session.una_segment == NONE {
+            if session.state.fin_sent() {
+                self.send(now_ns, s, flags::FIN | flags::ACK, seq, None, out, &mut None);
+            }
+            return;
+        }
+        let stored = self.store[session.una_segment];
+        let offset = seq.wrapping_sub(stored.seq);
+        let sent = session.snd_max.wrapping_sub(seq);
+        let len = (stored.len - offset).min(u32::from(session.mss)).min(sent);
+        let piece = Piece { segment: session.una_segment, offset, len };
+        let push = if stored.push && offset + len == stored.len { flags::PSH } else { 0 };
+        self.send(now_ns, s, flags::ACK | push, seq, Some(piece), out, &mut None);
+    }
+
+    /// The session takes no more data and closes when it has delivered what it was given.
+    pub(crate) fn cut(&mut self, s: u32, reason: EndReason) {
+        let tail = self.connections[self.sessions[s].connection].tail;
+        let session = &mut self.sessions[s];
+        if !session.cut {
+            session.cut = true;
+            session.cut_reason = reason;
+            session.last_segment = tail;
+        }
+    }
+
+    /// The session takes no more data and gives up what it has not begun to send, counted as lost for `reason`.
+    pub(crate) fn cut_unsent(&mut self, s: u32, reason: EndReason) {
+        let first = self.first_unsent(s, false);
+        self.cut_before(s, first, reason);
+        if first != NONE {
+            let lost = self.bytes_from(first);
+            self.counters[reason.lost_bytes()] += lost;
+            self.unreference_tail(first);
+            let c = self.sessions[s].connection;
+            self.free_head(c);
+        }
+    }
+
+    /// The first segment of which nothing was sent yet (and, with `turn_start`, that starts a turn), or `NONE`.
+    pub(crate) fn first_unsent(&self, s: u32, turn_start: bool) -> u32 {
+        let session = &self.sessions[s];
+        let mut segment = session.una_segment;
+        while segment != NONE {
+            let stored = &self.store[segment];
+            if !seq_before(stored.seq, session.snd_max) && (!turn_start || stored.starts_turn) {
+                return segment;
+            }
+            segment = session.segment_after(segment, stored.next);
+        }
+        NONE
+    }
+
+    /// Ends what the session was given before `segment`. References from there on are the caller's to drop or to pass on.
+    pub(crate) fn cut_before(&mut self, s: u32, segment: u32, reason: EndReason) {
+        if segment == NONE {
+            self.cut(s, reason);
+            return;
+        }
+        let session = &mut self.sessions[s];
+        debug_assert!(!session.cut);
+        session.cut = true;
+        session.cut_reason = reason;
+        if session.next_segment == segment {
+            session.next_segment = NONE;
+        }
+        if session.una_segment == segment {
+            session.una_segment = NONE;
+            session.last_segment = NONE;
+            return;
+        }
+        let mut last = session.una_segment;
+        while self.store[last].next != segment {
+            last = self.store[last].next;
+        }
+        session.last_segment = last;
+    }
+
+    /// Bytes from `segment` to the end of its connection's list.
+    pub(crate) fn bytes_from(&self, mut segment: u32) -> u64 {
+        let mut bytes = 0;
+        while segment != NONE {
+            bytes += u64::from(self.store[segment].len);
+            segment = self.store[segment].next;
+        }
+        bytes
+    }
+
+    /// Drops one reference of each segment from `segment` to the end of the list.
+    pub(crate) fn unreference_tail(&mut self, mut segment: u32) {
+        while segment != NONE {
+            self.store[segment].references -= 1;
+            segment = self.store[segment].next;
+        }
+    }
+}

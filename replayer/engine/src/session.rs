@@ -1,0 +1,418 @@
+//! A session: one TCP connection replayed to a target. This file holds its state and what can be said of one session alone;
+//! `sender.rs` and `receiver.rs` hold what it does.
+//!
+//! Sequence numbers are the client's own: the session's ISN is the client's, or, when it joins in the middle, the one that makes
+//! the first byte sent the next one. So a byte has the same number in the capture, in the store and towards the target.
+
+use crate::config::timing;
+use crate::slab::NONE;
+use crate::timer::{Tick, before};
+use replayer_common::addr::Endpoint;
+
+/// RFC 9293 section 3.3.2. LISTEN and SYN-RECEIVED do not occur: the engine is a client. TIME-WAIT is not kept: the identity
+/// rests in quarantine instead, and a repeated FIN of the target is acknowledged without a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    SynSent,
+    Established,
+    FinWait1,
+    FinWait2,
+    Closing,
+    CloseWait,
+    LastAck,
+    Closed,
+}
+
+impl State {
+    /// Whether data may be sent.
+    pub(crate) fn may_send(self) -> bool {
+        matches!(self, State::Established | State::CloseWait)
+    }
+
+    /// Whether our FIN was sent.
+    pub(crate) fn fin_sent(self) -> bool {
+        matches!(self, State::FinWait1 | State::FinWait2 | State::Closing | State::LastAck)
+    }
+}
+
+/// Sequence number comparison (RFC 9293 section 3.4).
+#[inline]
+pub(crate) fn seq_before(a: u32, b: u32) -> bool {
+    (a.wrapping_sub(b) as i32) < 0
+}
+
+/// Where responses may have ended: the last PSH boundaries seen, oldest first.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Marks {
+    ends: [u32; 4],
+    len: u8,
+    /// An older boundary was pushed out.
+    overflowed: bool,
+}
+
+impl Marks {
+    pub(crate) fn push(&mut self, end: u32) {
+        if usize::from(self.len) == self.ends.len() {
+            self.ends.rotate_left(1);
+            self.len -= 1;
+            self.overflowed = true;
+        }
+        self.ends[usize::from(self.len)] = end;
+        self.len += 1;
+    }
+
+    /// The first boundary at or after `seq`; forgets those before it and itself.
+    fn take_from(&mut self, seq: u32) -> Option<u32> {
+        let all = &self.ends[..usize::from(self.len)];
+        let found = all.iter().position(|&end| !seq_before(end, seq))?;
+        let end = all[found];
+        if found == 0 && self.overflowed && end != seq {
+            // Boundaries between `seq` and the oldest known were pushed out: where the response ended is not known, and the byte
+            // count is the better guess.
+            return Some(seq);
+        }
+        self.ends.copy_within(found + 1.., 0);
+        self.len -= found as u8 + 1;
+        self.overflowed = false;
+        Some(end)
+    }
+
+    fn clear(&mut self) {
+        self.len = 0;
+        self.overflowed = false;
+    }
+}
+
+/// What let a turn go, or what it waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Gate {
+    /// As many response bytes as the client had read online.
+    Bytes,
+    /// The response had ended.
+    Quiet,
+    /// The hold limit.
+    HoldLimit,
+    /// Look again at this tick.
+    Wait(Tick),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Session {
+    pub(crate) identity: Endpoint,
+    pub(crate) service: u16,
+    pub(crate) state: State,
+    /// The client connection that it copies, and the next copy of the same.
+    pub(crate) connection: u32,
+    pub(crate) next_copy: u32,
+    /// Number of the identity in the pool, or `NONE`.
+    pub(crate) pool_index: u32,
+    pub(crate) hash: u32,
+
+    /// In the list of sessions that this batch has touched.
+    pub(crate) dirty: bool,
+    /// Takes no further data; it closes when what it has, up to `last_segment`, is delivered, for `cut_reason`.
+    pub(crate) cut: bool,
+    pub(crate) last_segment: u32,
+    /// Its first turn follows no other: it waits for nothing.
+    pub(crate) joined: bool,
+    pub(crate) cut_reason: crate::counters::EndReason,
+    /// The target sent FIN before us.
+    pub(crate) target_closed_first: bool,
+
+    // Send side (RFC 9293 section 3.3.1).
+    pub(crate) iss: u32,
+    pub(crate) snd_una: u32,
+    pub(crate) snd_nxt: u32,
+    /// The highest number ever sent, plus one: after a timeout `snd_nxt` goes back behind it.
+    pub(crate) snd_max: u32,
+    pub(crate) snd_wnd: u32,
+    pub(crate) snd_wscale: u8,
+    pub(crate) mss: u16,
+    /// First segment not wholly acknowledged, and the place of `snd_nxt`; `NONE`: at the end of what is stored.
+    pub(crate) una_segment: u32,
+    pub(crate) next_segment: u32,
+    pub(crate) next_offset: u32,
+
+    // Congestion (RFC 5681, RFC 6582) and timing (RFC 6298).
+    pub(crate) cwnd: u32,
+    pub(crate) ssthresh: u32,
+    pub(crate) recover: u32,
+    pub(crate) in_recovery: bool,
+    pub(crate) dup_acks: u8,
+    pub(crate) tries: u8,
+    pub(crate) srtt_us: u32,
+    pub(crate) rttvar_us: u32,
+    pub(crate) timing: bool,
+    pub(crate) timed_seq: u32,
+    pub(crate) timed_at_us: u32,
+
+    // Receive side.
+    pub(crate) rcv_nxt: u32,
+    pub(crate) ack_now: bool,
+    pub(crate) unacked_segments: u8,
+
+    // Timestamps (RFC 7323).
+    pub(crate) timestamps: bool,
+    pub(crate) ts_offset: u32,
+    pub(crate) ts_recent: u32,
+
+    // SYN options to offer.
+    pub(crate) offer_mss: u16,
+    pub(crate) offer_wscale: Option<u8>,
+    pub(crate) offer_sack: bool,
+
+    // Turns.
+    /// Response bytes before this number belong to earlier turns.
+    pub(crate) turn_base: u32,
+    pub(crate) marks: Marks,
+    pub(crate) response_ended: bool,
+    pub(crate) response_at: Tick,
+    pub(crate) holding: bool,
+    pub(crate) hold_since: Tick,
+    /// When the current turn's first byte was sent; its response has not begun.
+    pub(crate) awaiting_response: bool,
+    pub(crate) turn_sent_us: u32,
+
+    // Deadlines; `None` when not wanted.
+    pub(crate) rto_at: Option<Tick>,
+    pub(crate) ack_at: Option<Tick>,
+    pub(crate) release_at: Option<Tick>,
+}
+
+impl Session {
+    /// The retransmission timeout with its backoff, microseconds.
+    pub(crate) fn rto_us(&self) -> u32 {
+        let base = if self.state == State::SynSent || self.srtt_us == 0 {
+            timing::SYN_TIMEOUT_US
+        } else {
+            (self.srtt_us + (4 * self.rttvar_us).max(1000)).clamp(timing::RTO_MIN_US, timing::RTO_MAX_US)
+        };
+        base.saturating_mul(1 << self.tries.min(6)).min(16 * timing::SYN_TIMEOUT_US)
+    }
+
+    /// Takes a round-trip time into the estimate (RFC 6298 section 2).
+    pub(crate) fn round_trip(&mut self, rtt_us: u32) {
+        let rtt = rtt_us.clamp(1, 60_000_000);
+        if self.srtt_us == 0 {
+            self.srtt_us = rtt;
+            self.rttvar_us = rtt / 2;
+        } else {
+            self.rttvar_us = (3 * self.rttvar_us + self.srtt_us.abs_diff(rtt)) / 4;
+            self.srtt_us = ((7 * u64::from(self.srtt_us) + u64::from(rtt)) / 8) as u32;
+        }
+    }
+
+    /// Bytes sent and not acknowledged (SYN and FIN count one each).
+    pub(crate) fn in_flight(&self) -> u32 {
+        self.snd_nxt.wrapping_sub(self.snd_una)
+    }
+
+    /// The segment after `segment` among those that the session was given, or `NONE`.
+    pub(crate) fn segment_after(&self, segment: u32, next: u32) -> u32 {
+        if self.cut && segment == self.last_segment { NONE } else { next }
+    }
+
+    /// How long the target must be silent for its response to count as ended, ticks.
+    fn quiet_ticks(&self) -> u32 {
+        let quiet = (2 * self.srtt_us.min(1 << 24) + 4 * self.rttvar_us.min(1 << 24))
+            .clamp(timing::QUIET_MIN_US, timing::QUIET_MAX_US);
+        crate::timer::ticks(u64::from(quiet) * 1000)
+    }
+
+    /// Whether the next turn may begin, given that online the client had read `need` response bytes since the turn before.
+    ///
+    /// The count is exact where target and online server answer with the same sizes. Where they do not, the end of a response
+    /// is seen by its PSH and the silence after it, and the next turn's count begins there: a longer or shorter response
+    /// shifts nothing that comes after it.
+    pub(crate) fn gate(&mut self, need: u32, hold_limit: u32, now: Tick) -> Gate {
+        let expected = self.turn_base.wrapping_add(need);
+        let enough = !seq_before(self.rcv_nxt, expected);
+        if enough && need == 0 {
+            return Gate::Bytes;
+        }
+        if enough && let Some(end) = self.marks.take_from(expected) {
+            self.turn_base = end;
+            return Gate::Bytes;
+        }
+        if !self.holding {
+            self.holding = true;
+            self.hold_since = now;
+        }
+        let limit = self.hold_since.wrapping_add(hold_limit);
+        let something = seq_before(self.turn_base, self.rcv_nxt);
+        // A count that is reached in the middle of a burst waits for the burst's end, like a response that is shorter.
+        let ended = something && (enough || self.response_ended) && self.in_flight() == 0;
+        let quiet_at = self.response_at.wrapping_add(self.quiet_ticks());
+        if ended && !before(now, quiet_at) {
+            self.turn_base = self.rcv_nxt;
+            self.marks.clear();
+            return Gate::Quiet;
+        }
+        if !before(now, limit) {
+            self.turn_base = self.rcv_nxt;
+            self.marks.clear();
+            return Gate::HoldLimit;
+        }
+        Gate::Wait(if ended && before(quiet_at, limit) { quiet_at } else { limit })
+    }
+
+    /// The earliest deadline.
+    pub(crate) fn deadline(&self) -> Option<Tick> {
+        [self.rto_at, self.ack_at, self.release_at]
+            .into_iter()
+            .flatten()
+            .reduce(|a, b| if before(b, a) { b } else { a })
+    }
+
+    /// A session about to send its SYN.
+    pub(crate) fn new(identity: Endpoint, service: u16, connection: u32, iss: u32) -> Session {
+        Session {
+            identity,
+            service,
+            state: State::SynSent,
+            connection,
+            next_copy: NONE,
+            pool_index: NONE,
+            hash: 0,
+            dirty: false,
+            cut: false,
+            last_segment: NONE,
+            joined: false,
+            cut_reason: crate::counters::EndReason::Completed,
+            target_closed_first: false,
+            iss,
+            snd_una: iss,
+            snd_nxt: iss,
+            snd_max: iss,
+            snd_wnd: 0,
+            snd_wscale: 0,
+            mss: 536,
+            una_segment: NONE,
+            next_segment: NONE,
+            next_offset: 0,
+            cwnd: 0,
+            ssthresh: u32::MAX,
+            recover: iss,
+            in_recovery: false,
+            dup_acks: 0,
+            tries: 0,
+            srtt_us: 0,
+            rttvar_us: 0,
+            timing: false,
+            timed_seq: 0,
+            timed_at_us: 0,
+            rcv_nxt: 0,
+            ack_now: false,
+            unacked_segments: 0,
+            timestamps: false,
+            ts_offset: 0,
+            ts_recent: 0,
+            offer_mss: 1460,
+            offer_wscale: None,
+            offer_sack: true,
+            turn_base: 0,
+            marks: Marks::default(),
+            response_ended: false,
+            response_at: 0,
+            holding: false,
+            hold_since: 0,
+            awaiting_response: false,
+            turn_sent_us: 0,
+            rto_at: None,
+            ack_at: None,
+            release_at: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn session() -> Session {
+        let mut s = Session::new(Endpoint { ip: [0; 16], port: 1 }, 0, 0, 0);
+        s.state = State::Established;
+        (s.rcv_nxt, s.turn_base) = (1000, 1000);
+        (s.srtt_us, s.rttvar_us) = (100, 10);
+        s
+    }
+
+    fn response(s: &mut Session, bytes: u32, push: bool, now: Tick) {
+        s.rcv_nxt = s.rcv_nxt.wrapping_add(bytes);
+        s.response_ended = push;
+        s.response_at = now;
+        if push {
+            s.marks.push(s.rcv_nxt);
+        }
+    }
+
+    #[test]
+    fn b021_a_turn_waits_for_the_whole_response() {
+        let mut s = session();
+        assert!(matches!(s.gate(300, 1000, 10), Gate::Wait(1010)));
+        response(&mut s, 200, false, 11);
+        assert!(matches!(s.gate(300, 1000, 12), Gate::Wait(1010)));
+        response(&mut s, 100, true, 13);
+        assert_eq!(s.gate(300, 1000, 13), Gate::Bytes);
+        assert_eq!(s.turn_base, 1300);
+    }
+
+    #[test]
+    fn b026_longer_and_shorter_responses_shift_nothing() {
+        let mut s = session();
+        // 50 bytes longer: the turn goes at its end, and the next one counts from there.
+        response(&mut s, 350, true, 1);
+        assert_eq!(s.gate(300, 1000, 1), Gate::Bytes);
+        assert!(
+            matches!(s.gate(300, 1000, 2), Gate::Wait(_)),
+            "the surplus does not count for the next turn"
+        );
+        s.holding = false;
+        // Shorter: quiet after PSH.
+        response(&mut s, 100, true, 10);
+        let Gate::Wait(at) = s.gate(300, 1000, 10) else { panic!() };
+        assert!(at > 10 && at < 40, "{at}");
+        assert_eq!(s.gate(300, 1000, at), Gate::Quiet);
+        s.holding = false;
+        response(&mut s, 300, true, 50);
+        assert_eq!(s.gate(300, 1000, 50), Gate::Bytes);
+    }
+
+    #[test]
+    fn b026_no_early_release_in_the_middle_of_a_burst() {
+        let mut s = session();
+        response(&mut s, 400, false, 1);
+        assert!(matches!(s.gate(300, 1000, 1), Gate::Wait(_)));
+        response(&mut s, 400, true, 2);
+        assert_eq!(s.gate(300, 1000, 2), Gate::Bytes);
+        assert_eq!(s.turn_base, 1800);
+    }
+
+    #[test]
+    fn b023_two_messages_that_come_together_release_two_turns() {
+        let mut s = session();
+        response(&mut s, 100, true, 1);
+        response(&mut s, 50, true, 1);
+        assert_eq!(s.gate(100, 1000, 1), Gate::Bytes);
+        assert_eq!(s.gate(50, 1000, 1), Gate::Bytes);
+        assert!(matches!(s.gate(50, 1000, 1), Gate::Wait(_)));
+    }
+
+    #[test]
+    fn b023_a_stream_that_runs_ahead_keeps_its_surplus() {
+        let mut s = session();
+        for _ in 0..20 {
+            response(&mut s, 10, true, 1);
+        }
+        for turn in 0..10 {
+            assert_eq!(s.gate(20, 1000, 1), Gate::Bytes, "turn {turn}");
+        }
+    }
+
+    #[test]
+    fn b024_the_hold_limit() {
+        let mut s = session();
+        assert_eq!(s.gate(300, 1000, 5), Gate::Wait(1005));
+        assert_eq!(s.gate(300, 1000, 1005), Gate::HoldLimit);
+    }
+}

@@ -1,0 +1,65 @@
+//! A fixed-capacity pool of values addressed by index. Nothing is allocated after it was made, and memory that was never
+//! used is never touched.
+
+use alloc::vec::Vec;
+
+/// Not an index: the end of a list, or nothing.
+pub(crate) const NONE: u32 = u32::MAX;
+
+/// Values of `T` by index; freed places are used again, last freed first (they are still in the cache).
+#[derive(Debug)]
+pub(crate) struct Slab<T> {
+    values: Vec<T>,
+    free: Vec<u32>,
+    capacity: usize,
+}
+
+impl<T> Slab<T> {
+    pub(crate) fn new(capacity: usize) -> Slab<T> {
+        assert!(capacity < NONE as usize, "indices are 32 bits");
+        Slab { values: Vec::with_capacity(capacity), free: Vec::with_capacity(capacity), capacity }
+    }
+
+    /// Values in use.
+    pub(crate) fn len(&self) -> usize {
+        self.values.len() - self.free.len()
+    }
+
+    /// One past the highest index that was ever in use.
+    pub(crate) fn high_water(&self) -> u32 {
+        self.values.len() as u32
+    }
+
+    /// A place for `value`, or `None` when all are taken.
+    pub(crate) fn insert(&mut self, value: T) -> Option<u32> {
+        if let Some(index) = self.free.pop() {
+            self.values[index as usize] = value;
+            return Some(index);
+        }
+        if self.values.len() == self.capacity {
+            return None;
+        }
+        self.values.push(value);
+        Some(self.values.len() as u32 - 1)
+    }
+
+    /// Gives the place back. The caller holds no other copy of `index`.
+    pub(crate) fn remove(&mut self, index: u32) {
+        self.free.push(index);
+    }
+}
+
+impl<T> core::ops::Index<u32> for Slab<T> {
+    type Output = T;
+    #[inline]
+    fn index(&self, index: u32) -> &T {
+        &self.values[index as usize]
+    }
+}
+
+impl<T> core::ops::IndexMut<u32> for Slab<T> {
+    #[inline]
+    fn index_mut(&mut self, index: u32) -> &mut T {
+        &mut self.values[index as usize]
+    }
+}

@@ -1,0 +1,283 @@
+//! Client data that the engine keeps: segments as they were captured, their bytes in blocks of a fixed size.
+//!
+//! A captured payload is copied here once, however many copies are made of its session, and stays until each of them had
+//! it acknowledged by its target: it is what retransmission and waiting for a turn draw on. Capture frames are never
+//! held, so a slow target cannot starve capture of frames. Nothing is allocated after start; freed places are used
+//! again first, so the memory that is touched is what was held at the worst moment.
+
+use crate::slab::NONE;
+use alloc::{vec, vec::Vec};
+
+/// Bytes of payload in a block. A small request is one block, a full Ethernet segment six.
+pub(crate) const BLOCK: usize = 256;
+
+/// A captured segment's place in its client's stream.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Segment {
+    /// The next segment of the list, or `NONE`.
+    pub(crate) next: u32,
+    /// The first block, or `NONE` for no bytes.
+    block: u32,
+    /// Bytes at the beginning of the first block that are not part of it any more.
+    skip: u32,
+    /// Sequence number of the first byte, in the client's numbering (which is the target's too).
+    pub(crate) seq: u32,
+    /// The client's ACK number on this segment.
+    pub(crate) ack: u32,
+    /// Response bytes that the client had read since the turn before, if this segment starts a turn.
+    pub(crate) need: u32,
+    /// When it was captured, microseconds (wrapping).
+    pub(crate) captured_us: u32,
+    /// Bytes.
+    pub(crate) len: u32,
+    /// Sessions that still need it.
+    pub(crate) references: u16,
+    /// Whether it starts a turn.
+    pub(crate) starts_turn: bool,
+    /// PSH as captured.
+    pub(crate) push: bool,
+}
+
+impl Segment {
+    /// The sequence number after its last byte.
+    pub(crate) fn end(&self) -> u32 {
+        self.seq.wrapping_add(self.len)
+    }
+}
+
+/// All held segments of a worker.
+#[derive(Debug)]
+pub(crate) struct Store {
+    segments: Vec<Segment>,
+    free_segment: u32,
+    bytes: Vec<u8>,
+    next_block: Vec<u32>,
+    free_block: u32,
+    used_blocks: u32,
+    fresh_blocks: u32,
+    max_blocks: u32,
+    max_segments: usize,
+    held_bytes: u64,
+    held_segments: u64,
+}
+
+/// The store is full.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Full;
+
+impl Store {
+    /// Room for `max_bytes` in blocks, and for as many segments as there are blocks.
+    pub(crate) fn new(max_bytes: usize) -> Store {
+        let blocks = (max_bytes / BLOCK).clamp(64, (NONE - 1) as usize);
+        Store {
+            segments: Vec::with_capacity(blocks),
+            free_segment: NONE,
+            // Zeroed memory from the system: pages are touched as blocks are used.
+            bytes: vec![0; blocks * BLOCK],
+            next_block: vec![0; blocks],
+            free_block: NONE,
+            used_blocks: 0,
+            fresh_blocks: 0,
+            max_blocks: blocks as u32,
+            max_segments: blocks,
+            held_bytes: 0,
+            held_segments: 0,
+        }
+    }
+
+    /// Payload bytes held now.
+    pub(crate) fn held_bytes(&self) -> u64 {
+        self.held_bytes
+    }
+
+    /// Segments held now.
+    #[cfg(test)]
+    pub(crate) fn held_segments(&self) -> u64 {
+        self.held_segments
+    }
+
+    fn take_block(&mut self) -> Option<u32> {
+        let block = if self.free_block != NONE {
+            let block = self.free_block;
+            self.free_block = self.next_block[block as usize];
+            block
+        } else if self.fresh_blocks < self.max_blocks {
+            self.fresh_blocks += 1;
+            self.fresh_blocks - 1
+        } else {
+            return None;
+        };
+        self.used_blocks += 1;
+        Some(block)
+    }
+
+    fn free_blocks(&mut self, mut block: u32) {
+        while block != NONE {
+            let next = self.next_block[block as usize];
+            self.next_block[block as usize] = self.free_block;
+            self.free_block = block;
+            self.used_blocks -= 1;
+            block = next;
+        }
+    }
+
+    /// Keeps `payload`. The segment is in no list yet.
+    pub(crate) fn insert(
+        &mut self,
+        seq: u32,
+        ack: u32,
+        payload: &[u8],
+        push: bool,
+        captured_us: u32,
+    ) -> Result<u32, Full> {
+        let needed = payload.len().div_ceil(BLOCK) as u32;
+        let segment_free = self.free_segment != NONE || self.segments.len() < self.max_segments;
+        if !segment_free || self.max_blocks - self.used_blocks < needed {
+            return Err(Full);
+        }
+        let mut first = NONE;
+        let mut last = NONE;
+        for chunk in payload.chunks(BLOCK) {
+            let Some(block) = self.take_block() else { return Err(Full) };
+            let at = block as usize * BLOCK;
+            self.bytes[at..at + chunk.len()].copy_from_slice(chunk);
+            self.next_block[block as usize] = NONE;
+            if last == NONE {
+                first = block;
+            } else {
+                self.next_block[last as usize] = block;
+            }
+            last = block;
+        }
+        let segment = Segment {
+            next: NONE,
+            block: first,
+            skip: 0,
+            seq,
+            ack,
+            need: 0,
+            captured_us,
+            len: payload.len() as u32,
+            references: 0,
+            starts_turn: false,
+            push,
+        };
+        self.held_bytes += payload.len() as u64;
+        self.held_segments += 1;
+        if self.free_segment != NONE {
+            let index = self.free_segment;
+            self.free_segment = self.segments[index as usize].next;
+            self.segments[index as usize] = segment;
+            return Ok(index);
+        }
+        self.segments.push(segment);
+        Ok(self.segments.len() as u32 - 1)
+    }
+
+    /// Lets go of a segment that is in no list any more.
+    pub(crate) fn remove(&mut self, index: u32) {
+        let segment = self.segments[index as usize];
+        self.free_blocks(segment.block);
+        self.held_bytes -= u64::from(segment.len);
+        self.held_segments -= 1;
+        self.segments[index as usize].next = self.free_segment;
+        self.free_segment = index;
+    }
+
+    /// Forgets the first `count` bytes of a segment that no session has; fewer than it has.
+    pub(crate) fn trim_front(&mut self, index: u32, count: u32) {
+        let segment = &mut self.segments[index as usize];
+        debug_assert!(count < segment.len);
+        segment.skip += count;
+        segment.len -= count;
+        segment.seq = segment.seq.wrapping_add(count);
+        self.held_bytes -= u64::from(count);
+    }
+
+    /// Copies `out.len()` bytes of a segment, from its byte `offset` on. The range lies in the segment.
+    pub(crate) fn copy_to(&self, index: u32, offset: usize, out: &mut [u8]) {
+        let segment = &self.segments[index as usize];
+        debug_assert!(offset + out.len() <= segment.len as usize);
+        let offset = offset + segment.skip as usize;
+        let mut block = segment.block;
+        for _ in 0..offset / BLOCK {
+            block = self.next_block[block as usize];
+        }
+        let mut within = offset % BLOCK;
+        let mut out = out;
+        while !out.is_empty() {
+            let n = out.len().min(BLOCK - within);
+            let at = block as usize * BLOCK + within;
+            let (now, later) = out.split_at_mut(n);
+            now.copy_from_slice(&self.bytes[at..at + n]);
+            out = later;
+            block = self.next_block[block as usize];
+            within = 0;
+        }
+    }
+}
+
+impl core::ops::Index<u32> for Store {
+    type Output = Segment;
+    #[inline]
+    fn index(&self, index: u32) -> &Segment {
+        &self.segments[index as usize]
+    }
+}
+
+impl core::ops::IndexMut<u32> for Store {
+    #[inline]
+    fn index_mut(&mut self, index: u32) -> &mut Segment {
+        &mut self.segments[index as usize]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_come_back_from_any_offset() {
+        let mut store = Store::new(1 << 16);
+        let payload: Vec<u8> = (0..1448u32).map(|i| (i * 7) as u8).collect();
+        let a = store.insert(5, 0, &payload, false, 0).unwrap();
+        let b = store.insert(5, 0, &payload[..100], false, 0).unwrap();
+        store.remove(b);
+        for (offset, len) in [(0, 1448), (1, 300), (255, 2), (256, 256), (1447, 1), (700, 0)] {
+            let mut out = vec![0; len];
+            store.copy_to(a, offset, &mut out);
+            assert_eq!(out, payload[offset..offset + len], "{offset}+{len}");
+        }
+    }
+
+    #[test]
+    fn trimmed_bytes_are_not_there() {
+        let mut store = Store::new(1 << 16);
+        let payload: Vec<u8> = (0..600u32).map(|i| i as u8).collect();
+        let index = store.insert(100, 0, &payload, false, 0).unwrap();
+        store.trim_front(index, 300);
+        assert_eq!((store[index].seq, store[index].len, store.held_bytes()), (400, 300, 300));
+        let mut out = [0; 300];
+        store.copy_to(index, 0, &mut out);
+        assert_eq!(out, payload[300..]);
+        store.remove(index);
+        assert_eq!(store.held_bytes(), 0);
+    }
+
+    #[test]
+    fn full_is_said_and_what_is_freed_is_used_again() {
+        let mut store = Store::new(64 * BLOCK);
+        let mut held = Vec::new();
+        while let Ok(index) = store.insert(0, 0, &[1; 600], false, 0) {
+            held.push(index);
+        }
+        assert_eq!(held.len(), 64 / 3);
+        assert_eq!(store.held_bytes(), 600 * held.len() as u64);
+        for index in held.drain(..) {
+            store.remove(index);
+        }
+        assert_eq!((store.held_bytes(), store.held_segments()), (0, 0));
+        assert!(store.insert(0, 0, &[1; 64 * BLOCK], false, 0).is_ok());
+        assert_eq!(store.insert(0, 0, &[1], false, 0), Err(Full));
+    }
+}
