@@ -6,12 +6,16 @@
 //! - [`servers`]: nginx, redis and the project's stream server, started on a host of the lab
 //! - [`ledger`]: requests counted id by id in the access logs of two servers
 //! - [`stream`]: the wire format of the project's own server and client, and the records that both write
+//! - [`http`]: as much of HTTP/1.1 as the project's own client speaks
+//! - [`load`]: what that client measures
 //! - [`wait`]: waiting for a condition with a deadline
 //!
 //! Binaries: `stream-server` records every byte that it is sent; `loadgen` drives it, or any HTTP server.
 
+pub mod http;
 pub mod lab;
 pub mod ledger;
+pub mod load;
 pub mod namespace;
 pub mod process;
 

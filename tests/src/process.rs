@@ -10,6 +10,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
@@ -184,6 +185,12 @@ impl Drop for Process {
             eprintln!("--- {} ({how}), end of its error output:\n{}", self.name, self.tail());
         }
     }
+}
+
+/// Lets this process open as many files as its user may (the soft limit is often 1024).
+pub fn raise_file_limit() -> Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raising the limit of open files")
 }
 
 fn describe(status: ExitStatus) -> String {

@@ -13,6 +13,7 @@ mod ebpf;
 mod lab;
 mod privilege;
 mod run;
+mod test;
 
 use std::process::ExitCode;
 
@@ -39,6 +40,8 @@ enum Command {
     Run(run::Arguments),
     /// Rebuild the committed BPF object, or check it.
     Ebpf(ebpf::EbpfArgs),
+    /// Run every test of the workspace.
+    Test(test::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Command::Lab(lab) => lab::main(&lab, arguments.prepared),
         Command::Run(run) => run::main(&run, arguments.prepared),
         Command::Ebpf(ebpf) => ebpf::run(ebpf.check),
+        Command::Test(test) => test::main(&test),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

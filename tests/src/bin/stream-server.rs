@@ -16,6 +16,7 @@ use clap::Parser;
 use mio::net::{TcpListener, TcpStream, UnixStream};
 use mio::{Events, Interest, Poll, Token};
 use nix::sys::socket::{setsockopt, sockopt};
+use replayer_tests::process::raise_file_limit;
 use replayer_tests::stream::{
     Connection, End, GREETING, Reader, Record, RequestHeader, StreamHash, append_body, response_header,
 };
@@ -63,6 +64,7 @@ const SLOW_READ_INTERVAL: Duration = Duration::from_millis(10);
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
+    raise_file_limit()?;
     let mut server = Server::new(&arguments)?;
     server.run()
 }
