@@ -120,8 +120,8 @@ pub struct Received {
 pub struct Endpoint {
     /// The device's name, in `namespace`.
     pub device: String,
-    /// The first of these queues that no other AF_XDP socket is bound to is taken. The kernel lets a queue
-    /// have one UMEM only.
+    /// The first of these queues that no other AF_XDP socket is bound to is taken. The range may end beyond the
+    /// queues that the device has. The kernel lets a queue have one UMEM only.
     pub queues: Range<u32>,
     /// Where the device is; `None`: where [`Port::open`] is called.
     pub namespace: Option<Arc<Namespace>>,
@@ -171,6 +171,14 @@ pub enum PortError {
         /// The queues tried.
         queues: Range<u32>,
     },
+    /// The device does not use that many queues.
+    #[error("{device} has no queue {queue} (see `ethtool -l {device}`)")]
+    NoQueue {
+        /// The device.
+        device: String,
+        /// The queue.
+        queue: u32,
+    },
     /// The kernel refused the socket.
     #[error("AF_XDP socket on {device} queue {queue}: {source}{}", hint(.source))]
     Socket {
@@ -195,7 +203,6 @@ fn hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EPERM) => "; CAP_NET_RAW is needed, run as root",
         Some(libc::ENODEV) => "; there is no such interface",
-        Some(libc::EINVAL) => "; is there such a queue?",
         Some(libc::EOPNOTSUPP) => "; the driver has no zero-copy, use copy mode",
         Some(libc::ENOBUFS | libc::ENOMEM) => "; the limit of locked memory is too low (`ulimit -l`)",
         Some(libc::EAFNOSUPPORT) => "; this kernel has no AF_XDP (CONFIG_XDP_SOCKETS)",
@@ -835,6 +842,7 @@ fn bind(
         .libxdp_flags(LibxdpFlags::XSK_LIBXDP_FLAGS_INHIBIT_PROG_LOAD)
         .bind_flags(flags)
         .build();
+    let mut busy = false;
     for queue in endpoint.queues.clone() {
         // SAFETY: libxdp loads no program, which is what the contract asks for.
         match unsafe { Socket::new(config, umem, &interface, queue) } {
@@ -843,7 +851,14 @@ fn bind(
             }
             Ok((_, _, None)) => return Err(PortError::Config("both sides on the same queue")),
             Err(error) => match os_error(&error) {
-                source if source.raw_os_error() == Some(libc::EBUSY) => {}
+                source if source.raw_os_error() == Some(libc::EBUSY) => busy = true,
+                source if source.raw_os_error() == Some(libc::EINVAL) => {
+                    // Behind queues that are there but taken, taken is what matters.
+                    if busy {
+                        break;
+                    }
+                    return Err(PortError::NoQueue { device, queue });
+                }
                 source => return Err(PortError::Socket { device, queue, source }),
             },
         }
@@ -905,7 +920,7 @@ fn xdp_options(fd: &Fd) -> io::Result<u32> {
 
 /// UMEM pages count against the limit of locked memory unless the process has `CAP_IPC_LOCK`. A refusal shows
 /// when the UMEM is made.
-fn raise_memlock() {
+pub(crate) fn raise_memlock() {
     let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
     // SAFETY: a pointer to a live value that the kernel only reads.
     unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) };

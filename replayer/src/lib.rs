@@ -6,3 +6,4 @@ pub mod channel;
 pub mod mirror;
 pub mod net;
 pub mod netns;
+pub mod programs;

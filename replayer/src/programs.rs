@@ -1,0 +1,443 @@
+//! The BPF programs: loading, their maps, attaching, their counters.
+//!
+//! The compiled object is committed beside its source in `replayer-ebpf`; names, layouts and limits of the
+//! maps are in [`replayer_common::maps`].
+//!
+//! Attachments are BPF links wherever the kernel has them: a link is a descriptor of this process, so that
+//! the kernel removes the program when the process ends, SIGKILL included. The one exception is said aloud
+//! ([`Attachment`]).
+//!
+//! What may not happen here: a program is attached before its maps say what to do; nothing else on the device
+//! is replaced.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, XskMap};
+use aya::programs::links::FdLink;
+use aya::programs::tc::{self, NlOptions, TcAttachOptions, TcAttachType};
+use aya::programs::{LinkOrder, ProgramError, SchedClassifier, Xdp, XdpMode};
+use aya::{Ebpf, EbpfError};
+use replayer_common::addr::Ip;
+use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict};
+use replayer_common::maps::{
+    CaptureConfig, MAX_LOCAL_ADDRESSES, MAX_QUEUES, MAX_SERVICES, ServiceKey, names, port_bit,
+};
+use thiserror::Error;
+
+use crate::mirror::Mirror;
+
+/// The object with all programs and maps.
+static OBJECT: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../replayer-ebpf/replayer.bpf.o"));
+
+/// One loaded copy of the object: its maps, and the programs that were attached. Dropping it detaches them.
+pub struct Programs {
+    // Fields drop in this order: a program is detached before its maps go.
+    links: Vec<FdLink>,
+    ebpf: Ebpf,
+    services: BTreeSet<(Ip, u16)>,
+    local: BTreeSet<Ip>,
+}
+
+/// A program of the object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Program {
+    /// tcx ingress on the capture interface.
+    Mirror,
+    /// XDP on the mirror's far end.
+    Capture,
+    /// XDP on the assistant's interface.
+    Responses,
+}
+
+/// How a program was attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attachment {
+    /// XDP in the driver.
+    Native,
+    /// XDP in the stack: slower, after the kernel has made its buffer.
+    Generic,
+    /// tcx link.
+    Tcx,
+    /// clsact filter, on kernels before 6.6.
+    Clsact,
+}
+
+impl fmt::Display for Attachment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Attachment::Native => "XDP in native mode",
+            Attachment::Generic => "XDP in generic mode, which is slower (the driver has no native XDP)",
+            Attachment::Tcx => "tcx",
+            Attachment::Clsact => {
+                "clsact filter, since this kernel has no tcx (Linux 6.6); \
+                 after a SIGKILL remove it with `tc qdisc del dev … clsact`"
+            }
+        })
+    }
+}
+
+/// A counter of a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counter {
+    /// The stable name.
+    pub name: &'static str,
+    /// One line for people.
+    pub description: &'static str,
+    /// Packets, over all CPUs.
+    pub value: u64,
+}
+
+/// Why something about the programs did not work.
+#[derive(Debug, Error)]
+pub enum ProgramsError {
+    /// The object could not be loaded.
+    #[error("load the BPF programs: {0}; CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are needed, run as root")]
+    Load(#[source] Box<EbpfError>),
+    /// A program was refused by the verifier, or the object lacks it.
+    #[error("BPF program {name}: {source}")]
+    Program {
+        /// The program's name.
+        name: &'static str,
+        /// The cause.
+        source: Box<ProgramError>,
+    },
+    /// A program could not be attached.
+    #[error("attach {name} to {device}: {source}{}", attach_hint(.source))]
+    Attach {
+        /// The program's name.
+        name: &'static str,
+        /// The device.
+        device: String,
+        /// The cause.
+        source: Box<ProgramError>,
+    },
+    /// The kernel is too old.
+    #[error(
+        "attach {name} to {device}: this kernel has no XDP links (Linux 5.9); \
+         without them a crash would leave the program behind"
+    )]
+    NoLink {
+        /// The program's name.
+        name: &'static str,
+        /// The device.
+        device: String,
+    },
+    /// A map could not be read or written.
+    #[error("BPF map {name}: {source}")]
+    Map {
+        /// The map's name.
+        name: &'static str,
+        /// The cause.
+        source: Box<MapError>,
+    },
+    /// A limit of replayer_common::maps was reached.
+    #[error("more than {limit} {what}")]
+    Limit {
+        /// Of what.
+        what: &'static str,
+        /// How many there can be.
+        limit: u32,
+    },
+    /// The mirror's private namespace could not be entered.
+    #[error("enter the mirror's network namespace: {0}; CAP_SYS_ADMIN is needed, run as root")]
+    Namespace(#[source] io::Error),
+}
+
+fn attach_hint(error: &ProgramError) -> &'static str {
+    match errno(error) {
+        Some(libc::EBUSY | libc::EEXIST) => {
+            "; it has an XDP program already, see `ip link show`: remove that one, or use another interface"
+        }
+        Some(libc::ERANGE) => "; its MTU is too large for XDP",
+        Some(libc::EPERM) => "; CAP_BPF and CAP_NET_ADMIN are needed, run as root",
+        _ => "",
+    }
+}
+
+fn errno(error: &ProgramError) -> Option<i32> {
+    match error {
+        ProgramError::SyscallError(error) => error.io_error.raw_os_error(),
+        _ => None,
+    }
+}
+
+impl fmt::Debug for Programs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Programs").field("services", &self.services.len()).finish_non_exhaustive()
+    }
+}
+
+impl Programs {
+    /// Makes the maps. Programs are loaded when they are attached.
+    pub fn load() -> Result<Programs, ProgramsError> {
+        crate::afxdp::raise_memlock();
+        let ebpf = Ebpf::load(OBJECT).map_err(|error| ProgramsError::Load(Box::new(error)))?;
+        Ok(Programs { links: Vec::new(), ebpf, services: BTreeSet::new(), local: BTreeSet::new() })
+    }
+
+    /// Makes `services` the services: addresses and ports of the online servers for [`Program::Mirror`] (an
+    /// address may be [`replayer_common::addr::ANY`]), of the targets for [`Program::Responses`]. May be
+    /// called while programs run: services that stay never miss a packet.
+    pub fn set_services(&mut self, services: &BTreeSet<(Ip, u16)>) -> Result<(), ProgramsError> {
+        if services.len() > MAX_SERVICES as usize {
+            return Err(ProgramsError::Limit { what: "services", limit: MAX_SERVICES });
+        }
+        let (old, new) = (entries(&self.services), entries(services));
+        let (old_ports, new_ports) = (port_words(&self.services), port_words(services));
+        let mut map = self.hash_map::<[u8; 20]>(names::SERVICES)?;
+        for key in new.difference(&old) {
+            map.insert(key, 0, 0).map_err(map_error(names::SERVICES))?;
+        }
+        for key in old.difference(&new) {
+            map.remove(key).map_err(map_error(names::SERVICES))?;
+        }
+        // The bitmap decides who gets to the table at all. Its words are written in one go each.
+        let mut ports: Array<_, u64> = self.array(names::PORTS)?;
+        for (&word, &bits) in &new_ports {
+            ports.set(word, bits, 0).map_err(map_error(names::PORTS))?;
+        }
+        for &word in old_ports.keys().filter(|word| !new_ports.contains_key(word)) {
+            ports.set(word, 0, 0).map_err(map_error(names::PORTS))?;
+        }
+        self.services.clone_from(services);
+        Ok(())
+    }
+
+    /// What [`Program::Mirror`] samples, and where it clones to.
+    pub fn set_capture(&mut self, config: CaptureConfig) -> Result<(), ProgramsError> {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&config.sample_threshold.to_ne_bytes());
+        bytes[8..12].copy_from_slice(&config.mirror_ifindex.to_ne_bytes());
+        bytes[12..].copy_from_slice(&config.shards.to_ne_bytes());
+        self.array::<[u8; 16]>(names::CONFIG)?.set(0, bytes, 0).map_err(map_error(names::CONFIG))
+    }
+
+    /// The addresses of this host: what a target sends to one of them is not taken by [`Program::Responses`].
+    pub fn set_local_addresses(&mut self, addresses: &BTreeSet<Ip>) -> Result<(), ProgramsError> {
+        if addresses.len() > MAX_LOCAL_ADDRESSES as usize {
+            return Err(ProgramsError::Limit { what: "addresses of this host", limit: MAX_LOCAL_ADDRESSES });
+        }
+        let old = std::mem::take(&mut self.local);
+        let mut map = self.hash_map::<Ip>(names::LOCAL_ADDRESSES)?;
+        for address in addresses.difference(&old) {
+            map.insert(address, 0, 0).map_err(map_error(names::LOCAL_ADDRESSES))?;
+        }
+        for address in old.difference(addresses) {
+            map.remove(address).map_err(map_error(names::LOCAL_ADDRESSES))?;
+        }
+        self.local.clone_from(addresses);
+        Ok(())
+    }
+
+    /// Sends what [`Program::Capture`] or [`Program::Responses`] take on a queue to an AF_XDP socket bound to
+    /// that queue.
+    pub fn set_socket(&mut self, queue: u32, socket: BorrowedFd<'_>) -> Result<(), ProgramsError> {
+        if queue >= MAX_QUEUES {
+            return Err(ProgramsError::Limit { what: "queues", limit: MAX_QUEUES });
+        }
+        let map = self.ebpf.map_mut(names::XSKS).ok_or_else(|| missing(names::XSKS))?;
+        let mut sockets = XskMap::try_from(map).map_err(map_error(names::XSKS))?;
+        sockets.set(queue, socket, 0).map_err(map_error(names::XSKS))
+    }
+
+    /// Attaches [`Program::Mirror`] to the ingress side of `device`, in front of what is there already: it
+    /// lets everything pass. Kernels without tcx get a clsact filter instead.
+    pub fn attach_mirror(&mut self, device: &str) -> Result<Attachment, ProgramsError> {
+        let name = Program::Mirror.name();
+        let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
+        program.load().map_err(program_error(name))?;
+        let attach_error =
+            |source| ProgramsError::Attach { name, device: device.to_owned(), source: Box::new(source) };
+        let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let link = match program.attach_with_options(device, TcAttachType::Ingress, order) {
+            Ok(link) => link,
+            // Before 6.6 the kernel does not know the attach type.
+            Err(error) if matches!(errno(&error), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
+                // An error means that it is there already, or shows in the next step.
+                let _ = tc::qdisc_add_clsact(device);
+                let options = TcAttachOptions::Netlink(NlOptions::default());
+                // This link stays in `ebpf`, which removes the filter when it is dropped.
+                program.attach_with_options(device, TcAttachType::Ingress, options).map_err(attach_error)?;
+                return Ok(Attachment::Clsact);
+            }
+            Err(error) => return Err(attach_error(error)),
+        };
+        let link = program.take_link(link).map_err(program_error(name))?;
+        let link =
+            FdLink::try_from(link).map_err(|_| ProgramsError::NoLink { name, device: device.to_owned() })?;
+        self.links.push(link);
+        Ok(Attachment::Tcx)
+    }
+
+    /// Attaches [`Program::Capture`] to the mirror's far end, in native mode: generic XDP skips clones
+    /// (net/core/dev.c, `do_xdp_generic`).
+    pub fn attach_capture(&mut self, mirror: &Mirror) -> Result<Attachment, ProgramsError> {
+        let program: &mut Xdp = program(&mut self.ebpf, Program::Capture.name())?;
+        let link = mirror
+            .namespace()
+            .run(|| attach_xdp(program, Program::Capture.name(), mirror.far(), &[Attachment::Native]))
+            .map_err(ProgramsError::Namespace)??;
+        self.links.push(link.0);
+        Ok(link.1)
+    }
+
+    /// Attaches [`Program::Responses`] to `device`: in native mode where the driver can, else in generic
+    /// mode. Some drivers (mlx5, ixgbe, ENA) reset their link for native mode.
+    pub fn attach_responses(&mut self, device: &str) -> Result<Attachment, ProgramsError> {
+        let program: &mut Xdp = program(&mut self.ebpf, Program::Responses.name())?;
+        let modes = [Attachment::Native, Attachment::Generic];
+        let link = attach_xdp(program, Program::Responses.name(), device, &modes)?;
+        self.links.push(link.0);
+        Ok(link.1)
+    }
+
+    /// The counters of a program, in a fixed order. Together they are the packets that it saw.
+    pub fn counters(&self, program: Program) -> Result<Vec<Counter>, ProgramsError> {
+        macro_rules! read {
+            ($map:expr, $verdicts:ty) => {{
+                let values = self.sums($map)?;
+                let counters = <$verdicts>::ALL.iter().zip(values);
+                counters
+                    .map(|(v, value)| Counter { name: v.name(), description: v.description(), value })
+                    .collect()
+            }};
+        }
+        Ok(match program {
+            Program::Mirror => read!(names::MIRROR_COUNTERS, MirrorVerdict),
+            Program::Capture => read!(names::CAPTURE_COUNTERS, CaptureVerdict),
+            Program::Responses => read!(names::RESPONSES_COUNTERS, ResponsesVerdict),
+        })
+    }
+
+    /// The values of a per-CPU array, each summed over the CPUs.
+    fn sums(&self, name: &'static str) -> Result<Vec<u64>, ProgramsError> {
+        let map = self.ebpf.map(name).ok_or_else(|| missing(name))?;
+        let array: PerCpuArray<_, u64> = PerCpuArray::try_from(map).map_err(map_error(name))?;
+        (0..array.len())
+            .map(|index| Ok(array.get(&index, 0).map_err(map_error(name))?.iter().sum()))
+            .collect()
+    }
+
+    fn hash_map<K: aya::Pod>(
+        &mut self,
+        name: &'static str,
+    ) -> Result<HashMap<&mut MapData, K, u32>, ProgramsError> {
+        let map = self.ebpf.map_mut(name).ok_or_else(|| missing(name))?;
+        HashMap::try_from(map).map_err(map_error(name))
+    }
+
+    fn array<V: aya::Pod>(&mut self, name: &'static str) -> Result<Array<&mut MapData, V>, ProgramsError> {
+        let map = self.ebpf.map_mut(name).ok_or_else(|| missing(name))?;
+        Array::try_from(map).map_err(map_error(name))
+    }
+}
+
+impl Program {
+    /// Its name in the object.
+    pub fn name(self) -> &'static str {
+        match self {
+            Program::Mirror => "mirror",
+            Program::Capture => "capture",
+            Program::Responses => "responses",
+        }
+    }
+}
+
+/// Loads the program and attaches it in the first of `modes` that the device takes.
+fn attach_xdp(
+    program: &mut Xdp,
+    name: &'static str,
+    device: &str,
+    modes: &[Attachment],
+) -> Result<(FdLink, Attachment), ProgramsError> {
+    program.load().map_err(program_error(name))?;
+    let mut refusal = None;
+    for &mode in modes {
+        let flag = if mode == Attachment::Native { XdpMode::Driver } else { XdpMode::Skb };
+        match program.attach(device, flag) {
+            Ok(link) => {
+                let link = program.take_link(link).map_err(program_error(name))?;
+                // aya falls back to netlink, without a link, when the kernel has none.
+                let link = FdLink::try_from(link)
+                    .map_err(|_| ProgramsError::NoLink { name, device: device.to_owned() })?;
+                return Ok((link, mode));
+            }
+            Err(error) => {
+                // The device is taken or the caller may not: another mode would hear the same.
+                let last = matches!(errno(&error), Some(libc::EBUSY | libc::EEXIST | libc::EPERM));
+                refusal = Some(error);
+                if last {
+                    break;
+                }
+            }
+        }
+    }
+    let source = Box::new(refusal.unwrap_or(ProgramError::NotAttached));
+    Err(ProgramsError::Attach { name, device: device.to_owned(), source })
+}
+
+fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, ProgramsError>
+where
+    &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
+{
+    let source = || Box::new(ProgramError::UnexpectedProgramType);
+    let program = ebpf.program_mut(name).ok_or_else(|| ProgramsError::Program { name, source: source() })?;
+    program.try_into().map_err(program_error(name))
+}
+
+/// The keys for `services`: each by itself, and each address alone, by which fragments are recognised.
+fn entries(services: &BTreeSet<(Ip, u16)>) -> BTreeSet<[u8; 20]> {
+    let keys =
+        services.iter().flat_map(|&(ip, port)| [ServiceKey::new(ip, port), ServiceKey::address_only(ip)]);
+    keys.map(key_bytes).collect()
+}
+
+/// The words of the port bitmap that are not zero.
+fn port_words(services: &BTreeSet<(Ip, u16)>) -> BTreeMap<u32, u64> {
+    let mut words = BTreeMap::new();
+    for &(_, port) in services {
+        let (word, bit) = port_bit(port);
+        *words.entry(word).or_default() |= bit;
+    }
+    words
+}
+
+/// The key as it lies in memory.
+fn key_bytes(key: ServiceKey) -> [u8; 20] {
+    let mut bytes = [0; 20];
+    bytes[..16].copy_from_slice(&key.addr);
+    bytes[16..18].copy_from_slice(&key.port.to_ne_bytes());
+    bytes
+}
+
+fn map_error(name: &'static str) -> impl Fn(MapError) -> ProgramsError {
+    move |source| ProgramsError::Map { name, source: Box::new(source) }
+}
+
+fn program_error(name: &'static str) -> impl Fn(ProgramError) -> ProgramsError {
+    move |source| ProgramsError::Program { name, source: Box::new(source) }
+}
+
+/// The object lacks a map that [`replayer_common::maps`] promises.
+fn missing(name: &'static str) -> ProgramsError {
+    map_error(name)(MapError::InvalidName { name: name.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use replayer_common::addr;
+
+    use super::*;
+
+    #[test]
+    fn services_that_share_an_address_or_a_port_word() {
+        let ip = addr::from_v4([192, 0, 2, 1]);
+        let services = BTreeSet::from([(ip, 80), (ip, 81), (addr::ANY, 443)]);
+        assert_eq!(entries(&services).len(), 5);
+        assert_eq!(port_words(&services), BTreeMap::from([(1, 0b11 << 16), (6, 1 << 59)]));
+    }
+}
