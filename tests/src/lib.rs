@@ -4,6 +4,7 @@
 //! - [`namespace`]: one network namespace: running programs and closures inside it
 //! - [`process`]: a started program, its output, and its certain end
 //! - [`servers`]: nginx, redis and the project's stream server, started on a host of the lab
+//! - [`replay`]: the roles under test, started on a lab, and their reports
 //! - [`ledger`]: requests counted id by id in the access logs of two servers
 //! - [`stream`]: the wire format of the project's own server and client, and the records that both write
 //! - [`http`]: as much of HTTP/1.1 as the project's own client speaks
@@ -19,6 +20,7 @@ pub mod load;
 pub mod namespace;
 pub mod process;
 
+pub mod replay;
 pub mod servers;
 pub mod stream;
 pub mod wait;

