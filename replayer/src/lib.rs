@@ -3,6 +3,7 @@
 pub mod afxdp;
 pub mod assistant;
 pub mod channel;
+pub mod connections;
 pub mod mirror;
 pub mod net;
 pub mod netns;

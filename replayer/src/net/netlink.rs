@@ -5,8 +5,8 @@
 use std::io;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-    NetlinkSerializable,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload, NetlinkSerializable,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_sock_diag::SockDiagMessage;
@@ -46,6 +46,11 @@ impl Netlink {
     /// What the kernel answered, or those of the socket.
     pub(crate) fn request<T: Protocol>(&mut self, message: T, flags: u16) -> io::Result<Vec<T>> {
         self.exchange(message, NLM_F_REQUEST | NLM_F_ACK | flags)
+    }
+
+    /// One request for a list.
+    pub(crate) fn dump<T: Protocol>(&mut self, message: T) -> io::Result<Vec<T>> {
+        self.exchange(message, NLM_F_REQUEST | NLM_F_DUMP)
     }
 
     fn exchange<T: Protocol>(&mut self, message: T, flags: u16) -> io::Result<Vec<T>> {

@@ -1,0 +1,173 @@
+//! Devices and addresses.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
+
+use super::{Mac, NetError, Network};
+
+/// A network device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    /// The interface index.
+    pub ifindex: u32,
+    /// The name.
+    pub name: String,
+    /// Its address, if it is an Ethernet device (loopback is not).
+    pub mac: Option<Mac>,
+    /// The largest IP packet, in bytes.
+    pub mtu: u32,
+    /// Administratively up.
+    pub up: bool,
+    /// Has a carrier: its cable or its peer is connected and up.
+    pub carrier: bool,
+    /// Does no ARP.
+    pub noarp: bool,
+    /// Transmit queues that the device was made with; it may use fewer.
+    pub tx_queues: u32,
+    /// Receive queues that the device was made with; it may use fewer.
+    pub rx_queues: u32,
+    /// `veth`, `vlan`, `bridge` and so on; `None` for hardware.
+    pub kind: Option<String>,
+    /// Of a VLAN device: the index of the device below it (`None`: that is in another namespace), and the
+    /// tag.
+    pub vlan: Option<(Option<u32>, VlanTag)>,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// A VLAN tag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VlanTag {
+    /// The EtherType that announces it: 0x8100 (802.1Q) or 0x88a8 (802.1ad).
+    pub protocol: u16,
+    /// The VLAN's number, 12 bits.
+    pub id: u16,
+}
+
+impl Network {
+    /// All devices.
+    pub fn devices(&mut self) -> Result<Vec<Device>, NetError> {
+        let messages = self.netlink.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
+        let mut devices: Vec<Device> = messages.into_iter().filter_map(parse).collect();
+        let mut addresses: HashMap<u32, Vec<IpAddr>> = HashMap::new();
+        for (ifindex, address) in self.addresses()? {
+            addresses.entry(ifindex).or_default().push(address);
+        }
+        for device in &mut devices {
+            device.addresses = addresses.remove(&device.ifindex).unwrap_or_default();
+        }
+        Ok(devices)
+    }
+
+    /// The device of that name.
+    ///
+    /// # Errors
+    /// [`NetError::NoInterface`] lists those that exist.
+    pub fn device(&mut self, name: &str) -> Result<Device, NetError> {
+        by_name(&self.devices()?, name).cloned()
+    }
+
+    /// The device with that index.
+    pub fn device_by_index(&mut self, ifindex: u32) -> Result<Device, NetError> {
+        by_index(&self.devices()?, ifindex).cloned()
+    }
+
+    /// All addresses, each with the index of its device.
+    pub fn addresses(&mut self) -> Result<Vec<(u32, IpAddr)>, NetError> {
+        let messages = self.netlink.dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
+        let parse = |message| {
+            let RouteNetlinkMessage::NewAddress(message) = message else { return None };
+            let mut address = None;
+            for attribute in message.attributes {
+                match attribute {
+                    // On point-to-point devices `Address` is the peer's.
+                    AddressAttribute::Local(local) => address = Some(local),
+                    AddressAttribute::Address(any) if address.is_none() => address = Some(any),
+                    _ => {}
+                }
+            }
+            Some((message.header.index, address?))
+        };
+        Ok(messages.into_iter().filter_map(parse).collect())
+    }
+}
+
+pub(super) fn by_name<'a>(devices: &'a [Device], name: &str) -> Result<&'a Device, NetError> {
+    devices.iter().find(|device| device.name == name).ok_or_else(|| missing(devices, name.to_owned()))
+}
+
+pub(super) fn by_index(devices: &[Device], ifindex: u32) -> Result<&Device, NetError> {
+    let found = devices.iter().find(|device| device.ifindex == ifindex);
+    found.ok_or_else(|| missing(devices, format!("with index {ifindex}")))
+}
+
+fn missing(devices: &[Device], name: String) -> NetError {
+    let existing = devices.iter().map(|device| device.name.as_str()).collect::<Vec<_>>().join(", ");
+    NetError::NoInterface { name, existing }
+}
+
+fn parse(message: RouteNetlinkMessage) -> Option<Device> {
+    let RouteNetlinkMessage::NewLink(message) = message else { return None };
+    let flags = message.header.flags;
+    let mut device = Device {
+        ifindex: message.header.index,
+        name: String::new(),
+        mac: None,
+        mtu: 0,
+        up: flags.contains(LinkFlags::Up),
+        carrier: flags.contains(LinkFlags::LowerUp),
+        noarp: flags.contains(LinkFlags::Noarp),
+        tx_queues: 1,
+        rx_queues: 1,
+        kind: None,
+        vlan: None,
+        addresses: Vec::new(),
+    };
+    let mut lower = None;
+    for attribute in message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => device.name = name,
+            LinkAttribute::Mtu(mtu) => device.mtu = mtu,
+            LinkAttribute::NumTxQueues(queues) => device.tx_queues = queues,
+            LinkAttribute::NumRxQueues(queues) => device.rx_queues = queues,
+            LinkAttribute::Address(mac) if message.header.link_layer_type == LinkLayerType::Ether => {
+                device.mac = mac.try_into().ok();
+            }
+            LinkAttribute::Link(ifindex) => lower = Some(ifindex).filter(|&ifindex| ifindex != 0),
+            // The lower device's index is one of that other namespace.
+            LinkAttribute::LinkNetNsId(_) => lower = None,
+            LinkAttribute::LinkInfo(infos) => parse_info(infos, &mut device),
+            _ => {}
+        }
+    }
+    if let Some((known, _)) = &mut device.vlan {
+        *known = lower;
+    }
+    Some(device)
+}
+
+fn parse_info(infos: Vec<LinkInfo>, device: &mut Device) {
+    for info in infos {
+        match info {
+            LinkInfo::Kind(kind) => device.kind = Some(InfoKind::to_string(&kind)),
+            LinkInfo::Data(InfoData::Vlan(infos)) => {
+                let mut tag = VlanTag { protocol: 0x8100, id: 0 };
+                for info in infos {
+                    match info {
+                        InfoVlan::Id(id) => tag.id = id,
+                        InfoVlan::Protocol(protocol) => tag.protocol = protocol.into(),
+                        _ => {}
+                    }
+                }
+                device.vlan = Some((None, tag));
+            }
+            _ => {}
+        }
+    }
+}
