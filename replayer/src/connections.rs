@@ -30,6 +30,8 @@ pub struct Connection {
     /// The kernel keeps the times in ticks (4 ms at 250 Hz): a request that arrived in the tick of the answer
     /// before it, and was read, passes for answered.
     pub between_turns: bool,
+    /// Bytes of data that ever arrived.
+    pub received: u64,
 }
 
 /// The established connections to `ports` in the calling thread's network namespace, both families; those
@@ -77,6 +79,7 @@ impl From<&InetResponse> for Connection {
             server: Endpoint { ip: addr::from_std(id.source_address), port: id.source_port },
             // Without information nothing is joined in its middle.
             between_turns: response.header.recv_queue == 0 && info.is_some_and(|info| info.answered()),
+            received: info.map_or(0, |info| info.bytes_received),
         }
     }
 }

@@ -1,10 +1,30 @@
-//! Replayer.
+//! Replayer: replays the live TCP requests of a production server to a target server.
+//!
+//! - [`cli`]: the command line
+//! - [`online`]: the online role: puts the parts together
+//! - [`worker`]: the thread that moves packets between mirror, engine, output device and return channels
+//! - [`assistant`]: the assistant role
+//! - [`channel`]: the return channel between them
+//! - [`afxdp`]: the AF_XDP port
+//! - [`mirror`], [`netns`]: the private veth pair and its network namespace
+//! - [`programs`]: the BPF programs and their maps
+//! - [`net`]: routes, neighbours, devices
+//! - [`connections`]: the connections that a server has
+//! - [`report`]: figures
+//! - [`clock`], [`privileges`], [`signals`]: what every role needs of the system
 
 pub mod afxdp;
 pub mod assistant;
 pub mod channel;
+pub mod cli;
+pub mod clock;
 pub mod connections;
 pub mod mirror;
 pub mod net;
 pub mod netns;
+pub mod online;
+pub mod privileges;
 pub mod programs;
+pub mod report;
+pub mod signals;
+pub mod worker;

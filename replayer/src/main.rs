@@ -1,2 +1,20 @@
-//! Replayer.
-fn main() {}
+//! The command: parses what was typed and hands it to a role.
+
+use clap::Parser;
+use replayer::cli::{Cli, Role};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().role {
+        Role::Online(args) => replayer::online::run(&args),
+        #[cfg(any())]
+        Role::Assistant(args) => replayer::assistant::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("replayer: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -36,7 +36,7 @@ static OBJECT: &[u8] =
 /// One loaded copy of the object: its maps, and the programs that were attached. Dropping it detaches them.
 pub struct Programs {
     // Fields drop in this order: a program is detached before its maps go.
-    links: Vec<FdLink>,
+    links: Vec<(Program, FdLink)>,
     ebpf: Ebpf,
     services: BTreeSet<(Ip, u16)>,
     local: BTreeSet<Ip>,
@@ -269,7 +269,7 @@ impl Programs {
         let link = program.take_link(link).map_err(program_error(name))?;
         let link =
             FdLink::try_from(link).map_err(|_| ProgramsError::NoLink { name, device: device.to_owned() })?;
-        self.links.push(link);
+        self.links.push((Program::Mirror, link));
         Ok(Attachment::Tcx)
     }
 
@@ -281,7 +281,7 @@ impl Programs {
             .namespace()
             .run(|| attach_xdp(program, Program::Capture.name(), mirror.far(), &[Attachment::Native]))
             .map_err(ProgramsError::Namespace)??;
-        self.links.push(link.0);
+        self.links.push((Program::Capture, link.0));
         Ok(link.1)
     }
 
@@ -291,8 +291,17 @@ impl Programs {
         let program: &mut Xdp = program(&mut self.ebpf, Program::Responses.name())?;
         let modes = [Attachment::Native, Attachment::Generic];
         let link = attach_xdp(program, Program::Responses.name(), device, &modes)?;
-        self.links.push(link.0);
+        self.links.push((Program::Responses, link.0));
         Ok(link.1)
+    }
+
+    /// Detaches `mirror` from the production interface; the maps and the counters stay.
+    pub fn detach_mirror(&mut self) {
+        self.links.retain(|(program, _)| *program != Program::Mirror);
+        // A clsact filter is held by the program itself.
+        if let Ok(mirror) = program::<SchedClassifier>(&mut self.ebpf, Program::Mirror.name()) {
+            let _ = mirror.unload();
+        }
     }
 
     /// The counters of a program, in a fixed order. Together they are the packets that it saw.

@@ -20,7 +20,7 @@ use crate::timer::{Tick, Wheel, before, tick, ticks};
 use crate::wire::Link;
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
-use replayer_common::addr::{ANY, Endpoint};
+use replayer_common::addr::{ANY, Endpoint, is_v4};
 use replayer_common::hash::{FLOW_SEED, flow_hash, pair_hash};
 
 /// Packets and records are handled in batches of at most this many.
@@ -77,6 +77,8 @@ pub struct Engine {
     pub(crate) target_response: Histogram,
     pub(crate) lag_max_us: u32,
     pub(crate) stopping: Option<Tick>,
+    /// Sessions with a turn (or the end of the stream) that waits for a response.
+    pub(crate) waiting: u32,
 }
 
 impl Engine {
@@ -120,6 +122,7 @@ impl Engine {
             target_response: Histogram::default(),
             lag_max_us: 0,
             stopping: None,
+            waiting: 0,
             config,
         }
     }
@@ -152,6 +155,11 @@ impl Engine {
             connections_live: self.connections.len() as u64,
             held_bytes: self.store.held_bytes(),
         }
+    }
+
+    /// Whether the next response may release something: then it should not be kept waiting.
+    pub fn is_waiting_for_responses(&self) -> bool {
+        self.waiting > 0
     }
 
     /// Walks everything and measures what is pending: for reports and tests, not for the hot path.
@@ -282,6 +290,10 @@ impl Engine {
         }
         let target = state.target;
         let connection = self.connections[c];
+        if self.pool.is_none() && is_v4(&connection.client.ip) != is_v4(&target.ip) {
+            self.counters[Counter::SessionsRefusedFamily] += 1;
+            return None;
+        }
         let Some((pool_index, identity)) = self.choose_identity(now, &connection, &target, copy) else {
             self.counters[Counter::SessionsRefusedPool] += 1;
             return None;
@@ -364,6 +376,7 @@ impl Engine {
         }
         self.linger(now, session.service, session.identity, out);
         self.wheel.cancel(s);
+        self.waiting -= u32::from(session.holding);
         let entry = &mut self.sessions[s];
         entry.state = State::Closed;
         entry.dirty = false;

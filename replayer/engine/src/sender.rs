@@ -213,7 +213,7 @@ impl Engine {
     pub(crate) fn begin_sending(&mut self, s: u32, target_mss: u16) {
         let session = &mut self.sessions[s];
         let service = &self.services[usize::from(session.service)];
-        let mtu = service.link.map_or(1500, |link| link.mtu).min(self.config.frame_room - 18);
+        let mtu = service.link.map_or(1500, |link| link.mtu).min(self.config.frame_room - 22);
         // RFC 6691: the MSS option does not count options, so what they take is taken off here.
         let options = if session.timestamps { 12 } else { 0 };
         session.mss = payload_limit(mtu, &service.target, session.timestamps)
@@ -309,13 +309,17 @@ impl Engine {
         let now = tick(now_ns);
         let hold_limit = self.hold_limit;
         let session = &mut self.sessions[s];
+        let was_holding = session.holding;
         if session.joined || !self.config.wait_for_responses {
             session.joined = false;
             session.turn_base = session.rcv_nxt;
+            session.holding = false;
+            self.waiting -= u32::from(was_holding);
             return true;
         }
         let opened_by = match session.gate(need, hold_limit, now) {
             Gate::Wait(until) => {
+                self.waiting += u32::from(!was_holding);
                 session.release_at = Some(until);
                 self.arm_session(s);
                 return false;
@@ -325,6 +329,7 @@ impl Engine {
             Gate::HoldLimit => Counter::TurnsReleasedByHoldLimit,
         };
         session.holding = false;
+        self.waiting -= u32::from(was_holding);
         session.release_at = None;
         if need > 0 {
             self.counters[opened_by] += 1;

@@ -10,8 +10,8 @@ pub struct Link {
     pub source_mac: [u8; 6],
     /// The next hop's address.
     pub destination_mac: [u8; 6],
-    /// 802.1Q tag to send with: priority and VLAN number.
-    pub vlan: Option<u16>,
+    /// VLAN tags to send with, the outer one first: EtherType and VLAN number.
+    pub tags: [Option<(u16, u16)>; 2],
     /// Largest IP packet, bytes.
     pub mtu: u16,
 }
@@ -39,8 +39,8 @@ pub(crate) struct Header {
     pub(crate) ip_id: u16,
 }
 
-/// The longest header that is written: Ethernet with a tag, IPv6, TCP with the options of a SYN.
-pub(crate) const MAX_HEADER: usize = 18 + 40 + 20 + 24;
+/// The longest header that is written: Ethernet with two tags, IPv6, TCP with the options of a SYN.
+pub(crate) const MAX_HEADER: usize = 22 + 40 + 20 + 24;
 
 impl Header {
     fn tcp_len(&self) -> usize {
@@ -62,9 +62,9 @@ impl Header {
         frame[0..6].copy_from_slice(&link.destination_mac);
         frame[6..12].copy_from_slice(&link.source_mac);
         let ethertype: u16 = if v4 { 0x0800 } else { 0x86dd };
-        if let Some(tag) = link.vlan {
-            frame[12..14].copy_from_slice(&0x8100u16.to_be_bytes());
-            frame[14..16].copy_from_slice(&tag.to_be_bytes());
+        for (at, (protocol, id)) in [12, 16].into_iter().zip(link.tags.into_iter().flatten()) {
+            frame[at..at + 2].copy_from_slice(&protocol.to_be_bytes());
+            frame[at + 2..at + 4].copy_from_slice(&id.to_be_bytes());
         }
         frame[ip_at - 2..ip_at].copy_from_slice(&ethertype.to_be_bytes());
         let tcp_len = self.tcp_len();
@@ -146,7 +146,7 @@ impl Header {
 }
 
 fn ethernet_len(link: &Link) -> usize {
-    if link.vlan.is_some() { 18 } else { 14 }
+    14 + 4 * link.tags.iter().flatten().count()
 }
 
 fn ip_len(destination: &Endpoint) -> usize {
@@ -191,12 +191,12 @@ mod tests {
     fn check(
         source: &str,
         destination: &str,
-        vlan: Option<u16>,
+        tags: [Option<(u16, u16)>; 2],
         payload_len: usize,
         syn: bool,
         timestamps: bool,
     ) {
-        let link = Link { source_mac: [2; 6], destination_mac: [4; 6], vlan, mtu: 1500 };
+        let link = Link { source_mac: [2; 6], destination_mac: [4; 6], tags, mtu: 1500 };
         let header = Header {
             source: source.parse::<core::net::SocketAddr>().unwrap().into(),
             destination: destination.parse::<core::net::SocketAddr>().unwrap().into(),
@@ -217,7 +217,7 @@ mod tests {
         let payload = frame[start..].to_vec();
         header.write(&link, &mut frame, payload_len);
         let parsed = SlicedPacket::from_ethernet(&frame).unwrap();
-        assert_eq!(parsed.vlan().is_some(), vlan.is_some());
+        assert_eq!(parsed.link_exts.len(), tags.iter().flatten().count());
         let Some(TransportSlice::Tcp(tcp)) = parsed.transport else { panic!("not TCP") };
         assert_eq!(tcp.payload(), payload);
         assert_eq!((tcp.sequence_number(), tcp.acknowledgment_number()), (0xfeed_beef, 7));
@@ -240,14 +240,14 @@ mod tests {
 
     #[test]
     fn an_independent_parser_agrees() {
-        for vlan in [None, Some(0x2005)] {
+        for tags in [[None; 2], [Some((0x8100, 5)), None], [Some((0x88a8, 7)), Some((0x8100, 5))]] {
             for payload_len in [0, 1, 2, 3, 5, 100, 1447, 1448] {
                 for (syn, timestamps) in [(true, true), (true, false), (false, true), (false, false)] {
-                    check("192.0.2.1:40000", "198.51.100.255:80", vlan, payload_len, syn, timestamps);
+                    check("192.0.2.1:40000", "198.51.100.255:80", tags, payload_len, syn, timestamps);
                     check(
                         "[2001:db8::1]:40000",
                         "[2001:db8:ffff::2]:65535",
-                        vlan,
+                        tags,
                         payload_len,
                         syn,
                         timestamps,

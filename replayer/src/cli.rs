@@ -1,0 +1,326 @@
+//! The command line: what was typed, parsed into types. What it means is decided in the roles' own files.
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use replayer_common::addr::{ANY, Endpoint, from_std};
+use replayer_engine::AddressRange;
+use replayer_engine::config::Service;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Replays the live TCP requests of a production server to a target server.
+#[derive(Debug, Parser)]
+#[command(name = "replayer", version, about, disable_help_subcommand = true)]
+pub struct Cli {
+    /// The role of this host.
+    #[command(subcommand)]
+    pub role: Role,
+}
+
+/// The roles.
+#[derive(Debug, Subcommand)]
+pub enum Role {
+    /// On the production server: capture requests and replay them to the target.
+    Online(Box<OnlineArgs>),
+    /// On a spare host of the target's segment: take the target's responses off the wire and return their headers.
+    #[cfg(any())]
+    Assistant(crate::assistant::AssistantArgs),
+}
+
+/// Arguments of the online role.
+#[derive(Debug, Args)]
+pub struct OnlineArgs {
+    /// What to copy to where; IPv6 addresses in brackets; the same source may have several targets.
+    #[arg(
+        short = 'x',
+        long = "service",
+        value_name = "[SRC_IP:]SRC_PORT-DST_IP:DST_PORT",
+        required = true,
+        value_delimiter = ','
+    )]
+    pub services: Vec<ServiceArg>,
+
+    /// The assistants; the port is that of -p unless given.
+    #[arg(
+        short = 's',
+        long = "assistant",
+        value_name = "HOST[:PORT]",
+        required = true,
+        value_delimiter = ','
+    )]
+    pub assistants: Vec<String>,
+
+    /// Capture on this interface [default: the one that has the source address, or the one of the route to the target].
+    #[arg(short = 'i', long = "interface", value_name = "IFACE")]
+    pub interface: Option<String>,
+
+    /// Send on this interface [default: by the route to the target].
+    #[arg(short = 'o', long = "output-interface", value_name = "IFACE")]
+    pub output_interface: Option<String>,
+
+    /// Source addresses to use instead of the clients' own.
+    #[arg(short = 'c', long = "client-pool", value_name = "IP|CIDR|FIRST-LAST", value_delimiter = ',')]
+    pub pool: Vec<PoolArg>,
+
+    /// Copies of each connection; may be fractional.
+    #[arg(short = 'n', long = "copies", value_name = "COPIES", default_value = "1")]
+    pub copies: CopiesArg,
+
+    /// Share of connections to replay; always the same ones.
+    #[arg(short = 'r', long = "sample", value_name = "PERCENT", default_value = "100")]
+    pub sample: PercentArg,
+
+    /// The assistants' port.
+    #[arg(short = 'p', long = "assistant-port", value_name = "PORT", default_value_t = crate::channel::limits::DEFAULT_PORT)]
+    pub assistant_port: u16,
+
+    /// Leave out connections that were open before the start.
+    #[arg(short = 'O', long = "new-connections-only")]
+    pub new_connections_only: bool,
+
+    /// Send each request at once instead of waiting for the response to the one before.
+    #[arg(short = 'W', long = "no-wait")]
+    pub no_wait: bool,
+
+    /// The longest that a request waits for the response before it, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 2.0)]
+    pub hold_limit: f64,
+
+    /// How long a hole in a captured stream may stay open, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
+    pub gap_timeout: f64,
+
+    /// The most sessions at once.
+    #[arg(long, value_name = "COUNT", default_value_t = 1 << 20)]
+    pub max_sessions: usize,
+
+    /// The most client data held at once, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    pub max_held: usize,
+
+    /// The key that the assistants were started with.
+    #[arg(long, value_name = "KEY", default_value = "", hide_default_value = true)]
+    pub key: String,
+
+    /// Write all counters to this file as JSON at the end.
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+
+    /// Print a line of figures every so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    pub stats: Option<u32>,
+
+    /// How that line looks.
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub stats_format: StatsFormat,
+}
+
+/// How figures are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StatsFormat {
+    /// For people, on standard error.
+    Text,
+    /// One JSON object a line, on standard output.
+    Json,
+}
+
+/// `-x`: one service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServiceArg(pub Service);
+
+impl FromStr for ServiceArg {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<ServiceArg> {
+        let form = "write [SRC_IP:]SRC_PORT-DST_IP:DST_PORT, for example 80-192.0.2.7:8080 or [2001:db8::1]:80-[2001:db8::7]:80";
+        let (source, target) =
+            text.split_once('-').ok_or_else(|| anyhow!("there is no '-' in it; {form}"))?;
+        let online = if source.contains(':') {
+            Endpoint::from(
+                SocketAddr::from_str(source).map_err(|_| anyhow!("'{source}' is not IP:PORT; {form}"))?,
+            )
+        } else {
+            let port = source.parse().map_err(|_| anyhow!("'{source}' is not a port; {form}"))?;
+            Endpoint { ip: ANY, port }
+        };
+        let target = Endpoint::from(
+            SocketAddr::from_str(target).map_err(|_| anyhow!("'{target}' is not IP:PORT; {form}"))?,
+        );
+        if online.port == 0 || target.port == 0 {
+            bail!("port 0 cannot be copied; {form}");
+        }
+        if target.to_std().ip().is_unspecified() || target.to_std().ip().is_multicast() {
+            bail!("{} cannot be a target: name the address of one host", target.to_std().ip());
+        }
+        if online == target {
+            bail!("the target {target} is the online service itself; name another server");
+        }
+        Ok(ServiceArg(Service { online, target }))
+    }
+}
+
+/// `-c`: addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolArg(pub AddressRange);
+
+impl FromStr for PoolArg {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<PoolArg> {
+        let form = "write an address, a network such as 172.29.0.0/16, or FIRST-LAST";
+        let address =
+            |text: &str| IpAddr::from_str(text).map_err(|_| anyhow!("'{text}' is not an address; {form}"));
+        let number = |ip: IpAddr| u128::from_be_bytes(from_std(ip));
+        let (first, last) = if let Some((network, bits)) = text.split_once('/') {
+            let ip = address(network)?;
+            let width = if ip.is_ipv4() { 32 } else { 128 };
+            let bits: u32 = bits
+                .parse()
+                .ok()
+                .filter(|&bits| bits <= width)
+                .ok_or_else(|| anyhow!("'/{bits}' is not a prefix length; {form}"))?;
+            let hosts = width - bits;
+            // At most 2^20 addresses of a network are used: with their ports more than a target can tell apart in a day.
+            let count = 1u128 << hosts.min(20);
+            let base = if hosts == 128 { 0 } else { number(ip) >> hosts << hosts };
+            // Neither the network's own address nor IPv4's broadcast address is a client.
+            if hosts >= 2 { (base + 1, base + count - 2) } else { (base, base + count - 1) }
+        } else if let Some((first, last)) = text.split_once('-') {
+            let (first, last) = (address(first)?, address(last)?);
+            if first.is_ipv4() != last.is_ipv4() {
+                bail!("{first} and {last} are not of one family; {form}");
+            }
+            (number(first), number(last))
+        } else {
+            let ip = number(address(text)?);
+            (ip, ip)
+        };
+        if last < first {
+            bail!("the last address is before the first; {form}");
+        }
+        let count = (last - first + 1).min(1 << 20) as u32;
+        Ok(PoolArg(AddressRange { first: first.to_be_bytes(), count }))
+    }
+}
+
+/// `-n`: copies, in millionths.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopiesArg(pub u64);
+
+impl FromStr for CopiesArg {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<CopiesArg> {
+        let copies: f64 = text.parse().context("write a number such as 1, 10 or 2.5")?;
+        if !(0.01..=10_000.0).contains(&copies) {
+            bail!("{copies} is out of range; copies can be 0.01 to 10000");
+        }
+        Ok(CopiesArg((copies * 1_000_000.0).round() as u64))
+    }
+}
+
+/// `-r`: a share, in percent.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PercentArg(pub f64);
+
+impl FromStr for PercentArg {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<PercentArg> {
+        let percent: f64 = text.trim_end_matches('%').parse().context("write a number such as 20")?;
+        if !(percent > 0.0 && percent <= 100.0) {
+            bail!("{percent} is out of range; a sample is more than 0 and at most 100 percent");
+        }
+        Ok(PercentArg(percent))
+    }
+}
+
+/// An assistant's address: `HOST`, `HOST:PORT`, `[IPv6]`, `[IPv6]:PORT` or a bare IPv6 address.
+///
+/// # Errors
+/// When it is neither an address nor a name that resolves.
+pub fn assistant_address(text: &str, default_port: u16) -> Result<SocketAddr> {
+    if let Ok(address) = SocketAddr::from_str(text) {
+        return Ok(address);
+    }
+    let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
+    if let Ok(ip) = IpAddr::from_str(bare) {
+        return Ok(SocketAddr::new(ip, default_port));
+    }
+    let with_port = if text.contains(':') { text.to_owned() } else { format!("{text}:{default_port}") };
+    with_port
+        .to_socket_addrs()
+        .with_context(|| format!("-s {text}: neither an address nor a name that resolves"))?
+        .next()
+        .ok_or_else(|| anyhow!("-s {text}: the name has no address"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn service(text: &str) -> Result<Service> {
+        ServiceArg::from_str(text).map(|arg| arg.0)
+    }
+
+    #[test]
+    fn services() {
+        let any = service("8080-192.0.2.7:80").unwrap();
+        assert_eq!((any.online.ip, any.online.port), (ANY, 8080));
+        assert_eq!(any.target.to_string(), "192.0.2.7:80");
+        assert_eq!(service("192.0.2.1:80-192.0.2.7:80").unwrap().online.to_string(), "192.0.2.1:80");
+        assert_eq!(
+            service("[2001:db8::1]:80-[2001:db8::7]:81").unwrap().target.to_string(),
+            "[2001:db8::7]:81"
+        );
+    }
+
+    #[test]
+    fn b009_wrong_services_say_what_is_right() {
+        for text in [
+            "8080",
+            "x-192.0.2.7:80",
+            "80-192.0.2.7",
+            "0-192.0.2.7:80",
+            "80-0.0.0.0:80",
+            "80-224.0.0.1:80",
+            "192.0.2.7:80-192.0.2.7:80",
+        ] {
+            let error = service(text).unwrap_err().to_string();
+            assert!(error.contains("write ") || error.contains("name "), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn pools() {
+        let pool = |text: &str| {
+            PoolArg::from_str(text)
+                .map(|arg| (replayer_common::addr::to_std(&arg.0.first).to_string(), arg.0.count))
+        };
+        assert_eq!(pool("192.0.2.1").unwrap(), ("192.0.2.1".into(), 1));
+        assert_eq!(pool("172.29.3.4/16").unwrap(), ("172.29.0.1".into(), 65_534));
+        assert_eq!(pool("192.0.2.10-192.0.2.19").unwrap(), ("192.0.2.10".into(), 10));
+        assert_eq!(pool("2001:db8::/64").unwrap(), ("2001:db8::1".into(), (1 << 20) - 2));
+        for wrong in ["x", "192.0.2.1/33", "192.0.2.9-192.0.2.1", "192.0.2.1-2001:db8::1"] {
+            assert!(pool(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn assistants() {
+        let address = |text| assistant_address(text, 36_524).map(|a| a.to_string());
+        assert_eq!(address("192.0.2.1").unwrap(), "192.0.2.1:36524");
+        assert_eq!(address("192.0.2.1:7").unwrap(), "192.0.2.1:7");
+        assert_eq!(address("2001:db8::1").unwrap(), "[2001:db8::1]:36524");
+        assert_eq!(address("[2001:db8::1]:7").unwrap(), "[2001:db8::1]:7");
+    }
+
+    #[test]
+    fn copies_and_samples() {
+        assert_eq!(CopiesArg::from_str("2.5").unwrap().0, 2_500_000);
+        assert!(CopiesArg::from_str("0").is_err());
+        assert!(PercentArg::from_str("0").is_err());
+        assert_eq!(PercentArg::from_str("20%").unwrap().0, 20.0);
+    }
+}

@@ -1,0 +1,391 @@
+//! The online role: captures requests on this host and replays them to the targets.
+//!
+//! This file puts the parts together and takes them apart again: it decides what is attached where, in which order, and what is
+//! printed. The order matters twice: nothing is attached to the production interface before everything else stands, and it is the
+//! first thing to go.
+
+use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
+use crate::channel::client::{Client, ClientConfig};
+use crate::channel::random_instance;
+use crate::channel::wire::Entry;
+use crate::cli::{OnlineArgs, StatsFormat, assistant_address};
+use crate::clock;
+use crate::connections::{self, Connection};
+use crate::mirror::Mirror;
+use crate::net::{Device, Monitor, NetError, Network};
+use crate::privileges;
+use crate::programs::{Program, Programs};
+use crate::report::Figures;
+use crate::signals::Signals;
+use crate::worker::{MAX_CHANNELS, Shared, Snapshot, Worker};
+use anyhow::{Context, Result, bail};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use replayer_common::addr::{ANY, Endpoint, is_v4, to_std};
+use replayer_common::hash::sample_threshold;
+use replayer_common::maps::CaptureConfig;
+use replayer_engine::Engine;
+use replayer_engine::config::{Config, Limits, Service};
+use serde_json::{Map, Value, json};
+use std::collections::{BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a next hop may take to tell its address at the start.
+const NEXT_HOP_PATIENCE: Duration = Duration::from_secs(2);
+/// Frames of a worker's port: captured packets on their way in, packets on their way out. Data that waits is not held in them.
+const FRAMES: u32 = 8192;
+/// An Ethernet header with two VLAN tags.
+const ETHERNET_HEADER: u32 = 22;
+
+/// Runs the role until SIGTERM or SIGINT.
+///
+/// # Errors
+/// When the role cannot start, with the cause and the remedy; when a worker dies; when the report cannot be written.
+pub fn run(args: &OnlineArgs) -> Result<()> {
+    privileges::check()?;
+    let signals = Signals::install()?;
+    let started = Instant::now();
+    let mut online = Online::start(args)?;
+    let mut before = Figures::default();
+    let interval = Duration::from_secs(u64::from(args.stats.unwrap_or(1).max(1)));
+    let mut next = Instant::now() + interval;
+    while !signals.wait_until(next)? {
+        if online.worker.as_ref().is_none_or(JoinHandle::is_finished) {
+            bail!("the worker died; this is a bug of the replayer, please report it with the lines above");
+        }
+        if args.stats.is_some() && Instant::now() >= next {
+            let figures = online.figures();
+            match args.stats_format {
+                StatsFormat::Json => println!("{}", figures.line_json(started.elapsed().as_secs_f64())),
+                StatsFormat::Text => eprintln!("{}", figures.line_text(&before, interval.as_secs_f64())),
+            }
+            before = figures;
+        }
+        next = Instant::now() + interval;
+    }
+    online.stop();
+    let figures = online.figures();
+    let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
+    eprintln!("online: {}", figures.summary(seconds, cpu));
+    if let Some(path) = &args.report {
+        let report = figures.report(online.kernel(), seconds, cpu);
+        std::fs::write(path, format!("{report:#}\n")).with_context(|| {
+            format!("cannot write the report to {}; choose a writable path", path.display())
+        })?;
+    }
+    Ok(())
+}
+
+/// The running role. Dropping it detaches everything.
+struct Online {
+    programs: Programs,
+    /// Verdicts at the time of the stop.
+    verdicts: Value,
+    _mirror: Mirror,
+    _monitor: Monitor,
+    shared: Arc<Shared>,
+    worker: Option<JoinHandle<()>>,
+}
+
+impl Online {
+    fn start(args: &OnlineArgs) -> Result<Online> {
+        let services: Vec<Service> = args.services.iter().map(|service| service.0).collect();
+        check_services(args, &services)?;
+        let mut network = Network::open()?;
+        let output = output_device(&mut network, args, &services)?;
+        let capture = capture_device(&mut network, args, &services)?;
+        let channels = connect(args, &services)?;
+        let monitor = Monitor::start(
+            services.iter().map(|service| to_std(&service.target.ip)).collect(),
+            args.output_interface.clone(),
+        )?;
+
+        let mirror = Mirror::create(capture.mtu, 1)?;
+        let mut programs = Programs::load()?;
+        let online: BTreeSet<_> =
+            services.iter().map(|service| (service.online.ip, service.online.port)).collect();
+        programs.set_services(&online)?;
+        let threshold = sample_threshold(args.sample.0);
+        programs.set_capture(CaptureConfig {
+            sample_threshold: threshold,
+            mirror_ifindex: mirror.near_index(),
+            shards: 1,
+        })?;
+        let capture_mode = programs.attach_capture(&mirror)?;
+        let frame_size =
+            if capture.mtu.max(output.mtu) + ETHERNET_HEADER <= 2048 - 256 { 2048 } else { 4096 };
+        let port = Port::open(&PortConfig {
+            frames: FRAMES,
+            frame_size,
+            rx: Some(PortEndpoint::new(mirror.far(), 0).within(mirror.namespace().clone())),
+            tx: Some(PortEndpoint {
+                device: output.name.clone(),
+                queues: 0..output.tx_queues.max(1),
+                namespace: None,
+            }),
+            zero_copy: false,
+        })?;
+        let (queue, socket) = port.rx_queue().zip(port.rx_fd()).context("the port has no capture side")?;
+        programs.set_socket(queue, socket)?;
+
+        let mut config = Config::new(services.clone());
+        config.copies_millionths = args.copies.0;
+        config.sample_threshold = threshold;
+        config.pool = args.pool.iter().map(|range| range.0).collect();
+        config.wait_for_responses = !args.no_wait;
+        config.new_connections_only = args.new_connections_only;
+        config.hold_limit_ns = seconds(args.hold_limit, "--hold-limit")?;
+        config.gap_timeout_ns = seconds(args.gap_timeout, "--gap-timeout")?;
+        config.seed = random_instance();
+        config.frame_room = port.area() as u16;
+        config.limits = Limits {
+            sessions: args.max_sessions,
+            connections: args.max_sessions,
+            held_bytes: args.max_held << 20,
+            ..Limits::default()
+        };
+        let port_mode = port.mode().to_owned();
+        let shared = Arc::new(Shared {
+            snapshot: Mutex::new(Snapshot::default()),
+            stop: AtomicBool::new(false),
+            wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).context("eventfd")?,
+        });
+        let engine = Engine::new(config, clock::now());
+        let mut worker = Worker::new(engine, port, channels, monitor.watch(), shared.clone());
+
+        // Everything stands: now the production interface. What its open connections are at is looked up before and after.
+        let ports: BTreeSet<u16> = services.iter().map(|service| service.online.port).collect();
+        let ports: Vec<u16> = ports.into_iter().collect();
+        let earlier = open_connections(args, &ports);
+        let mirror_mode = programs.attach_mirror(&capture.name)?;
+        let later = open_connections(args, &ports);
+        let (quiet, others) = between_turns(&earlier, &later);
+        worker.join(&quiet, &others);
+        let worker = std::thread::Builder::new()
+            .name("worker 0".into())
+            .spawn(move || worker.run())
+            .context("start a thread")?;
+
+        eprintln!(
+            "online: capturing on {} ({mirror_mode}), mirror {} ({capture_mode}), sending on {}: {port_mode}",
+            capture.name,
+            mirror.near(),
+            output.name
+        );
+        for service in &services {
+            eprintln!("online: {} is copied to {}", online_name(service), service.target);
+        }
+        if !later.is_empty() {
+            eprintln!(
+                "online: {} connections are open already, {} of them between two requests",
+                later.len(),
+                quiet.len() + others.len()
+            );
+        }
+        eprintln!("online ready: stop with SIGTERM or Ctrl-C");
+        Ok(Online {
+            programs,
+            verdicts: Value::Null,
+            _mirror: mirror,
+            _monitor: monitor,
+            shared,
+            worker: Some(worker),
+        })
+    }
+
+    fn figures(&self) -> Figures {
+        let mut figures = Figures::default();
+        let mut snapshot = self.shared.snapshot.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        figures.add(&snapshot);
+        snapshot.lag_us = 0;
+        figures
+    }
+
+    /// Detaches from the production interface, lets the worker end its sessions, and waits for it.
+    fn stop(&mut self) {
+        self.programs.detach_mirror();
+        self.verdicts = self.read_verdicts();
+        self.shared.stop.store(true, Ordering::Release);
+        // A full counter wakes the worker just as well.
+        let _ = self.shared.wake.write(1);
+        if let Some(worker) = self.worker.take()
+            && worker.join().is_err()
+        {
+            eprintln!("online: the worker died while stopping; some sessions may be open at the target");
+        }
+    }
+
+    fn kernel(&self) -> Value {
+        self.verdicts.clone()
+    }
+
+    fn read_verdicts(&self) -> Value {
+        let read = |program| match self.programs.counters(program) {
+            Ok(counters) => Value::Object(
+                counters.into_iter().map(|c| (c.name.to_owned(), c.value.into())).collect::<Map<_, _>>(),
+            ),
+            Err(error) => json!({ "error": error.to_string() }),
+        };
+        json!({ "mirror": read(Program::Mirror), "capture": read(Program::Capture) })
+    }
+}
+
+impl Drop for Online {
+    fn drop(&mut self) {
+        // After an error: nothing stays attached, no thread stays behind.
+        if self.worker.is_some() {
+            self.stop();
+        }
+    }
+}
+
+fn online_name(service: &Service) -> String {
+    if service.online.ip == ANY {
+        format!("port {}", service.online.port)
+    } else {
+        service.online.to_string()
+    }
+}
+
+fn seconds(value: f64, flag: &str) -> Result<u64> {
+    if !(0.001..=3600.0).contains(&value) {
+        bail!("{flag} {value}: give 0.001 to 3600 seconds");
+    }
+    Ok((value * 1e9) as u64)
+}
+
+/// What clap cannot see: contradictions between arguments.
+fn check_services(args: &OnlineArgs, services: &[Service]) -> Result<()> {
+    for (at, service) in services.iter().enumerate() {
+        if services[..at].contains(service) {
+            bail!("-x names {} to {} twice; for more copies use -n", online_name(service), service.target);
+        }
+        if let Some(range) = args.pool.iter().find(|range| is_v4(&range.0.first) != is_v4(&service.target.ip))
+        {
+            bail!(
+                "-c {} and the target {} are not of one address family; give addresses of the target's",
+                to_std(&range.0.first),
+                service.target
+            );
+        }
+    }
+    if args.max_sessions == 0 || args.max_sessions > 1 << 24 {
+        bail!("--max-sessions {}: give 1 to {}", args.max_sessions, 1 << 24);
+    }
+    if args.max_held == 0 || args.max_held > 1 << 17 {
+        bail!("--max-held {}: give 1 to {} MiB", args.max_held, 1 << 17);
+    }
+    if args.assistants.len() > MAX_CHANNELS {
+        bail!("-s names {} assistants; at most {MAX_CHANNELS} are possible", args.assistants.len());
+    }
+    Ok(())
+}
+
+/// The device that sends. A target whose next hop does not answer may come up later; one without a route is a mistake.
+fn output_device(network: &mut Network, args: &OnlineArgs, services: &[Service]) -> Result<Device> {
+    let output = args.output_interface.as_deref();
+    let mut chosen: Option<Device> = None;
+    for service in services {
+        let target = to_std(&service.target.ip);
+        let device = match network.resolve(target, output, NEXT_HOP_PATIENCE) {
+            Ok(link) => network.device_by_index(link.ifindex)?,
+            Err(error @ NetError::Unresolved { .. }) => {
+                eprintln!(
+                    "online: warning: {error}; going on, packets to it are counted as segments_no_link until then"
+                );
+                let NetError::Unresolved { device, .. } = error else { continue };
+                network.device(&device)?
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if let Some(other) = &chosen
+            && other.ifindex != device.ifindex
+        {
+            bail!(
+                "the targets are reached through different interfaces, {} and {}; start one replayer for each, or name one with -o",
+                other.name,
+                device.name
+            );
+        }
+        chosen = Some(device);
+    }
+    chosen.context("-x names no service")
+}
+
+fn capture_device(network: &mut Network, args: &OnlineArgs, services: &[Service]) -> Result<Device> {
+    let device = match &args.interface {
+        Some(name) => network.device(name)?,
+        None => {
+            let source = services.iter().map(|service| service.online.ip).find(|ip| *ip != ANY);
+            network.find_capture_interface(source.as_ref().map(to_std), to_std(&services[0].target.ip))?
+        }
+    };
+    if !device.up {
+        return Err(NetError::Down { name: device.name }.into());
+    }
+    Ok(device)
+}
+
+/// Connects to every assistant; the role does not start without them.
+fn connect(args: &OnlineArgs, services: &[Service]) -> Result<Vec<Client>> {
+    let instance = random_instance();
+    let entries: Vec<Entry> = services
+        .iter()
+        .enumerate()
+        .map(|(number, service)| Entry { service: number as u16, endpoint: service.target })
+        .collect();
+    let mut addresses: Vec<SocketAddr> = Vec::new();
+    let mut channels = Vec::new();
+    for text in &args.assistants {
+        let assistant = assistant_address(text, args.assistant_port)?;
+        if addresses.contains(&assistant) {
+            bail!("-s names {assistant} twice");
+        }
+        addresses.push(assistant);
+        let mut channel = Client::new(ClientConfig {
+            assistant,
+            key: args.key.clone().into_bytes(),
+            instance,
+            worker: 0,
+            services: entries.clone(),
+        })?;
+        channel.wait_until_up(clock::now)?;
+        channels.push(channel);
+    }
+    Ok(channels)
+}
+
+fn open_connections(args: &OnlineArgs, ports: &[u16]) -> Vec<Connection> {
+    if args.new_connections_only {
+        return Vec::new();
+    }
+    connections::established(ports).unwrap_or_else(|error| {
+        eprintln!(
+            "online: warning: the open connections cannot be looked up ({error}); each is joined at its second request from now on"
+        );
+        Vec::new()
+    })
+}
+
+type Pairs = Vec<(Endpoint, Endpoint)>;
+
+/// The connections whose next data starts a turn. The first have received nothing between the two looks, so whatever is captured of
+/// them is that next data. Of the others something arrived meanwhile, which may be the end of a request: what is captured of
+/// them before the second look does not count.
+fn between_turns(earlier: &[Connection], later: &[Connection]) -> (Pairs, Pairs) {
+    let earlier: HashMap<_, _> =
+        earlier.iter().map(|c| ((c.client.to_std(), c.server.to_std()), c)).collect();
+    let mut quiet = Vec::new();
+    let mut others = Vec::new();
+    for connection in later.iter().filter(|connection| connection.between_turns) {
+        let before = earlier.get(&(connection.client.to_std(), connection.server.to_std()));
+        let unchanged =
+            before.is_some_and(|before| before.between_turns && before.received == connection.received);
+        let list = if unchanged { &mut quiet } else { &mut others };
+        list.push((connection.client, connection.server));
+    }
+    (quiet, others)
+}

@@ -1,0 +1,230 @@
+//! What a role says of itself: a line now and then, and at the end everything.
+
+use crate::afxdp::{PortCounters, SocketStatistics, Statistics};
+use crate::channel::client::ClientCounters;
+use crate::worker::Snapshot;
+use replayer_engine::counters::{Counter, Counters, Pending};
+use replayer_engine::histogram::Histogram;
+use serde_json::{Map, Value, json};
+use std::fmt::Write;
+
+/// The figures of all workers together.
+#[derive(Clone, Debug, Default)]
+pub struct Figures {
+    /// Sums of the engines' counters.
+    pub counters: Counters,
+    /// Sessions live.
+    pub sessions_live: u64,
+    /// Client bytes held.
+    pub held_bytes: u64,
+    /// The longest delay from capture to transmission since the last look, microseconds.
+    pub lag_us: u32,
+    capture_to_transmit: Histogram,
+    target_response: Histogram,
+    port: PortCounters,
+    sockets: Statistics,
+    channels: Vec<ClientCounters>,
+    connected: Vec<bool>,
+    pending: Option<Pending>,
+}
+
+impl Figures {
+    /// Adds a worker's figures.
+    pub fn add(&mut self, worker: &Snapshot) {
+        self.counters.add(&worker.counters);
+        self.sessions_live += worker.gauges.sessions_live;
+        self.held_bytes += worker.gauges.held_bytes;
+        self.lag_us = self.lag_us.max(worker.lag_us);
+        self.capture_to_transmit.add(&worker.capture_to_transmit);
+        self.target_response.add(&worker.target_response);
+        let (mine, theirs) = (&mut self.port, &worker.port);
+        mine.received += theirs.received;
+        mine.misplaced += theirs.misplaced;
+        mine.transmitted += theirs.transmitted;
+        mine.completed += theirs.completed;
+        mine.dropped += theirs.dropped;
+        mine.kicks += theirs.kicks;
+        mine.again += theirs.again;
+        mine.link_down += theirs.link_down;
+        for (mine, theirs) in
+            [(&mut self.sockets.rx, &worker.sockets.rx), (&mut self.sockets.tx, &worker.sockets.tx)]
+        {
+            mine.rx_dropped += theirs.rx_dropped;
+            mine.rx_ring_full += theirs.rx_ring_full;
+            mine.rx_fill_ring_empty += theirs.rx_fill_ring_empty;
+            mine.rx_invalid_descs += theirs.rx_invalid_descs;
+            mine.tx_invalid_descs += theirs.tx_invalid_descs;
+            mine.tx_ring_empty += theirs.tx_ring_empty;
+        }
+        self.channels.extend(&worker.channels);
+        self.connected.extend(&worker.connected);
+        if let Some(theirs) = worker.pending {
+            let mine = self.pending.get_or_insert_default();
+            mine.sessions += theirs.sessions;
+            mine.replay_bytes += theirs.replay_bytes;
+            mine.out_of_order_bytes += theirs.out_of_order_bytes;
+        }
+    }
+
+    /// What was captured and not replayed, by reason: packets, sessions and bytes whose count is not zero.
+    pub fn not_replayed(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        Counter::ALL
+            .iter()
+            .filter(|counter| is_loss(**counter))
+            .map(|&counter| (counter.name(), self.counters[counter]))
+            .filter(|&(_, value)| value > 0)
+    }
+
+    /// Assistants connected, and how many there are.
+    pub fn assistants(&self) -> (usize, usize) {
+        (self.connected.iter().filter(|&&up| up).count(), self.connected.len())
+    }
+
+    /// One line of JSON for programs.
+    pub fn line_json(&self, seconds: f64) -> Value {
+        json!({
+            "t": (seconds * 10.0).round() / 10.0,
+            "sessions_live": self.sessions_live,
+            "sessions_opened": self.counters[Counter::SessionsOpened],
+            "turns_sent": self.counters[Counter::TurnsSent],
+            "lag_us": self.lag_us,
+            "held_bytes": self.held_bytes,
+            "not_replayed": self.not_replayed().map(|(name, value)| (name.to_owned(), value.into())).collect::<Map<_, _>>(),
+        })
+    }
+
+    /// One line for people; `before` are the figures `interval` seconds ago.
+    pub fn line_text(&self, before: &Figures, interval: f64) -> String {
+        let rate =
+            |counter| (self.counters[counter].saturating_sub(before.counters[counter])) as f64 / interval;
+        let mut line = format!(
+            "{:.0} requests/s, {:.0} packets/s captured, {:.0}/s sent, {} sessions, lag {:.1} ms, {} KiB held",
+            rate(Counter::TurnsSent),
+            rate(Counter::PacketsCaptured),
+            rate(Counter::SegmentsSent),
+            self.sessions_live,
+            f64::from(self.lag_us) / 1000.0,
+            self.held_bytes / 1024,
+        );
+        let (up, all) = self.assistants();
+        if up < all {
+            let _ = write!(line, ", {} of {all} assistants unreachable", all - up);
+        }
+        for (name, value) in self.not_replayed() {
+            let _ = write!(line, ", {name} {value}");
+        }
+        line
+    }
+
+    /// The accounting identities: name, left, right.
+    pub fn identities(&self) -> Vec<(&'static str, u64, u64)> {
+        self.counters.identities(&self.pending.unwrap_or_default()).to_vec()
+    }
+
+    /// Everything, for `--report`. `kernel` are the programs' verdicts.
+    pub fn report(&self, kernel: Value, seconds: f64, cpu_seconds: f64) -> Value {
+        let counters: Map<String, Value> = Counter::ALL
+            .iter()
+            .map(|&counter| (counter.name().into(), self.counters[counter].into()))
+            .collect();
+        let identities: Vec<Value> = self
+            .identities()
+            .into_iter()
+            .map(|(name, left, right)| json!({"identity": name, "left": left, "right": right, "holds": left == right}))
+            .collect();
+        json!({
+            "role": "online",
+            "version": env!("CARGO_PKG_VERSION"),
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "counters": counters,
+            "accounting": identities,
+            "capture_to_transmit_us": histogram(&self.capture_to_transmit),
+            "target_response_us": histogram(&self.target_response),
+            "kernel": kernel,
+            "port": {
+                "received": self.port.received,
+                "misplaced": self.port.misplaced,
+                "transmitted": self.port.transmitted,
+                "dropped_by_device": self.port.dropped,
+                "kicks": self.port.kicks,
+                "kicks_cut_short": self.port.again,
+                "link_down": self.port.link_down,
+                "capture_socket": socket(&self.sockets.rx),
+                "transmit_socket": socket(&self.sockets.tx),
+            },
+            "return_channels": self.channels,
+        })
+    }
+
+    /// The final report for people.
+    pub fn summary(&self, seconds: f64, cpu_seconds: f64) -> String {
+        let c = &self.counters;
+        let turns = c[Counter::TurnsSent];
+        let mut text = format!(
+            "replayed {turns} requests in {} sessions ({} bytes delivered) in {seconds:.1} s, CPU {cpu_seconds:.2} s",
+            c[Counter::SessionsOpened],
+            c[Counter::ReplayBytesDelivered]
+        );
+        if turns > 0 {
+            let _ = write!(text, " ({:.1} us a request)", cpu_seconds * 1e6 / turns as f64);
+        }
+        let line = |text: &mut String, what: &str, h: &Histogram| {
+            let _ = write!(
+                text,
+                "\n  {what}: median {} us, p99 {} us, max {} us",
+                h.quantile(0.5),
+                h.quantile(0.99),
+                h.max()
+            );
+        };
+        line(&mut text, "capture to transmission", &self.capture_to_transmit);
+        line(&mut text, "target's response begins after", &self.target_response);
+        for &counter in Counter::ALL.iter().filter(|&&counter| is_loss(counter) && c[counter] > 0) {
+            let _ = write!(text, "\n  {} {}: {}", c[counter], counter.name(), counter.what());
+        }
+        let drops = &self.sockets.rx;
+        let dropped = drops.rx_dropped + drops.rx_ring_full + drops.rx_fill_ring_empty;
+        if dropped > 0 {
+            let _ = write!(text, "\n  {dropped} packets lost between kernel and replayer: it was too slow");
+        }
+        for (name, left, right) in self.identities() {
+            if left != right {
+                let _ = write!(
+                    text,
+                    "\n  the accounts do not add up: {name}: {left} against {right}; please report this"
+                );
+            }
+        }
+        text
+    }
+}
+
+/// Whether a counter says that something captured was not replayed.
+fn is_loss(counter: Counter) -> bool {
+    counter.what().starts_with("not replayed")
+        || counter.what().starts_with("not opened")
+        || counter.name().starts_with("lost_bytes")
+}
+
+fn histogram(h: &Histogram) -> Value {
+    json!({
+        "count": h.count(),
+        "p50": h.quantile(0.5),
+        "p90": h.quantile(0.9),
+        "p99": h.quantile(0.99),
+        "p999": h.quantile(0.999),
+        "max": h.max(),
+    })
+}
+
+fn socket(s: &SocketStatistics) -> Value {
+    json!({
+        "rx_dropped": s.rx_dropped,
+        "rx_ring_full": s.rx_ring_full,
+        "rx_fill_ring_empty": s.rx_fill_ring_empty,
+        "rx_invalid_descriptors": s.rx_invalid_descs,
+        "tx_invalid_descriptors": s.tx_invalid_descs,
+        "tx_ring_empty": s.tx_ring_empty,
+    })
+}

@@ -1,0 +1,48 @@
+//! SIGTERM and SIGINT as something to wait for.
+
+use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::io::PipeReader;
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+/// Readable when a signal has come.
+pub struct Signals {
+    pipe: PipeReader,
+}
+
+impl Signals {
+    /// Takes the signals over. The second one of a kind ends the process at once, so that nobody has to wait for a clean end.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn install() -> Result<Signals> {
+        let (pipe, writer) = std::io::pipe().context("make a pipe")?;
+        for signal in [SIGTERM, SIGINT] {
+            let armed = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+            // In this order: the first signal finds the flag unset, and sets it.
+            signal_hook::flag::register_conditional_default(signal, armed.clone())
+                .context("register a signal")?;
+            signal_hook::flag::register(signal, armed).context("register a signal")?;
+            signal_hook::low_level::pipe::register(signal, writer.try_clone().context("make a pipe")?)
+                .context("register a signal")?;
+        }
+        Ok(Signals { pipe })
+    }
+
+    /// Waits until `deadline` or a signal; true for a signal.
+    ///
+    /// # Errors
+    /// Those of poll(2).
+    pub fn wait_until(&self, deadline: Instant) -> Result<bool> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(self.pipe.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, timeout) {
+            Ok(ready) => Ok(ready > 0),
+            Err(nix::errno::Errno::EINTR) => Ok(false),
+            Err(error) => Err(error).context("wait for signals"),
+        }
+    }
+}

@@ -1,0 +1,406 @@
+//! A worker: one thread that owns a mirror queue, its AF_XDP port, its session engine and its return channels. Workers share nothing
+//! that changes; what others want to know of one it publishes now and then.
+//!
+//! ```text
+//! AF_XDP RX ──► engine ──► AF_XDP TX
+//!                 ▲
+//!   return channels (header records)
+//! ```
+//!
+//! The loop does not sleep while there is work. Without work it waits in poll(2), for the mirror, the channels and the next timer.
+//! Where packets come faster than [`BUSY_RATE`] and no request waits for a response, it sleeps [`COALESCE_NS`] instead of waiting for
+//! the very next packet: the wake-ups cost more than the packets, and nothing is late by more than that.
+
+use crate::afxdp::{Flush, Frame, Port, PortCounters, Received, Statistics};
+use crate::channel::client::{Client, ClientCounters};
+use crate::channel::wire::Entry;
+use crate::clock;
+use crate::net::Watch;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::eventfd::EventFd;
+use nix::sys::time::TimeSpec;
+use replayer_common::addr::Endpoint;
+use replayer_common::response::ResponseHeader;
+use replayer_engine::counters::{Counters, Pending};
+use replayer_engine::histogram::Histogram;
+use replayer_engine::{BATCH, Engine, Gauges, Link, Output};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// Packets and records per millisecond from which wake-ups are coalesced.
+const BUSY_RATE: u64 = 8;
+/// How long a coalescing worker sleeps.
+const COALESCE_NS: u64 = 60_000;
+/// How often a busy worker publishes its figures.
+const PUBLISH_NS: u64 = 100_000_000;
+/// Captured batches handled before the channels get their turn.
+const BATCHES_PER_TURN: usize = 4;
+/// Reads of one channel in a turn: 64 KiB each.
+const READS_PER_TURN: usize = 4;
+/// Between packets that the kernel had no room for and the next try.
+const RETRY_TRANSMIT_NS: u64 = 200_000;
+/// On stop, the longest that sessions may take to end.
+const STOP_LIMIT_NS: u64 = 1_500_000_000;
+
+/// Assistants that a worker may have: each is one more descriptor to wait for.
+pub const MAX_CHANNELS: usize = 8;
+
+/// What a worker shows.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// The engine's counters.
+    pub counters: Counters,
+    /// Momentary values.
+    pub gauges: Gauges,
+    /// Capture to transmission, microseconds.
+    pub capture_to_transmit: Histogram,
+    /// First byte of a turn to first byte of its response, microseconds.
+    pub target_response: Histogram,
+    /// The longest delay from capture to transmission since the last look, microseconds.
+    pub lag_us: u32,
+    /// What the port counted.
+    pub port: PortCounters,
+    /// What the kernel counted for its sockets.
+    pub sockets: Statistics,
+    /// By assistant.
+    pub channels: Vec<ClientCounters>,
+    /// Which of them are connected.
+    pub connected: Vec<bool>,
+    /// Only in the last one: what was still pending.
+    pub pending: Option<Pending>,
+}
+
+/// What a worker and the role's main thread share.
+#[derive(Debug)]
+pub struct Shared {
+    /// The last published figures.
+    pub snapshot: Mutex<Snapshot>,
+    /// Set, and the worker ends its sessions and returns.
+    pub stop: AtomicBool,
+    /// Wakes the worker.
+    pub wake: EventFd,
+}
+
+/// A worker's belongings; [`Worker::run`] is its life.
+pub struct Worker {
+    engine: Engine,
+    surroundings: Surroundings,
+    shared: Arc<Shared>,
+    received: Vec<Received>,
+    captured: Vec<(Frame, usize)>,
+    headers: Vec<ResponseHeader>,
+    renewals: Vec<Option<u32>>,
+    network: Watch,
+    published_at: u64,
+    rate: Rate,
+    retry_transmit: bool,
+}
+
+/// The engine's surroundings: frames from the port, registrations to the channels.
+struct Surroundings {
+    port: Port,
+    channels: Vec<Client>,
+}
+
+impl Output for Surroundings {
+    type Frame = Frame;
+
+    #[inline]
+    fn allocate(&mut self) -> Option<Frame> {
+        match self.port.allocate() {
+            Some(frame) => Some(frame),
+            None => {
+                self.port.flush();
+                self.port.reclaim();
+                self.port.allocate()
+            }
+        }
+    }
+
+    #[inline]
+    fn bytes<'a>(&'a mut self, frame: &'a mut Frame) -> &'a mut [u8] {
+        self.port.frame_mut(frame)
+    }
+
+    #[inline]
+    fn release(&mut self, frame: Frame) {
+        self.port.release(frame);
+    }
+
+    #[inline]
+    fn transmit(&mut self, frame: Frame, len: usize) -> bool {
+        let Err(frame) = self.port.transmit(frame, len as u32) else { return true };
+        // The ring is full: let the kernel work, then try once more.
+        self.port.flush();
+        match self.port.transmit(frame, len as u32) {
+            Ok(()) => true,
+            Err(frame) => {
+                self.port.release(frame);
+                false
+            }
+        }
+    }
+
+    fn register(&mut self, service: u16, identity: Endpoint) {
+        for channel in &mut self.channels {
+            channel.register(Entry { service, endpoint: identity });
+        }
+    }
+
+    fn unregister(&mut self, service: u16, identity: Endpoint) {
+        for channel in &mut self.channels {
+            channel.unregister(Entry { service, endpoint: identity });
+        }
+    }
+}
+
+/// Packets and records per millisecond, over the last milliseconds.
+#[derive(Debug, Default)]
+struct Rate {
+    since: u64,
+    count: u64,
+    per_ms: u64,
+}
+
+impl Rate {
+    /// The window: long enough to be steady, short enough to notice the end of a burst.
+    const WINDOW_NS: u64 = 4_000_000;
+
+    fn add(&mut self, now: u64, count: usize) {
+        self.count += count as u64;
+        let passed = now.saturating_sub(self.since);
+        if passed >= Self::WINDOW_NS {
+            self.per_ms = self.count * 1_000_000 / passed;
+            (self.since, self.count) = (now, 0);
+        }
+    }
+}
+
+impl Worker {
+    /// Puts a worker together. Nothing is allocated by it afterwards.
+    pub fn new(
+        engine: Engine,
+        port: Port,
+        channels: Vec<Client>,
+        network: Watch,
+        shared: Arc<Shared>,
+    ) -> Worker {
+        Worker {
+            engine,
+            renewals: vec![None; channels.len()],
+            surroundings: Surroundings { port, channels },
+            shared,
+            received: Vec::with_capacity(BATCH),
+            captured: Vec::with_capacity(BATCH),
+            headers: Vec::with_capacity(4096),
+            network,
+            published_at: 0,
+            rate: Rate::default(),
+            retry_transmit: false,
+        }
+    }
+
+    /// Connections that were open before capture began and are between two requests: `quiet` ones have sent nothing since before capture
+    /// began, of the others what is in the ring already may be the rest of a request.
+    pub fn join(&mut self, quiet: &[(Endpoint, Endpoint)], others: &[(Endpoint, Endpoint)]) {
+        let now = clock::now();
+        self.update_links();
+        for &(client, server) in quiet {
+            self.engine.expect_turn(now, client, server);
+        }
+        while self.capture(now) > 0 {}
+        for &(client, server) in others {
+            self.engine.expect_turn(now, client, server);
+        }
+    }
+
+    /// Works until told to stop.
+    pub fn run(mut self) {
+        let mut stopping_since = None;
+        loop {
+            let now = clock::now();
+            self.update_links();
+            let work = self.turn(now);
+            self.rate.add(now, work);
+            if stopping_since.is_none() && self.shared.stop.load(Ordering::Acquire) {
+                // What is in the ring already is still replayed; then the sessions end.
+                while self.capture(now) > 0 {}
+                self.engine.stop(now, &mut self.surroundings);
+                self.surroundings.port.flush();
+                stopping_since = Some(now);
+            }
+            if let Some(since) = stopping_since
+                && (self.engine.stopped() || now - since > STOP_LIMIT_NS)
+            {
+                break;
+            }
+            if work == 0 {
+                self.wait(now, stopping_since.is_some());
+            } else if now - self.published_at >= PUBLISH_NS {
+                self.publish(now);
+            }
+        }
+        let now = clock::now();
+        self.surroundings.port.flush();
+        for channel in &mut self.surroundings.channels {
+            channel.flush(now);
+        }
+        self.publish(now);
+        if let Ok(mut snapshot) = self.shared.snapshot.lock() {
+            snapshot.pending = Some(self.engine.pending());
+        }
+    }
+
+    /// One turn of the loop; returns how many packets and records it handled.
+    fn turn(&mut self, now: u64) -> usize {
+        let mut work = 0;
+        for _ in 0..BATCHES_PER_TURN {
+            let count = self.capture(now);
+            work += count;
+            if count < BATCH {
+                break;
+            }
+        }
+        work += self.responses(now);
+        self.engine.on_timers(now, &mut self.surroundings);
+        self.retry_transmit = self.surroundings.port.flush() == Flush::Pending;
+        self.surroundings.port.reclaim();
+        self.renew();
+        for channel in &mut self.surroundings.channels {
+            channel.flush(now);
+        }
+        work
+    }
+
+    fn capture(&mut self, now: u64) -> usize {
+        let count = self.surroundings.port.receive(&mut self.received);
+        if count > 0 {
+            self.captured.extend(self.received.drain(..).map(|packet| (packet.frame, packet.len as usize)));
+            self.engine.on_captured(now, &mut self.captured, &mut self.surroundings);
+        }
+        count
+    }
+
+    fn responses(&mut self, now: u64) -> usize {
+        let mut work = 0;
+        for at in 0..self.surroundings.channels.len() {
+            for _ in 0..READS_PER_TURN {
+                let headers = &mut self.headers;
+                self.surroundings.channels[at].drive(now, |header| headers.push(*header));
+                if self.headers.is_empty() {
+                    break;
+                }
+                work += self.headers.len();
+                self.engine.on_responses(now, &self.headers, &mut self.surroundings);
+                self.headers.clear();
+            }
+        }
+        work
+    }
+
+    /// Tells an assistant that is new or came back of all live identities, as many at a time as its queue has room for.
+    fn renew(&mut self) {
+        for (channel, renewal) in self.surroundings.channels.iter_mut().zip(&mut self.renewals) {
+            if channel.needs_renewal() && channel.begin_renewal() {
+                *renewal = Some(0);
+            }
+            let Some(from) = *renewal else { continue };
+            let mut room = channel.room();
+            let mut next = None;
+            for (place, service, identity) in self.engine.identities(from) {
+                if room == 0 {
+                    next = Some(place);
+                    break;
+                }
+                channel.register(Entry { service, endpoint: identity });
+                room -= 1;
+            }
+            *renewal = next;
+            if next.is_none() && !channel.end_renewal() {
+                // Its queue is full: the last step comes again in the next turn.
+                *renewal = Some(u32::MAX);
+            }
+        }
+    }
+
+    /// Takes over how packets leave towards each target, when that has changed.
+    fn update_links(&mut self) {
+        let Some(network) = self.network.changed() else { return };
+        for (service, link) in network.links.iter().enumerate() {
+            let link = link.as_ref().ok().map(|link| Link {
+                source_mac: link.src_mac,
+                destination_mac: link.dst_mac,
+                tags: link.vlan.map(|tag| tag.map(|tag| (tag.protocol, tag.id))),
+                mtu: link.mtu.min(u32::from(u16::MAX)) as u16,
+            });
+            self.engine.set_link(service, link);
+        }
+    }
+
+    /// Waits for a packet, a record, a timer or the stop.
+    fn wait(&mut self, now: u64, stopping: bool) {
+        if self.rate.per_ms >= BUSY_RATE && !self.engine.is_waiting_for_responses() && !stopping {
+            clock::sleep(COALESCE_NS);
+            return;
+        }
+        if now - self.published_at >= PUBLISH_NS {
+            self.publish(now);
+        }
+        let mut until = now + 1_000_000_000;
+        if let Some(ahead) = self.engine.next_deadline_ns(now) {
+            until = until.min(now + ahead);
+        }
+        if self.retry_transmit {
+            until = until.min(now + RETRY_TRANSMIT_NS);
+        }
+        if stopping {
+            until = until.min(now + 1_000_000);
+        }
+        for channel in &self.surroundings.channels {
+            until = until.min(channel.deadline());
+        }
+        let woken = {
+            let wake = PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN);
+            let mut fds = [const { None }; 2 + MAX_CHANNELS];
+            let mirror = self.surroundings.port.rx_fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            let channels = self.surroundings.channels.iter().filter_map(|channel| {
+                let write = if channel.wants_write() { PollFlags::POLLOUT } else { PollFlags::empty() };
+                Some(PollFd::new(channel.fd()?, PollFlags::POLLIN | write))
+            });
+            let mut count = 0;
+            for (place, fd) in fds.iter_mut().zip([wake].into_iter().chain(mirror).chain(channels)) {
+                *place = Some(fd);
+                count += 1;
+            }
+            let mut fds =
+                fds.map(|fd| fd.unwrap_or(PollFd::new(self.shared.wake.as_fd(), PollFlags::empty())));
+            let ahead = until.saturating_sub(now);
+            let timeout = TimeSpec::new((ahead / 1_000_000_000) as i64, (ahead % 1_000_000_000) as i64);
+            // A signal or an error: the next turn looks at everything anyway.
+            let _ = ppoll(&mut fds[..count], Some(timeout), None);
+            fds[0].any().unwrap_or(false)
+        };
+        if woken {
+            let _ = self.shared.wake.read();
+        }
+    }
+
+    fn publish(&mut self, now: u64) {
+        self.published_at = now;
+        // The main thread holds the lock for the time of a copy; when it does just now, the next time will do.
+        let Ok(mut snapshot) = self.shared.snapshot.try_lock() else { return };
+        snapshot.counters = *self.engine.counters();
+        snapshot.gauges = self.engine.gauges();
+        let (capture_to_transmit, target_response) = self.engine.histograms();
+        snapshot.capture_to_transmit.clone_from(capture_to_transmit);
+        snapshot.target_response.clone_from(target_response);
+        snapshot.lag_us = snapshot.lag_us.max(self.engine.take_lag_us());
+        snapshot.port = self.surroundings.port.counters();
+        snapshot.sockets = self.surroundings.port.statistics().unwrap_or_default();
+        snapshot.channels.clear();
+        snapshot.channels.extend(self.surroundings.channels.iter().map(|channel| *channel.counters()));
+        snapshot.connected.clear();
+        snapshot.connected.extend(self.surroundings.channels.iter().map(Client::is_connected));
+    }
+}
