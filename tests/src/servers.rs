@@ -17,12 +17,14 @@ use crate::lab::{Host, Lab};
 use crate::ledger::Ledger;
 use crate::process::Process;
 use crate::stream::Record;
-use crate::wait::wait_for;
+use crate::wait::{holds_within, settled, wait_for};
 
 /// How long a server may take until it listens.
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// Port of nginx's counters, on the loopback address of its host.
 const STATUS_PORT: u16 = 8088;
+/// Twice the time after which nginx writes its log out.
+const LOG_QUIET: Duration = Duration::from_millis(500);
 /// Files that nginx serves below `/bytes/`, with their sizes.
 const FILES: [(&str, usize); 4] = [("1k", 1_000), ("10k", 10_000), ("100k", 100_000), ("1m", 1_000_000)];
 
@@ -78,20 +80,23 @@ impl Nginx {
         Ledger::read(&self.log)
     }
 
-    /// Where the access log is.
-    pub fn log(&self) -> &Path {
-        &self.log
+    /// The access log once it has `expected` lines, or `limit` has passed, and nothing more comes.
+    pub fn settled_ledger(&self, expected: usize, limit: Duration) -> Result<Ledger> {
+        holds_within(limit, || self.logged() >= expected);
+        settled(LOG_QUIET, limit, || self.logged());
+        self.ledger()
+    }
+
+    /// Lines in the access log.
+    fn logged(&self) -> usize {
+        let lines = |text: Vec<u8>| text.iter().filter(|&&byte| byte == b'\n').count();
+        fs::read(&self.log).map_or(0, lines)
     }
 }
 
 /// The access log of the nginx whose files are in `dir`.
 fn access_log(dir: &Path) -> PathBuf {
     dir.join("access.log")
-}
-
-/// The ledger of nginx on a host of any lab, whoever started it.
-pub fn nginx_ledger(lab: &Lab, host: &Host) -> Result<Ledger> {
-    Ledger::read(&access_log(&lab.dir().join(host.name())))
 }
 
 /// Requests that nginx on `host` has taken since it started, from its own counters, the questions for them not counted.
@@ -200,6 +205,20 @@ impl StreamServer {
         self.read_record()
     }
 
+    /// What it has received once its requests number `expected`, or `limit` has passed.
+    pub fn record_of(&mut self, expected: usize, limit: Duration) -> Result<Record> {
+        let mut record = self.record()?;
+        let mut failure = None;
+        holds_within(limit, || {
+            match self.record() {
+                Ok(newer) => record = newer,
+                Err(error) => failure = Some(error),
+            }
+            failure.is_some() || record.requests() >= expected
+        });
+        failure.map_or(Ok(record), Err)
+    }
+
     /// Stops it; what it had received.
     pub fn stop(&mut self) -> Result<Record> {
         self.process.stop()?;
@@ -213,7 +232,7 @@ impl StreamServer {
     }
 }
 
-/// Starts redis on `port` of a host, without persistence.
+/// Starts redis on `port` of a host, without persistence; `DEBUG DIGEST` tells data sets apart.
 pub fn start_redis(lab: &Lab, host: &Host, port: u16) -> Result<Process> {
     let dir = host_dir(lab, host)?;
     let mut command = host.command("redis-server");
@@ -228,7 +247,7 @@ pub fn start_redis(lab: &Lab, host: &Host, port: u16) -> Result<Process> {
         "--save",
         "",
     ]);
-    command.args(["--appendonly", "no", "--dir"]).arg(&dir);
+    command.args(["--appendonly", "no", "--enable-debug-command", "yes", "--dir"]).arg(&dir);
     let mut process = start(lab, host, "redis", &mut command)?;
     process.wait_listening(port, START_LIMIT)?;
     Ok(process)

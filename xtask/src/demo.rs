@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use replayer_tests::clients::Load;
 use replayer_tests::lab::{Lab, Plan};
 use replayer_tests::ledger::{self, Difference};
-use replayer_tests::load::{Percentiles, Summary};
+use replayer_tests::load::Percentiles;
 use replayer_tests::process::Process;
 use replayer_tests::replay::{Replay, Stats};
-use replayer_tests::servers::{Nginx, NginxRequests, StreamServer, start, tool};
+use replayer_tests::servers::{Nginx, NginxRequests, StreamServer, start};
 use replayer_tests::stream::{self, Comparison};
 use replayer_tests::wait::settled;
 use serde::Serialize;
@@ -116,8 +117,8 @@ fn show(lab: &Lab, arguments: &Arguments) -> Result<Outcome> {
         say(arguments, what);
         live.show_until_end(&mut start_client(lab, what, command)?, &replay)?;
     }
-    live.show_until_end(&mut steady, &replay)?;
-    live.show_until_end(&mut streams, &replay)?;
+    live.show_until_end(&mut steady.process, &replay)?;
+    live.show_until_end(&mut streams.process, &replay)?;
 
     say(arguments, "the load has ended; waiting for what is still under way");
     let mut at_target = NginxRequests::default();
@@ -130,7 +131,7 @@ fn show(lab: &Lab, arguments: &Arguments) -> Result<Outcome> {
     let (report, _) = replay.stop()?;
     let (online_ledger, target_ledger) = (online_nginx.ledger()?, target_nginx.ledger()?);
     let (online_record, target_record) = (online_streams.stop()?, target_streams.stop()?);
-    let (steady, streams): (Summary, Summary) = (summary(&steady)?, summary(&streams)?);
+    let (steady, streams) = (steady.finish()?, streams.finish()?);
     let requests = (online_ledger.len() + online_record.requests()).max(1) as f64;
     Ok(Outcome {
         requests: ledger::compare(&online_ledger, &target_ledger),
@@ -145,30 +146,23 @@ fn show(lab: &Lab, arguments: &Arguments) -> Result<Outcome> {
 }
 
 /// Keep-alive requests at a steady rate, each with an id of its own.
-fn steady_load(lab: &Lab, seconds: u32) -> Result<Process> {
-    let mut command = lab.client().command(tool("loadgen")?);
-    command.args(["--protocol", "http", "--expect-server", "online", "--connections", "20"]);
-    command.args(["--connect", &format!("{}:{HTTP_PORT}", lab.online().v4())]);
-    command.args(["--rate", &STEADY_RATE.to_string(), "--seconds", &seconds.to_string()]);
-    start(lab, lab.client(), "steady", &mut command)
+fn steady_load(lab: &Lab, seconds: u32) -> Result<Load> {
+    let arguments = format!(
+        "--connect {}:{HTTP_PORT} --protocol http --expect-server online --connections 20 --rate {STEADY_RATE} \
+         --seconds {seconds}",
+        lab.online().v4()
+    );
+    Load::start(lab, lab.client(), "steady", &arguments)
 }
 
 /// Requests with bodies and responses of all sizes to stream-server.
-fn stream_load(lab: &Lab, seconds: u32) -> Result<Process> {
-    let mut command = lab.client().command(tool("loadgen")?);
-    command.args([
-        "--connections",
-        "20",
-        "--per-connection",
-        "20",
-        "--body",
-        "10-20000",
-        "--response",
-        "1-20000",
-    ]);
-    command.args(["--connect", &format!("{}:{STREAM_PORT}", lab.online().v4())]);
-    command.args(["--rate", &STREAM_RATE.to_string(), "--seconds", &seconds.to_string()]);
-    start(lab, lab.client(), "streams", &mut command)
+fn stream_load(lab: &Lab, seconds: u32) -> Result<Load> {
+    let arguments = format!(
+        "--connect {}:{STREAM_PORT} --connections 20 --per-connection 20 --body 10-20000 --response 1-20000 \
+         --rate {STREAM_RATE} --seconds {seconds}",
+        lab.online().v4()
+    );
+    Load::start(lab, lab.client(), "streams", &arguments)
 }
 
 fn wrk(lab: &Lab, seconds: u32) -> Vec<String> {
@@ -184,11 +178,6 @@ fn ab(lab: &Lab, seconds: u32) -> Vec<String> {
 fn start_client(lab: &Lab, what: &str, command: Vec<String>) -> Result<Process> {
     let (program, arguments) = command.split_first().context("an empty command")?;
     start(lab, lab.client(), program, lab.client().command(program).args(arguments)).context(what.to_owned())
-}
-
-/// The summary that loadgen printed.
-fn summary(load: &Process) -> Result<Summary> {
-    serde_json::from_str(&load.output()).with_context(|| format!("{} said: {}", load.name(), load.tail()))
 }
 
 fn say(arguments: &Arguments, line: &str) {
