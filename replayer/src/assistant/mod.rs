@@ -1,4 +1,417 @@
-//! The assistant: the black hole for the target's responses.
+//! The assistant: a black hole for the target's responses, which returns their headers to the workers that replay.
+//!
+//! ```text
+//!   NIC ─► XDP `responses` ─► AF_XDP ring ─► parse ─► Routing ─► a peer's queue ─► TCP ─► worker
+//!          cut to headers                              ▲  │
+//!          all else: the kernel's              Register  Early (waits for its registration)
+//! ```
+//!
+//! One thread and one poll(2). A turn of the loop reads what the peers sent (registrations come before the responses to
+//! them), takes what is in the rings, and writes once to each peer. Under load it pauses between turns, so that each
+//! carries many records ([`moderation`]); idle, it sleeps in poll(2) and wakes once a second to send heartbeats, or not
+//! at all when there is no peer.
+//!
+//! - [`blackhole`]: the XDP program and the AF_XDP sockets
+//! - [`routing`]: whose response is it; [`early`]: responses that overtook their registration
+//! - [`moderation`]: when to pause
+//! - [`host`]: interfaces, addresses, forwarding
+//! - [`report`]: what was counted
 
+pub mod blackhole;
 pub mod early;
+pub mod host;
+pub mod moderation;
+pub mod report;
 pub mod routing;
+
+use crate::channel::limits::DEFAULT_PORT;
+use crate::channel::{Server, ServerConfig};
+use anyhow::{Context, Result, bail};
+use blackhole::{BlackHole, Mode};
+use moderation::Moderation;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use replayer_common::addr::Endpoint;
+use replayer_common::packet::{Reject, TcpSegment, parse_tcp};
+use replayer_common::response::ResponseHeader;
+use replayer_common::tcp_options;
+use report::{Now, Report};
+use routing::{Route, Routing, TargetChange};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Between two looks at this host's addresses, and at the interface, ns.
+const HOST_INTERVAL: u64 = 10_000_000_000;
+
+/// Between two calls of [`Routing::tick`], ns.
+const TICK: u64 = 1_000_000_000;
+
+/// Options of `replayer assistant`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct AssistantArgs {
+    /// Interface at which the target's responses arrive [default: the only one that is up]
+    #[arg(short = 'i', long, value_name = "IFACE")]
+    pub interface: Option<String>,
+    /// TCP port at which the online role connects
+    #[arg(short, long, default_value_t = DEFAULT_PORT)]
+    pub port: u16,
+    /// Local address to listen on [default: all]
+    #[arg(long, value_name = "IP")]
+    pub listen: Option<IpAddr>,
+    /// Shared key: only online roles that were given the same one are served
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub key: String,
+    /// Start even though this host forwards IP packets
+    #[arg(long)]
+    pub allow_forwarding: bool,
+    /// XDP mode
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = Mode::Auto)]
+    pub xdp: Mode,
+    /// Zero-copy sockets, where the driver has them
+    #[arg(long)]
+    pub zero_copy: bool,
+    /// Write all counters to this file as JSON when the role stops
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// Print a line of counters every so many seconds
+    #[arg(long, value_name = "SECONDS")]
+    pub stats: Option<u64>,
+}
+
+/// Runs the role until SIGTERM or SIGINT.
+///
+/// # Errors
+/// With cause and remedy: what keeps it from starting (interface, forwarding, permission, port), or from going on (the
+/// interface is gone), or from writing its report.
+pub fn run(args: AssistantArgs) -> Result<()> {
+    let interface = host::choose_interface(args.interface.as_deref())?;
+    if !args.allow_forwarding {
+        host::refuse_forwarding(&interface)?;
+    }
+    let signals = Signals::install()?;
+    let server = Server::bind(ServerConfig {
+        address: args.listen,
+        port: args.port,
+        key: args.key.clone().into_bytes(),
+    })?;
+    let mut blackhole = BlackHole::open(&interface, args.xdp, args.zero_copy)?;
+    blackhole.set_local_addresses(host::local_addresses()?)?;
+    // Pauses are a fraction of a millisecond: the default slack of 50 us would stretch them.
+    nix::sys::prctl::set_timerslack(1_000).context("cannot set the timer slack")?;
+
+    let listening = server.local_addr().context("cannot read the address that it listens on")?;
+    eprintln!(
+        "assistant ready: takes responses at {interface}, {}; listens on {listening}{}",
+        blackhole.mode(),
+        if args.key.is_empty() { ", without a key" } else { "" }
+    );
+    let mut assistant = Assistant {
+        interface,
+        server,
+        routing: Routing::new(crate::channel::random_instance()),
+        blackhole,
+        moderation: Moderation::default(),
+        frames: Frames::default(),
+        start: Instant::now(),
+        last_tick: 0,
+        last_look: 0,
+    };
+    let ended = assistant.serve(&signals, args.stats);
+    let report = assistant.report()?;
+    eprint!("{report}");
+    if let Some(path) = &args.report {
+        let json = serde_json::to_string_pretty(&report)?;
+        std::fs::write(path, json)
+            .with_context(|| format!("cannot write the report to {}", path.display()))?;
+    }
+    ended
+}
+
+/// What became of the frames before routing.
+#[derive(Default)]
+struct Frames {
+    received: u64,
+    rejected: [u64; REJECTS.len()],
+}
+
+const REJECTS: [Reject; 6] = [
+    Reject::Truncated,
+    Reject::NotIp,
+    Reject::NotTcp,
+    Reject::Fragment,
+    Reject::Malformed,
+    Reject::ExtensionHeaders,
+];
+
+struct Assistant {
+    interface: String,
+    server: Server,
+    routing: Routing,
+    blackhole: BlackHole,
+    moderation: Moderation,
+    frames: Frames,
+    start: Instant,
+    last_tick: u64,
+    last_look: u64,
+}
+
+impl Assistant {
+    fn now(&self) -> u64 {
+        self.start.elapsed().as_nanos() as u64
+    }
+
+    /// Turns until a signal comes.
+    fn serve(&mut self, signals: &Signals, stats: Option<u64>) -> Result<()> {
+        let stats = stats.filter(|&seconds| seconds > 0).map(|seconds| seconds * 1_000_000_000);
+        let mut next_stats = stats.unwrap_or(u64::MAX);
+        let mut more = false;
+        let mut ready = Vec::new();
+        loop {
+            let now = self.now();
+            let pause = self.moderation.pause(now);
+            let wait = if more || self.routing.is_sweeping() {
+                0
+            } else if pause > 0 {
+                std::thread::sleep(Duration::from_nanos(pause));
+                0
+            } else {
+                self.deadline().min(next_stats).saturating_sub(now)
+            };
+            let Ready { stop, broken } = self.wait(signals, wait, &mut ready)?;
+            if stop {
+                return Ok(());
+            }
+            more = self.turn(&ready)?;
+            let now = self.now();
+            if broken || now >= self.last_look + HOST_INTERVAL {
+                self.look_at_host(now)?;
+            }
+            if let Some(interval) = stats
+                && now >= next_stats
+            {
+                next_stats = now + interval;
+                eprintln!("{}", self.report()?.line());
+            }
+        }
+    }
+
+    /// When the next turn is due if nothing happens.
+    fn deadline(&self) -> u64 {
+        let routing = if self.routing.is_busy() { self.last_tick + TICK } else { u64::MAX };
+        let host = if self.routing.is_busy() { self.last_look + HOST_INTERVAL } else { u64::MAX };
+        routing.min(host).min(self.server.deadline().unwrap_or(u64::MAX))
+    }
+
+    /// Waits at most `ns` for anything; `ready` answers the server's interests.
+    fn wait(&self, signals: &Signals, ns: u64, ready: &mut Vec<PollFlags>) -> Result<Ready> {
+        let mut fds = vec![PollFd::new(signals.receiver.as_fd(), PollFlags::POLLIN)];
+        fds.extend(self.blackhole.fds().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+        let peers = fds.len();
+        fds.extend(self.server.interests());
+        let timeout = if ns == u64::MAX {
+            PollTimeout::NONE
+        } else {
+            PollTimeout::try_from(ns.div_ceil(1_000_000)).unwrap_or(PollTimeout::MAX)
+        };
+        ready.clear();
+        match poll(&mut fds, timeout) {
+            Ok(_) => {}
+            // A signal: its byte is in the pipe by now, or was none of ours.
+            Err(nix::errno::Errno::EINTR) => return Ok(Ready { stop: signals.pending(), broken: false }),
+            Err(error) => return Err(error).context("cannot wait for packets and peers"),
+        }
+        let flags = |fd: &PollFd<'_>| fd.revents().unwrap_or(PollFlags::empty());
+        ready.extend(fds[peers..].iter().map(flags));
+        let broken = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
+        Ok(Ready {
+            stop: !flags(&fds[0]).is_empty(),
+            broken: fds[1..peers].iter().any(|fd| flags(fd).intersects(broken)),
+        })
+    }
+
+    /// Peers, rings, peers. Returns whether the rings hold more.
+    fn turn(&mut self, ready: &[PollFlags]) -> Result<bool> {
+        let now = self.now();
+        self.server.drive(now, ready, &mut self.routing);
+        if now >= self.last_tick + TICK {
+            self.last_tick = now;
+            self.routing.tick(now);
+        }
+        self.routing.work();
+        for change in self.routing.take_changes() {
+            // Before the flush below: a worker learns that it is welcome when its targets' responses are taken.
+            match change {
+                TargetChange::Add(target) => {
+                    log::info!("taking the responses of {target}");
+                    self.blackhole.add_target(&target)?;
+                }
+                TargetChange::Remove(target) => {
+                    log::info!("leaving the responses of {target} alone again");
+                    self.blackhole.remove_target(&target)?;
+                }
+            }
+        }
+        let Assistant { blackhole, server, routing, moderation, frames, .. } = self;
+        let more = blackhole.receive(|frame| {
+            frames.received += 1;
+            match parse_tcp(&frame) {
+                Ok(segment) => {
+                    let mut header = header_of(&segment, frame);
+                    moderation.record(header.port, header.addr[15]);
+                    let source = Endpoint { ip: segment.src, port: segment.src_port };
+                    if let Route::Peer(peer) = routing.route(now, &source, &mut header) {
+                        server.send(peer, &header);
+                    }
+                }
+                Err(reject) => {
+                    if let Some(at) = REJECTS.iter().position(|&known| known == reject) {
+                        frames.rejected[at] += 1;
+                    }
+                }
+            }
+        });
+        self.server.flush(now, &mut self.routing);
+        Ok(more)
+    }
+
+    /// The interface may have gone, addresses may have changed.
+    fn look_at_host(&mut self, now: u64) -> Result<()> {
+        self.last_look = now;
+        if nix::net::if_::if_nametoindex(self.interface.as_str()).is_err() {
+            bail!(
+                "interface {} is gone, and the target's responses with it; start the assistant again when it is back",
+                self.interface
+            );
+        }
+        self.blackhole.set_local_addresses(host::local_addresses()?)
+    }
+
+    fn report(&self) -> Result<Report> {
+        let socket = self.blackhole.statistics()?;
+        let rejected: BTreeMap<_, _> =
+            REJECTS.iter().zip(self.frames.rejected).map(|(reject, count)| (reject.name(), count)).collect();
+        Ok(Report {
+            role: "assistant",
+            interface: self.interface.clone(),
+            mode: self.blackhole.mode(),
+            seconds: self.start.elapsed().as_secs_f64(),
+            received: self.frames.received,
+            rejected,
+            waiting: self.routing.waiting() as u64,
+            dropped_by_kernel: socket.rx_dropped + socket.rx_ring_full,
+            dropped_ring_full: socket.rx_ring_full,
+            verdicts: self
+                .blackhole
+                .verdicts()?
+                .iter()
+                .map(|(verdict, count)| (verdict.name(), *count))
+                .collect(),
+            routing: *self.routing.counters(),
+            channel: *self.server.counters(),
+            now: Now {
+                targets: self.routing.targets() as u64,
+                workers: self.routing.workers() as u64,
+                registrations: self.routing.registrations() as u64,
+                table_bytes: self.routing.table_bytes() as u64,
+            },
+        })
+    }
+}
+
+/// What a wait found.
+struct Ready {
+    stop: bool,
+    /// A ring's socket reports an error: the interface may be gone.
+    broken: bool,
+}
+
+/// A segment's headers as they are returned. `frame` is the one that it was parsed from.
+fn header_of(segment: &TcpSegment, frame: &[u8]) -> ResponseHeader {
+    let mut header = ResponseHeader {
+        service: 0,
+        flags: segment.flags,
+        port: segment.dst_port,
+        window: segment.window,
+        addr: segment.dst,
+        seq: segment.seq,
+        ack: segment.ack,
+        payload_len: segment.payload_len,
+        ..Default::default()
+    };
+    let options = usize::from(segment.tcp_offset) + 20..usize::from(segment.payload_offset);
+    header.set_options(&tcp_options::parse(frame.get(options).unwrap_or_default()));
+    header
+}
+
+/// SIGTERM and SIGINT as bytes in a socket that poll(2) can wait for.
+struct Signals {
+    receiver: UnixStream,
+}
+
+impl Signals {
+    fn install() -> Result<Signals> {
+        let (receiver, sender) = UnixStream::pair().context("cannot make a pair of sockets")?;
+        receiver.set_nonblocking(true).context("cannot make a socket non-blocking")?;
+        for signal in [libc::SIGTERM, libc::SIGINT] {
+            let sender = sender.try_clone().context("cannot duplicate a socket")?;
+            signal_hook::low_level::pipe::register(signal, sender).context("cannot handle signals")?;
+        }
+        Ok(Signals { receiver })
+    }
+
+    /// Whether a signal has come.
+    fn pending(&self) -> bool {
+        let mut fds = [PollFd::new(self.receiver.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use replayer_common::addr::from_v4;
+    use replayer_common::response::present;
+
+    #[test]
+    fn a_syn_ack_becomes_a_record() {
+        let builder = etherparse::PacketBuilder::ethernet2([1; 6], [2; 6])
+            .ipv4([10, 9, 0, 1], [192, 0, 2, 1], 64)
+            .tcp(80, 40_000, 7, 512)
+            .syn()
+            .ack(9)
+            .options(&[
+                etherparse::TcpOptionElement::MaximumSegmentSize(1460),
+                etherparse::TcpOptionElement::SelectiveAcknowledgementPermitted,
+                etherparse::TcpOptionElement::Timestamp(3, 4),
+                etherparse::TcpOptionElement::WindowScale(7),
+            ])
+            .unwrap();
+        let mut frame = Vec::new();
+        builder.write(&mut frame, b"early data").unwrap();
+        let segment = parse_tcp(&&frame[..]).unwrap();
+        let header = header_of(&segment, &frame);
+        assert_eq!((header.addr, header.port), (from_v4([192, 0, 2, 1]), 40_000));
+        assert_eq!((header.seq, header.ack, header.payload_len, header.window), (7, 9, 10, 512));
+        assert_eq!((header.mss, header.window_scale, header.ts_val, header.ts_ecr), (1460, 7, 3, 4));
+        assert_eq!(
+            header.present,
+            present::MSS | present::TIMESTAMPS | present::WINDOW_SCALE | present::SACK_PERMITTED
+        );
+    }
+
+    #[test]
+    fn every_frame_is_in_one_counter() {
+        let mut report = Report { received: 21, waiting: 1, ..Default::default() };
+        report.rejected.insert("truncated", 2);
+        report.routing.unregistered = 3;
+        report.routing.unknown_target = 4;
+        report.routing.early_overflow = 5;
+        report.channel.records_sent = 6;
+        assert_eq!(report.unaccounted(), 0);
+        report.channel.records_dropped = 1;
+        assert_eq!(report.unaccounted(), -1);
+    }
+}

@@ -1,0 +1,113 @@
+//! When to look at the rings: at once, or after a pause in which more comes.
+//!
+//! A wake-up, a write to a peer and the peer's own wake-up cost some 10 us whether they carry one record or a hundred.
+//! Where many sessions are active a pause makes them carry many; a session that waits for its response then waits a
+//! little longer. Where few sessions send back and forth as fast as they can, a pause would only slow them down.
+//!
+//! So the measure is the time between two records of the *same* session: a pause of a fraction of it delays no session
+//! noticeably. Pure: the time is an argument.
+
+/// How long the traffic is watched before a decision, ns. Long enough to see each of some hundred sessions once.
+const WINDOW: u64 = 4_000_000;
+
+/// Below this rate, records in a window (12 a millisecond), every record has the process for itself anyway.
+const FEW_RECORDS: u64 = 48;
+
+/// A pause is this part of the time between two records of a session.
+const PART: u64 = 4;
+
+/// Pauses shorter than this cost more than they save, ns.
+const SHORTEST: u64 = 50_000;
+
+/// The longest pause, ns: at a million records a second the rings, 4096 places each, do not overflow meanwhile.
+const LONGEST: u64 = 300_000;
+
+/// Bits of the sketch that counts sessions.
+const BITS: u32 = 256;
+
+/// Watches records and decides on pauses.
+#[derive(Default)]
+pub struct Moderation {
+    window_start: u64,
+    records: u64,
+    /// A bit for each hash seen: linear counting (Whang et al. 1990).
+    sketch: [u64; BITS as usize / 64],
+    pause: u64,
+}
+
+impl Moderation {
+    /// A record of the session with this port and address ending passed.
+    #[inline]
+    pub fn record(&mut self, port: u16, addr_end: u8) {
+        self.records += 1;
+        let hash = (u32::from(port) << 8 | u32::from(addr_end)).wrapping_mul(0x9e37_79b1) >> 24;
+        self.sketch[hash as usize / 64] |= 1 << (hash % 64);
+    }
+
+    /// How long to pause before the next look, ns; 0 is to wait for the next frame.
+    pub fn pause(&mut self, now: u64) -> u64 {
+        let elapsed = now.saturating_sub(self.window_start);
+        if elapsed >= WINDOW {
+            self.pause = self.decide(elapsed);
+            self.records = 0;
+            self.sketch = Default::default();
+            self.window_start = now;
+        }
+        self.pause
+    }
+
+    fn decide(&self, elapsed: u64) -> u64 {
+        if self.records * WINDOW < FEW_RECORDS * elapsed {
+            return 0;
+        }
+        let free = BITS - self.sketch.iter().map(|word| word.count_ones()).sum::<u32>();
+        let sessions = f64::from(BITS) * (f64::from(BITS) / f64::from(free.max(1))).ln();
+        let between = elapsed as f64 * sessions / self.records as f64;
+        let pause = (between as u64 / PART).min(LONGEST);
+        if pause < SHORTEST { 0 } else { pause }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The pause after 20 ms of so many records a second on so many sessions.
+    fn pause(rate: u64, sessions: u64) -> u64 {
+        let mut moderation = Moderation::default();
+        let mut pause = 0;
+        for record in 0..rate / 50 {
+            let now = 1_000_000_000 + record * 1_000_000_000 / rate;
+            moderation.record(20_000 + (record % sessions) as u16, 7);
+            pause = moderation.pause(now);
+        }
+        pause
+    }
+
+    #[test]
+    fn few_records_or_few_sessions_are_served_at_once() {
+        assert_eq!(pause(1_000, 50), 0);
+        assert_eq!(pause(10_000, 500), 0);
+        assert_eq!(pause(50_000, 1), 0, "one session back and forth");
+        assert_eq!(pause(60_000, 8), 0, "eight of them, 30 000 requests a second");
+    }
+
+    #[test]
+    fn many_sessions_are_batched_without_delaying_any_noticeably() {
+        let fifty = pause(40_000, 50);
+        assert!((200_000..=LONGEST).contains(&fifty), "{fifty}: a quarter of 1.25 ms between records");
+        assert_eq!(pause(40_000, 10_000), LONGEST);
+        let saturated = pause(100_000, 50);
+        assert!((90_000..170_000).contains(&saturated), "{saturated}: a quarter of 0.5 ms");
+    }
+
+    #[test]
+    fn the_end_of_a_burst_ends_the_pauses() {
+        let mut moderation = Moderation::default();
+        for record in 0..1000u16 {
+            moderation.record(record, 0);
+        }
+        assert!(moderation.pause(WINDOW) > 0);
+        assert_eq!(moderation.pause(2 * WINDOW), 0);
+    }
+}
