@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::io::PipeReader;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
 /// Readable when a signal has come.
@@ -44,5 +44,12 @@ impl Signals {
             Err(nix::errno::Errno::EINTR) => Ok(false),
             Err(error) => Err(error).context("wait for signals"),
         }
+    }
+}
+
+/// For a loop that waits for other things too.
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
     }
 }

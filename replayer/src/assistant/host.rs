@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
 use replayer_common::addr::{self, Ip};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 /// The interface to take responses from: the one asked for, or the only one that comes into question.
@@ -45,23 +45,20 @@ fn choose(asked: Option<&str>, interfaces: &BTreeMap<String, InterfaceFlags>) ->
     }
 }
 
-/// All addresses of this host, sorted.
+/// All addresses of this host.
 ///
 /// # Errors
 /// The operating system's.
-pub fn local_addresses() -> Result<Vec<Ip>> {
-    let mut addresses: Vec<Ip> = getifaddrs()
-        .context("cannot list the addresses of this host")?
+pub fn local_addresses() -> Result<BTreeSet<Ip>> {
+    let interfaces = getifaddrs().context("cannot list the addresses of this host")?;
+    Ok(interfaces
         .filter_map(|interface| {
             let address = interface.address?;
             let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
             v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
         })
         .map(addr::from_std)
-        .collect();
-    addresses.sort_unstable();
-    addresses.dedup();
-    Ok(addresses)
+        .collect())
 }
 
 /// Refuses a host that would route the target's responses to real clients if the assistant died.

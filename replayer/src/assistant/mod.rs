@@ -26,8 +26,10 @@ pub mod routing;
 
 use crate::channel::limits::DEFAULT_PORT;
 use crate::channel::{Server, ServerConfig};
+use crate::clock;
+use crate::signals::Signals;
 use anyhow::{Context, Result, bail};
-use blackhole::{BlackHole, Mode};
+use blackhole::BlackHole;
 use moderation::Moderation;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use replayer_common::addr::Endpoint;
@@ -39,9 +41,7 @@ use routing::{Route, Routing, TargetChange};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 /// Between two looks at this host's addresses, and at the interface, ns.
 const HOST_INTERVAL: u64 = 10_000_000_000;
@@ -67,9 +67,6 @@ pub struct AssistantArgs {
     /// Start even though this host forwards IP packets
     #[arg(long)]
     pub allow_forwarding: bool,
-    /// XDP mode
-    #[arg(long, value_enum, value_name = "MODE", default_value_t = Mode::Auto)]
-    pub xdp: Mode,
     /// Zero-copy sockets, where the driver has them
     #[arg(long)]
     pub zero_copy: bool,
@@ -97,8 +94,8 @@ pub fn run(args: AssistantArgs) -> Result<()> {
         port: args.port,
         key: args.key.clone().into_bytes(),
     })?;
-    let mut blackhole = BlackHole::open(&interface, args.xdp, args.zero_copy)?;
-    blackhole.set_local_addresses(host::local_addresses()?)?;
+    let mut blackhole = BlackHole::open(&interface, args.zero_copy)?;
+    blackhole.set_local_addresses(&host::local_addresses()?)?;
     // Pauses are a fraction of a millisecond: the default slack of 50 us would stretch them.
     nix::sys::prctl::set_timerslack(1_000).context("cannot set the timer slack")?;
 
@@ -115,7 +112,7 @@ pub fn run(args: AssistantArgs) -> Result<()> {
         blackhole,
         moderation: Moderation::default(),
         frames: Frames::default(),
-        start: Instant::now(),
+        start: clock::now(),
         last_tick: 0,
         last_look: 0,
     };
@@ -153,29 +150,25 @@ struct Assistant {
     blackhole: BlackHole,
     moderation: Moderation,
     frames: Frames,
-    start: Instant,
+    start: u64,
     last_tick: u64,
     last_look: u64,
 }
 
 impl Assistant {
-    fn now(&self) -> u64 {
-        self.start.elapsed().as_nanos() as u64
-    }
-
     /// Turns until a signal comes.
     fn serve(&mut self, signals: &Signals, stats: Option<u64>) -> Result<()> {
         let stats = stats.filter(|&seconds| seconds > 0).map(|seconds| seconds * 1_000_000_000);
-        let mut next_stats = stats.unwrap_or(u64::MAX);
+        let mut next_stats = stats.map_or(u64::MAX, |interval| clock::now() + interval);
         let mut more = false;
         let mut ready = Vec::new();
         loop {
-            let now = self.now();
+            let now = clock::now();
             let pause = self.moderation.pause(now);
             let wait = if more || self.routing.is_sweeping() {
                 0
             } else if pause > 0 {
-                std::thread::sleep(Duration::from_nanos(pause));
+                clock::sleep(pause);
                 0
             } else {
                 self.deadline().min(next_stats).saturating_sub(now)
@@ -185,7 +178,7 @@ impl Assistant {
                 return Ok(());
             }
             more = self.turn(&ready)?;
-            let now = self.now();
+            let now = clock::now();
             if broken || now >= self.last_look + HOST_INTERVAL {
                 self.look_at_host(now)?;
             }
@@ -207,7 +200,7 @@ impl Assistant {
 
     /// Waits at most `ns` for anything; `ready` answers the server's interests.
     fn wait(&self, signals: &Signals, ns: u64, ready: &mut Vec<PollFlags>) -> Result<Ready> {
-        let mut fds = vec![PollFd::new(signals.receiver.as_fd(), PollFlags::POLLIN)];
+        let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         fds.extend(self.blackhole.fds().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         let peers = fds.len();
         fds.extend(self.server.interests());
@@ -219,8 +212,8 @@ impl Assistant {
         ready.clear();
         match poll(&mut fds, timeout) {
             Ok(_) => {}
-            // A signal: its byte is in the pipe by now, or was none of ours.
-            Err(nix::errno::Errno::EINTR) => return Ok(Ready { stop: signals.pending(), broken: false }),
+            // If the signal was ours, the next call finds its byte in the pipe.
+            Err(nix::errno::Errno::EINTR) => return Ok(Ready { stop: false, broken: false }),
             Err(error) => return Err(error).context("cannot wait for packets and peers"),
         }
         let flags = |fd: &PollFd<'_>| fd.revents().unwrap_or(PollFlags::empty());
@@ -234,7 +227,7 @@ impl Assistant {
 
     /// Peers, rings, peers. Returns whether the rings hold more.
     fn turn(&mut self, ready: &[PollFlags]) -> Result<bool> {
-        let now = self.now();
+        let now = clock::now();
         self.server.drive(now, ready, &mut self.routing);
         if now >= self.last_tick + TICK {
             self.last_tick = now;
@@ -286,7 +279,7 @@ impl Assistant {
                 self.interface
             );
         }
-        self.blackhole.set_local_addresses(host::local_addresses()?)
+        self.blackhole.set_local_addresses(&host::local_addresses()?)
     }
 
     fn report(&self) -> Result<Report> {
@@ -297,7 +290,7 @@ impl Assistant {
             role: "assistant",
             interface: self.interface.clone(),
             mode: self.blackhole.mode(),
-            seconds: self.start.elapsed().as_secs_f64(),
+            seconds: clock::now().saturating_sub(self.start) as f64 / 1e9,
             received: self.frames.received,
             rejected,
             waiting: self.routing.waiting() as u64,
@@ -307,7 +300,7 @@ impl Assistant {
                 .blackhole
                 .verdicts()?
                 .iter()
-                .map(|(verdict, count)| (verdict.name(), *count))
+                .map(|counter| (counter.name, counter.value))
                 .collect(),
             routing: *self.routing.counters(),
             channel: *self.server.counters(),
@@ -344,29 +337,6 @@ fn header_of(segment: &TcpSegment, frame: &[u8]) -> ResponseHeader {
     let options = usize::from(segment.tcp_offset) + 20..usize::from(segment.payload_offset);
     header.set_options(&tcp_options::parse(frame.get(options).unwrap_or_default()));
     header
-}
-
-/// SIGTERM and SIGINT as bytes in a socket that poll(2) can wait for.
-struct Signals {
-    receiver: UnixStream,
-}
-
-impl Signals {
-    fn install() -> Result<Signals> {
-        let (receiver, sender) = UnixStream::pair().context("cannot make a pair of sockets")?;
-        receiver.set_nonblocking(true).context("cannot make a socket non-blocking")?;
-        for signal in [libc::SIGTERM, libc::SIGINT] {
-            let sender = sender.try_clone().context("cannot duplicate a socket")?;
-            signal_hook::low_level::pipe::register(signal, sender).context("cannot handle signals")?;
-        }
-        Ok(Signals { receiver })
-    }
-
-    /// Whether a signal has come.
-    fn pending(&self) -> bool {
-        let mut fds = [PollFd::new(self.receiver.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0)
-    }
 }
 
 #[cfg(test)]
