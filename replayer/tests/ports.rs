@@ -226,17 +226,17 @@ fn frames_travel_from_one_namespace_to_another() {
             frames.hand == 0 && frames.transmit == 0
         });
         let expected = PortCounters {
-            received: COUNT.into(),
-            transmitted: COUNT.into(),
-            completed: COUNT.into(),
+            received: u64::from(COUNT),
+            transmitted: u64::from(COUNT),
+            completed: u64::from(COUNT),
             kicks: port.counters().kicks,
             ..PortCounters::default()
         };
         assert_eq!(port.counters(), expected);
         let statistics = port.statistics().expect("statistics").rx;
         assert_eq!((statistics.rx_dropped, statistics.rx_ring_full), (0, 0));
-        assert_eq!(capture.counter(Program::Mirror, "mirrored"), COUNT.into());
-        assert_eq!(capture.counter(Program::Capture, "redirected"), COUNT.into());
+        assert_eq!(capture.counter(Program::Mirror, "mirrored"), u64::from(COUNT));
+        assert_eq!(capture.counter(Program::Capture, "redirected"), u64::from(COUNT));
     });
 }
 
@@ -368,6 +368,86 @@ fn b009_errors_name_cause_and_remedy() {
         let error = other.attach_responses("in1").unwrap_err();
         assert!(matches!(error, ProgramsError::Attach { .. }), "{error}");
         assert!(error.to_string().contains("ip link show"), "{error}");
+    });
+}
+
+/// What a target sends to a replayed client is taken, cut to its headers; what it sends to this host is left to the
+/// kernel. In native mode, and in generic mode where the driver (here macvlan) has no other.
+#[test]
+fn b052_responses_are_taken_in_native_and_in_generic_mode() {
+    let target = ([192, 0, 2, 80], 80);
+    let response = |to: [u8; 4]| {
+        let mut packet = Vec::new();
+        etherparse::PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2])
+            .ipv4(target.0, to, 64)
+            .tcp(target.1, 40_000, 1, 1000)
+            .ack(1)
+            .write(&mut packet, &[b'r'; 1000])
+            .expect("a packet");
+        packet
+    };
+    for (device, expected) in [("in1", Attachment::Native), ("generic", Attachment::Generic)] {
+        in_lab(|| {
+            if device == "generic" {
+                ip("link add generic link in1 address 02:00:00:00:00:02 type macvlan mode private");
+                ip("link set generic up");
+            }
+            let mut programs = Programs::load().expect("the programs");
+            programs.set_services(&BTreeSet::from([(addr::from_v4(target.0), target.1)])).expect("services");
+            programs
+                .set_local_addresses(&BTreeSet::from([addr::from_v4([192, 0, 2, 1])]))
+                .expect("addresses");
+            let config = PortConfig {
+                frames: 1024,
+                frame_size: 2048,
+                rx: Some(Endpoint::new(device, 0)),
+                tx: None,
+                zero_copy: false,
+            };
+            let mut port = Port::open(&config).expect("a port");
+            programs.set_socket(0, port.rx_fd().expect("an RX side")).expect("the socket's place");
+            assert_eq!(programs.attach_responses(device).expect("XDP"), expected);
+
+            let mut sender = sender();
+            let sniffer = sniffer();
+            send(&mut sender, &response([192, 0, 2, 1]));
+            send(&mut sender, &response([198, 51, 100, 7]));
+            flush(&mut sender);
+            let mut batch = Vec::with_capacity(BATCH);
+            wait_until("a response", || port.receive(&mut batch) > 0);
+            let Received { frame, len } = batch.pop().expect("the response");
+            assert!(batch.is_empty());
+            assert_eq!(port.frame(&frame)[..len as usize], response([198, 51, 100, 7])[..54]);
+            port.release(frame);
+            let mut passed = Vec::new();
+            wait_until("the one for this host", || {
+                passed.extend(drain(&sniffer, device));
+                !passed.is_empty()
+            });
+            assert_eq!(passed, [response([192, 0, 2, 1])]);
+            let counters = programs.counters(Program::Responses).expect("counters");
+            let moved = counters.iter().filter(|counter| counter.value > 0);
+            let moved: Vec<_> = moved.map(|counter| (counter.name, counter.value)).collect();
+            assert_eq!(moved, [("cut", 1), ("to_this_host", 1)]);
+        });
+    }
+}
+
+/// A token is good for the port that it came from only.
+#[test]
+#[should_panic(expected = "a frame of another port")]
+fn a_frame_of_another_port_is_refused() {
+    in_lab(|| {
+        let mut one = sender();
+        let other = Port::open(&PortConfig {
+            frames: 1024,
+            frame_size: 2048,
+            rx: None,
+            tx: Some(Endpoint::new("out0", 0)),
+            zero_copy: false,
+        });
+        let frame = one.allocate().expect("a frame");
+        other.expect("a port").release(frame);
     });
 }
 

@@ -203,10 +203,8 @@ impl Listener {
         let stopped = poll(&mut fds[..1], timeout(PAUSE)).is_ok_and(|ready| ready > 0);
         let mut buffer = [0; 16384];
         // What an announcement says does not matter, nor that some were lost (ENOBUFS).
-        while !matches!(
-            recv(self.announcements.as_raw_fd(), &mut buffer, MsgFlags::empty()),
-            Err(Errno::EAGAIN)
-        ) {}
+        let mut more = || recv(self.announcements.as_raw_fd(), &mut buffer, MsgFlags::empty());
+        while matches!(more(), Ok(_) | Err(Errno::ENOBUFS | Errno::EINTR)) {}
         !stopped
     }
 }
