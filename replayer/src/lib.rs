@@ -10,7 +10,7 @@
 //! - [`programs`]: the BPF programs and their maps
 //! - [`net`]: routes, neighbours, devices
 //! - [`connections`]: the connections that a server has
-//! - [`report`]: figures
+//! - [`report`]: the figures of a run
 //! - [`clock`], [`privileges`], [`signals`]: what every role needs of the system
 
 pub mod afxdp;
