@@ -16,10 +16,12 @@ use object::{
     Object as _, ObjectSection as _, ObjectSymbol as _, RelocationFlags, RelocationTarget, SymbolKind,
 };
 
+use crate::privilege::{as_root, on_path};
+
 const TARGET: &str = "bpfel-unknown-none";
 /// The linker is pinned: another one may choose other instructions.
 const LINKER_VERSION: &str = "0.13.0";
-/// The instruction set of kernels from 5.1 on; attaching the programs takes 6.6 anyway.
+/// The instruction set that kernels have from 5.1 on. What the programs call asks for newer ones anyway (docs/ebpf.md).
 const BPF_CPU: &str = "v3";
 /// The compiler of the Debian package `rustc-web`, which brings a core library for BPF.
 const DISTRIBUTION_RUSTC: &str = "/usr/bin/rustc";
@@ -100,16 +102,16 @@ impl Compiler {
         if let Some(found) = Compiler::find()? {
             return Ok(found);
         }
-        if program_exists("apt-get") {
-            let mut install = vec!["apt-get", "install", "--yes", "--no-install-recommends"];
-            install.extend(DISTRIBUTION_PACKAGES);
+        if on_path("apt-get") {
+            let install =
+                [&["install", "--yes", "--no-install-recommends"], &DISTRIBUTION_PACKAGES[..]].concat();
             // A package that is not to be had is no error yet: there is another way.
-            as_root(&["apt-get", "update"]).and_then(|()| as_root(&install)).unwrap_or_else(report);
+            apt_get(&["update"]).and_then(|()| apt_get(&install)).unwrap_or_else(report);
         }
         if let Some(found) = Compiler::find()? {
             return Ok(found);
         }
-        if program_exists("rustup") {
+        if on_path("rustup") {
             announce_and_run(Command::new("rustup").args(["component", "add", "rust-src"]))
                 .unwrap_or_else(report);
         }
@@ -181,8 +183,8 @@ fn find_or_install_linker(root: &Path, compiler: &Compiler) -> Result<PathBuf> {
             ),
         );
     } else {
-        if !program_exists(&format!("llvm-config-{major}")) && program_exists("apt-get") {
-            as_root(&["apt-get", "install", "--yes", &format!("llvm-{major}-dev")]).unwrap_or_else(report);
+        if !on_path(&format!("llvm-config-{major}")) && on_path("apt-get") {
+            apt_get(&["install", "--yes", &format!("llvm-{major}-dev")]).unwrap_or_else(report);
         }
         install.args(["--no-default-features", "--features", &format!("llvm-{major}")]);
     }
@@ -351,15 +353,10 @@ fn has_files(dir: &Path) -> bool {
     fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some())
 }
 
-fn program_exists(name: &str) -> bool {
-    env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|dir| dir.join(name).is_file()))
-}
-
-fn as_root(command: &[&str]) -> Result<()> {
-    // SAFETY: it has no arguments and can't fail.
-    let root = unsafe { libc::geteuid() } == 0;
-    let command = if root { command.to_vec() } else { [&["sudo"], command].concat() };
-    announce_and_run(Command::new(command[0]).args(&command[1..]))
+fn apt_get(arguments: &[&str]) -> Result<()> {
+    // Through env(1): sudo does not hand the variable on.
+    let mut command = as_root("env", "installing packages")?;
+    announce_and_run(command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get"]).args(arguments))
 }
 
 fn announce_and_run(command: &mut Command) -> Result<()> {
