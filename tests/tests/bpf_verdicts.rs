@@ -380,10 +380,13 @@ impl Kernel {
         Run { returned: result.return_value, frame: out, moved }
     }
 
-    /// Nanoseconds for one packet, the mean of many.
+    /// Nanoseconds for one packet: the lowest of some means, since whatever else the machine does only adds.
     fn cost(&self, program: &str, frame: &[u8]) -> u128 {
-        let options = TestRunOptions { data_in: Some(frame), repeat: 2_000_000, ..TestRunOptions::new() };
-        self.test_run(program, options).duration.as_nanos()
+        let mean = |_| {
+            let options = TestRunOptions { data_in: Some(frame), repeat: 200_000, ..TestRunOptions::new() };
+            self.test_run(program, options).duration.as_nanos()
+        };
+        (0..10).map(mean).min().unwrap_or_default()
     }
 
     fn test_run(&self, program: &str, options: TestRunOptions<'_>) -> aya::programs::TestRunResult {
