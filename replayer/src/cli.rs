@@ -24,7 +24,6 @@ pub enum Role {
     /// On the production server: capture requests and replay them to the target.
     Online(Box<OnlineArgs>),
     /// On a spare host of the target's segment: take the target's responses off the wire and return their headers.
-    #[cfg(any())]
     Assistant(crate::assistant::AssistantArgs),
 }
 

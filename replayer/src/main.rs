@@ -7,7 +7,6 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let result = match Cli::parse().role {
         Role::Online(args) => replayer::online::run(&args),
-        #[cfg(any())]
         Role::Assistant(args) => replayer::assistant::run(args),
     };
     match result {
