@@ -192,6 +192,39 @@ fn a_clone_arrives_on_the_queue_of_its_shard() {
     });
 }
 
+/// The queue that is chosen for the clone must not become the original's: it decides where a packet goes that this host
+/// forwards. Here it is forwarded into the mirror, where its queue shows: it came in on queue 0.
+#[test]
+fn the_original_keeps_its_queue() {
+    in_own_namespace(|| {
+        let mut frame = cases().remove("v4-data").expect("the case").frame;
+        let client = from_std("192.0.2.1".parse().expect("an address"));
+        let port =
+            (20_000..).find(|&port| flow_hash(FLOW_SEED, &client, port) % QUEUES == 2).expect("a port");
+        frame[SRC_PORT..SRC_PORT + 2].copy_from_slice(&port.to_be_bytes());
+        let mut kernel = Kernel::new();
+        kernel.configure(CaptureConfig { shards: QUEUES, ..kernel.config });
+        let program: &mut Xdp =
+            kernel.ebpf.program_mut("capture").expect("the program").try_into().expect("XDP");
+        program.attach("far", XdpMode::Driver).expect("native XDP on veth");
+        let mut tap = fragmenting_tap("tap");
+        ip("link set tap up");
+        let program: &mut SchedClassifier =
+            kernel.ebpf.program_mut("mirror").expect("the program").try_into().expect("a classifier");
+        program.attach("tap", TcAttachType::Ingress).expect("tcx");
+        // Netfilter's hook comes after tcx.
+        run("nft", "add table netdev t");
+        run("nft", "add chain netdev t c { type filter hook ingress device \"tap\" priority 0 ; }");
+        run("nft", "add rule netdev t c fwd to \"near\"");
+
+        // The socket is on queue 0: it gets the original, and the clone finds none.
+        tap.write_all(&frame).expect("writing to tap");
+        let arrived = || kernel.counters(names::CAPTURE_COUNTERS).iter().sum::<u64>();
+        wait_for("clone and original", Duration::from_secs(5), || arrived() == 2).expect("two frames");
+        assert_eq!(kernel.counters(names::CAPTURE_COUNTERS), [1, 1]);
+    });
+}
+
 /// Some drivers leave the headers in pages that a program can't read directly; tap can be made to do the same.
 #[test]
 fn headers_outside_of_the_linear_part_are_found() {
