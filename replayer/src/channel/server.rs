@@ -11,6 +11,7 @@ use super::limits::{
 use super::queue::{InBuffer, OutQueue, Received};
 use super::wire::{self, Entry, Hello, Kind, Message, Refusal, WireError};
 use nix::poll::{PollFd, PollFlags};
+use replayer_common::addr::Endpoint;
 use replayer_common::response::ResponseHeader;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -160,7 +161,7 @@ enum Stage {
 
 struct Peer {
     stream: TcpStream,
-    from: SocketAddr,
+    from: Endpoint,
     stage: Stage,
     since: u64,
     services: usize,
@@ -364,7 +365,7 @@ impl Server {
         };
         self.peers[slot] = Some(Peer {
             stream,
-            from,
+            from: from.into(),
             stage: Stage::Stranger,
             since: now,
             services: 0,
