@@ -35,8 +35,9 @@ use std::time::{Duration, Instant};
 
 /// How long a next hop may take to tell its address at the start.
 const NEXT_HOP_PATIENCE: Duration = Duration::from_secs(2);
-/// Frames of a worker's port: captured packets on their way in, packets on their way out. Data that waits is not held in them.
-const FRAMES: u32 = 8192;
+/// Frames of a worker's port, half of them for captured packets that wait for the worker: 128 MiB. Data that waits for the target is not
+/// held in them.
+const FRAMES: u32 = 65_536;
 /// An Ethernet header with two VLAN tags.
 const ETHERNET_HEADER: u32 = 22;
 

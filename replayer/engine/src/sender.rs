@@ -235,7 +235,7 @@ impl Engine {
         loop {
             let session = &mut self.sessions[s];
             let again = session.snd_nxt != session.snd_max;
-            if !session.state.may_send() && !(again && session.state.fin_sent()) {
+            if !(session.state.may_send() || again && session.state.fin_sent()) {
                 return;
             }
             if session.next_segment == NONE {
