@@ -5,6 +5,7 @@
 //! - [`process`]: a started program, its output, and its certain end
 //! - [`servers`]: nginx, redis and the project's stream server, started on a host of the lab
 //! - [`clients`]: load, and counters of what arrives at a host
+//! - [`pairs`]: the same server on both sides, compared
 //! - [`replay`]: the roles under test, started on a lab, and their reports
 //! - [`ledger`]: requests counted id by id in the access logs of two servers
 //! - [`stream`]: the wire format of the project's own server and client, and the records that both write
@@ -20,6 +21,7 @@ pub mod lab;
 pub mod ledger;
 pub mod load;
 pub mod namespace;
+pub mod pairs;
 pub mod process;
 
 pub mod replay;

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::lab::{Host, Lab, NIC};
 use crate::load::Percentiles;
@@ -27,17 +29,28 @@ pub struct Role {
     report: PathBuf,
 }
 
-/// What a role writes when it stops (`--report`).
+/// What the online role writes when it stops (`--report`), as far as tests look at it.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Report {
     /// Every counter, by name.
     pub counters: BTreeMap<String, u64>,
-    /// Online role: from a request's transmission to the first byte of the target's response.
-    #[serde(default)]
+    /// Sums that must be equal.
+    pub accounting: Vec<Identity>,
+    /// From a request's transmission to the first byte of the target's response.
     pub target_response_us: Percentiles,
-    /// Online role: from a packet's capture to its first transmission.
-    #[serde(default)]
+    /// From a packet's capture to its first transmission.
     pub capture_to_transmit_us: Percentiles,
+}
+
+/// Two sums of counters, each with what the other must come to.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Identity {
+    /// What is added up.
+    pub identity: String,
+    /// One sum.
+    pub left: u64,
+    /// The other.
+    pub right: u64,
 }
 
 /// One line of `replayer online --stats 1 --stats-format json`.
@@ -99,13 +112,13 @@ impl Role {
     }
 
     /// Stops it by SIGTERM: it must end by itself with exit code 0 and leave its report.
-    pub fn stop(&mut self) -> Result<Report> {
+    pub fn stop<R: DeserializeOwned>(&mut self) -> Result<R> {
         self.process.signal(nix::sys::signal::Signal::SIGTERM)?;
         self.ended_well()
     }
 
     /// Waits for its end after a signal, which must be a good one, and reads its report.
-    pub fn ended_well(&mut self) -> Result<Report> {
+    pub fn ended_well<R: DeserializeOwned>(&mut self) -> Result<R> {
         let status = self.process.wait(STOP_LIMIT)?;
         ensure!(status.success(), "{} ended with {status}:\n{}", self.process.name(), self.process.tail());
         let text =
@@ -151,9 +164,9 @@ impl Replay {
         Ok(Self { online, assistant: role })
     }
 
-    /// Stops both and checks that the online role's accounts are in order.
-    pub fn stop(mut self) -> Result<(Report, Report)> {
-        let online = self.online.stop()?;
+    /// Stops both and checks that the online role's accounts are in order; both reports.
+    pub fn stop(mut self) -> Result<(Report, Value)> {
+        let online: Report = self.online.stop()?;
         let assistant = self.assistant.stop()?;
         online.check_accounts()?;
         Ok((online, assistant))
@@ -172,6 +185,9 @@ impl Report {
 
     /// Behaviour 64: what was captured is what was forwarded, is held, or was not replayed for a named reason.
     pub fn check_accounts(&self) -> Result<()> {
+        ensure!(!self.accounting.is_empty(), "the report has no accounts");
+        let wrong: Vec<&Identity> = self.accounting.iter().filter(|sums| sums.left != sums.right).collect();
+        ensure!(wrong.is_empty(), "the accounts are not in order: {wrong:#?}\n{:#?}", self.counters);
         Ok(())
     }
 }

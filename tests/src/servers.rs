@@ -253,6 +253,38 @@ pub fn start_redis(lab: &Lab, host: &Host, port: u16) -> Result<Process> {
     Ok(process)
 }
 
+/// Which way of a host's cable `impair` harms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// What the host sends.
+    FromHost,
+    /// What the host receives.
+    ToHost,
+}
+
+/// Puts `impair` into a host's cable, with its arguments separated by spaces; the lab must be one without offloads. Without
+/// the returned process the cable is cut.
+pub fn impair(lab: &Lab, host: &Host, direction: Direction, arguments: &str) -> Result<Process> {
+    anyhow::ensure!(!lab.plan().offloads, "a cable can be impaired in a lab without offloads only");
+    let (port, inner, outer) = (host.name(), format!("in-{}", host.name()), format!("out-{}", host.name()));
+    let mtu = lab.plan().mtu;
+    lab.switch().ip(&format!(
+        "link add {inner} mtu {mtu} type veth peer name {outer} mtu {mtu}\n\
+         link set {outer} master br0 up\n\
+         link set {inner} promisc on up\n\
+         link set {port} nomaster promisc on\n"
+    ))?;
+    let (from, to) = match direction {
+        Direction::FromHost => (port, inner.as_str()),
+        Direction::ToHost => (inner.as_str(), port),
+    };
+    let mut command = lab.switch().command(tool("impair")?);
+    command.args(["--from", from, "--to", to]).args(arguments.split_ascii_whitespace());
+    let mut process = start(lab, host, "impair", &mut command)?;
+    process.wait_for_message("ready", START_LIMIT)?;
+    Ok(process)
+}
+
 /// Path of a binary of this workspace, from its release build: load tools and roles are run as users run them.
 ///
 /// `REPLAYER_BIN_DIR` overrides where they are looked for.

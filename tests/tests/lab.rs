@@ -2,11 +2,12 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use replayer_tests::lab::{Host, Lab, Plan};
 use replayer_tests::namespace::Namespace;
 use replayer_tests::process::Process;
+use replayer_tests::servers::{Direction, impair};
 
 /// One byte from `from` to a listener on `to`, and the peer's address as the listener saw it.
 fn connect(from: &Host, to: &Host, address: IpAddr) -> IpAddr {
@@ -56,4 +57,14 @@ fn a_lab_takes_its_processes_and_namespaces_along() {
     assert!(sleeper.wait(Duration::from_secs(5)).is_ok());
     assert!(Namespace::list(&prefix).is_empty());
     assert!(!dir.exists());
+}
+
+#[test]
+fn an_impaired_cable_delays_what_it_is_told_to() {
+    let lab = Lab::up(Plan { offloads: false, ..Plan::default() }).unwrap();
+    let _cable = impair(&lab, lab.online(), Direction::FromHost, "--only syn-ack --delay-ms 200").unwrap();
+    let before = Instant::now();
+    connect(lab.client(), lab.online(), lab.online().v4().into());
+    let took = before.elapsed();
+    assert!(took >= Duration::from_millis(200) && took < Duration::from_millis(900), "{took:?}");
 }

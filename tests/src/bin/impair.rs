@@ -1,0 +1,233 @@
+//! A cable that delays, loses, duplicates and reorders frames on purpose, in one direction.
+//!
+//! It stands between two NICs of the lab's switch and passes on, as they are, all frames but those it was told to harm.
+//! For labs without offloads: a frame must fit the MTU and carry its whole checksum.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::io::ErrorKind;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::{Parser, ValueEnum};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use nix::net::if_::if_nametoindex;
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use replayer_tests::load::Random;
+
+/// Passes frames between two NICs and harms some of those that go from the first to the second.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// NIC whose frames are harmed.
+    #[arg(long)]
+    from: String,
+    /// NIC that they go to.
+    #[arg(long)]
+    to: String,
+    /// Which TCP segments over IPv4 may be harmed.
+    #[arg(long, value_enum, default_value_t = Only::All)]
+    only: Only,
+    /// Pass these on so much later.
+    #[arg(long, value_name = "MS", default_value_t = 0)]
+    delay_ms: u64,
+    /// Share of these that is lost.
+    #[arg(long, value_name = "PERCENT", default_value_t = 0.0)]
+    loss: f64,
+    /// Share of these that is passed on twice.
+    #[arg(long, value_name = "PERCENT", default_value_t = 0.0)]
+    duplicate: f64,
+    /// Share of these that later ones overtake.
+    #[arg(long, value_name = "PERCENT", default_value_t = 0.0)]
+    reorder: f64,
+    /// Lose only so many.
+    #[arg(long, value_name = "COUNT", default_value_t = u64::MAX)]
+    lose_at_most: u64,
+    /// Seed of what is chosen.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Only {
+    /// Every TCP segment.
+    All,
+    /// SYN without ACK.
+    Syn,
+    /// SYN with ACK.
+    SynAck,
+    /// Segments with neither SYN nor RST.
+    Established,
+}
+
+/// How much later a frame goes that others overtake: longer than it takes a burst to pass.
+const REORDER_DELAY: Duration = Duration::from_millis(3);
+/// Longer than any frame of a NIC without offloads, jumbo frames among them.
+const FRAME_LIMIT: usize = 16 * 1024;
+/// Percentages are drawn as integers below this.
+const WHOLE: u32 = 1_000_000;
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let sockets = [packet_socket(&arguments.from)?, packet_socket(&arguments.to)?];
+    let mut poll = Poll::new()?;
+    for (index, socket) in sockets.iter().enumerate() {
+        poll.registry().register(&mut SourceFd(&socket.as_raw_fd()), Token(index), Interest::READABLE)?;
+    }
+    eprintln!("impair: ready");
+    let mut harm = Harm { random: Random::new(arguments.seed), lost: 0, arguments };
+    // Frames to be passed on later: when, in which order, what.
+    let mut later: BinaryHeap<Reverse<(Instant, u64, Vec<u8>)>> = BinaryHeap::new();
+    let mut order = 0;
+    let mut events = Events::with_capacity(8);
+    let mut buffer = vec![0; FRAME_LIMIT];
+    loop {
+        let pause = later.peek().map(|Reverse((at, ..))| at.saturating_duration_since(Instant::now()));
+        match poll.poll(&mut events, pause) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            other => other?,
+        }
+        while let Some(length) = receive(&sockets[1], &mut buffer)? {
+            pass(&sockets[0], &buffer[..length]);
+        }
+        while let Some(length) = receive(&sockets[0], &mut buffer)? {
+            let frame = &buffer[..length];
+            for delay in harm.decide(frame) {
+                if delay.is_zero() {
+                    pass(&sockets[1], frame);
+                } else {
+                    order += 1;
+                    later.push(Reverse((Instant::now() + delay, order, frame.to_vec())));
+                }
+            }
+        }
+        while later.peek().is_some_and(|Reverse((at, ..))| *at <= Instant::now()) {
+            if let Some(Reverse((_, _, frame))) = later.pop() {
+                pass(&sockets[1], &frame);
+            }
+        }
+    }
+}
+
+struct Harm {
+    arguments: Arguments,
+    random: Random,
+    lost: u64,
+}
+
+impl Harm {
+    /// How much later each of the copies of a frame goes; none when it is lost.
+    fn decide(&mut self, frame: &[u8]) -> Vec<Duration> {
+        if !is_meant(frame, self.arguments.only) {
+            return vec![Duration::ZERO];
+        }
+        if self.lost < self.arguments.lose_at_most && self.draw(self.arguments.loss) {
+            self.lost += 1;
+            return Vec::new();
+        }
+        let mut delay = Duration::from_millis(self.arguments.delay_ms);
+        if self.draw(self.arguments.reorder) {
+            delay += REORDER_DELAY;
+        }
+        vec![delay; if self.draw(self.arguments.duplicate) { 2 } else { 1 }]
+    }
+
+    fn draw(&mut self, percent: f64) -> bool {
+        f64::from(self.random.within(&(0..=WHOLE - 1))) < percent / 100.0 * f64::from(WHOLE)
+    }
+}
+
+/// Whether a frame is a TCP segment over IPv4 of the kind that is to be harmed.
+fn is_meant(frame: &[u8], only: Only) -> bool {
+    const IPV4: [u8; 2] = [0x08, 0x00];
+    let Some(header_length) = frame.get(14).map(|byte| usize::from(byte & 0x0f) * 4) else { return false };
+    if frame.get(12..14) != Some(&IPV4[..]) || frame.get(23) != Some(&6) {
+        return false;
+    }
+    let Some(flags) = frame.get(14 + header_length + 13) else { return false };
+    let (syn, rst, ack) = (flags & 0x02 != 0, flags & 0x04 != 0, flags & 0x10 != 0);
+    match only {
+        Only::All => true,
+        Only::Syn => syn && !ack,
+        Only::SynAck => syn && ack,
+        Only::Established => !syn && !rst,
+    }
+}
+
+/// A socket that gets every frame that arrives at a NIC, and none that leaves it.
+fn packet_socket(device: &str) -> Result<OwnedFd> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll)
+        .context("opening a packet socket (root?)")?;
+    let index = if_nametoindex(device).with_context(|| format!("no NIC {device}"))?;
+    let on: libc::c_int = 1;
+    // SAFETY: `on` lives through the call and its size is given.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_IGNORE_OUTGOING,
+            (&raw const on).cast(),
+            size_of_val(&on) as libc::socklen_t,
+        )
+    };
+    nix::errno::Errno::result(result).context("PACKET_IGNORE_OUTGOING")?;
+    // SAFETY: all-zero bytes are a valid value of this plain structure.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+    address.sll_ifindex = index as i32;
+    // SAFETY: `address` lives through the call and its size is given.
+    let result = unsafe {
+        libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as libc::socklen_t)
+    };
+    nix::errno::Errno::result(result).with_context(|| format!("binding to {device}"))?;
+    Ok(socket)
+}
+
+fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Result<Option<usize>> {
+    match recv(socket.as_raw_fd(), buffer, MsgFlags::empty()) {
+        Ok(length) => Ok(Some(length)),
+        Err(nix::errno::Errno::EAGAIN) => Ok(None),
+        Err(error) => Err(error).context("receiving"),
+    }
+}
+
+fn pass(socket: &OwnedFd, frame: &[u8]) {
+    // What a cable cannot carry is lost, as on a cable.
+    let _ = send(socket.as_raw_fd(), frame, MsgFlags::empty());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segment(flags: u8) -> Vec<u8> {
+        let mut frame = vec![0; 54];
+        frame[12..14].copy_from_slice(&[0x08, 0x00]);
+        frame[14] = 0x45;
+        frame[23] = 6;
+        frame[47] = flags;
+        frame
+    }
+
+    #[test]
+    fn segments_are_told_apart() {
+        assert!(is_meant(&segment(0x02), Only::Syn) && !is_meant(&segment(0x12), Only::Syn));
+        assert!(is_meant(&segment(0x12), Only::SynAck) && !is_meant(&segment(0x10), Only::SynAck));
+        assert!(is_meant(&segment(0x18), Only::Established) && !is_meant(&segment(0x04), Only::Established));
+        assert!(!is_meant(&segment(0x18)[..40], Only::All));
+    }
+
+    #[test]
+    fn shares_are_kept() {
+        let arguments =
+            Arguments::parse_from(["impair", "--from=a", "--to=b", "--loss=10", "--duplicate=50"]);
+        let mut harm = Harm { arguments, random: Random::new(1), lost: 0 };
+        let copies: Vec<usize> = (0..10_000).map(|_| harm.decide(&segment(0x10)).len()).collect();
+        let count = |wanted| copies.iter().filter(|&&copies| copies == wanted).count();
+        assert!((900..1100).contains(&count(0)), "{}", count(0));
+        assert!((4200..4800).contains(&count(2)), "{}", count(2));
+    }
+}
