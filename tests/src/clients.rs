@@ -74,7 +74,7 @@ impl<'a> Watch<'a> {
             .collect();
         host.namespace().nft(&format!(
             "table netdev watch {{\n{counters}\
-             chain arriving {{ type filter hook ingress device {NIC} priority 0;\n{rules}}} }}\n"
+             chain arriving {{ type filter hook ingress device {NIC} priority 0;\n{rules}}}\n}}\n"
         ))?;
         Ok(Self { host })
     }

@@ -114,6 +114,8 @@ enum Close {
     Rst,
     /// FIN right after the last request; the answers are read to the server's FIN.
     Half,
+    /// After the server's FIN, so that the port can be used again at once.
+    Last,
 }
 
 /// Bytes read from a socket at once.
@@ -367,6 +369,9 @@ impl<'a> Load<'a> {
         let no_more =
             connection.connected && (over || self.is_exhausted(connection)) && connection.out.is_empty();
         if !no_more {
+            return Ok(());
+        }
+        if self.arguments.close == Close::Last {
             return Ok(());
         }
         if self.arguments.close == Close::Half {
