@@ -5,6 +5,10 @@ use replayer::cli::{Cli, Role};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    // `RUST_LOG=debug` shows more, `RUST_LOG=error` less.
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
+        .format_target(false)
+        .init();
     let result = match Cli::parse().role {
         Role::Online(args) => replayer::online::run(&args),
         Role::Assistant(args) => replayer::assistant::run(args),

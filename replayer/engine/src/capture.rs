@@ -411,10 +411,6 @@ impl Engine {
     }
 
     /// Takes the payload in hand as the next of the stream.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "one packet's facts; a struct for one call would only rename them"
-    )]
     fn append<O: Output>(
         &mut self,
         now_ns: u64,
@@ -523,10 +519,6 @@ impl Engine {
     }
 
     /// Keeps a segment that lies behind a hole, between those that are there; bytes that are there already are not kept twice.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "one packet's facts; a struct for one call would only rename them"
-    )]
     fn keep_out_of_order<O: Output>(
         &mut self,
         now_ns: u64,
