@@ -10,6 +10,7 @@
 //! - [`programs`]: the BPF programs and their maps
 //! - [`net`]: routes, neighbours, devices
 //! - [`connections`]: the connections that a server has
+//! - [`moderation`]: when to pause, so that one wake-up serves many packets
 //! - [`report`]: the figures of a run
 //! - [`clock`], [`privileges`], [`signals`]: what every role needs of the system
 
@@ -20,6 +21,7 @@ pub mod cli;
 pub mod clock;
 pub mod connections;
 pub mod mirror;
+pub mod moderation;
 pub mod net;
 pub mod netns;
 pub mod online;

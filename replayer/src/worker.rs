@@ -8,13 +8,16 @@
 //! ```
 //!
 //! The loop does not sleep while there is work. Without work it waits in poll(2), for the mirror, the channels and the next timer.
-//! Where packets come faster than [`BUSY_RATE`] and no request waits for a response, it sleeps [`COALESCE_NS`] instead of waiting for
-//! the very next packet: the wake-ups cost more than the packets, and nothing is late by more than that.
+//! Where many sessions are active and the replay keeps up, it pauses first, so that one wake-up serves many packets
+//! ([`crate::moderation`]): a wake-up costs more than a packet, and nothing is late by more than [`LONGEST_PAUSE_NS`].
+//! When requests are late, nobody pauses: the assistants are told too.
 
 use crate::afxdp::{Flush, Frame, Port, PortCounters, Received, Statistics};
 use crate::channel::client::{Client, ClientCounters};
+use crate::channel::limits::HURRY;
 use crate::channel::wire::Entry;
 use crate::clock;
+use crate::moderation::Moderation;
 use crate::net::Watch;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::EventFd;
@@ -28,10 +31,8 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// Packets and records per millisecond from which wake-ups are coalesced.
-const BUSY_RATE: u64 = 8;
-/// How long a coalescing worker sleeps.
-const COALESCE_NS: u64 = 60_000;
+/// The longest pause: what a replayed request may be late by for the sake of CPU time.
+const LONGEST_PAUSE_NS: u64 = 300_000;
 /// How often a busy worker publishes its figures.
 const PUBLISH_NS: u64 = 100_000_000;
 /// Captured batches handled before the channels get their turn.
@@ -93,7 +94,8 @@ pub struct Worker {
     renewals: Vec<Option<u32>>,
     network: Watch,
     published_at: u64,
-    rate: Rate,
+    moderation: Moderation,
+    pace: Pace,
     retry_transmit: bool,
 }
 
@@ -155,25 +157,43 @@ impl Output for Surroundings {
     }
 }
 
-/// Packets and records per millisecond, over the last milliseconds.
+/// Whether the replay keeps up.
 #[derive(Debug, Default)]
-struct Rate {
+struct Pace {
     since: u64,
-    count: u64,
-    per_ms: u64,
+    worst_us: u32,
+    /// Of the time since the last published figures.
+    published_us: u32,
+    /// Until when it counts as behind.
+    behind_until: u64,
+    told_at: u64,
 }
 
-impl Rate {
-    /// The window: long enough to be steady, short enough to notice the end of a burst.
+impl Pace {
+    /// How often the delay is looked at.
     const WINDOW_NS: u64 = 4_000_000;
+    /// A longer delay from capture to transmission means being behind, microseconds.
+    const BEHIND_US: u32 = 2_000;
 
-    fn add(&mut self, now: u64, count: usize) {
-        self.count += count as u64;
-        let passed = now.saturating_sub(self.since);
-        if passed >= Self::WINDOW_NS {
-            self.per_ms = self.count * 1_000_000 / passed;
-            (self.since, self.count) = (now, 0);
+    /// Takes the longest delay since the last call. True when the assistants are to be told (again) that the replay is behind.
+    fn update(&mut self, now: u64, lag_us: u32) -> bool {
+        self.worst_us = self.worst_us.max(lag_us);
+        self.published_us = self.published_us.max(lag_us);
+        if now - self.since >= Self::WINDOW_NS {
+            if self.worst_us > Self::BEHIND_US {
+                self.behind_until = now + HURRY;
+            }
+            (self.since, self.worst_us) = (now, 0);
         }
+        let tell = self.is_behind(now) && now - self.told_at >= HURRY / 2;
+        if tell {
+            self.told_at = now;
+        }
+        tell
+    }
+
+    fn is_behind(&self, now: u64) -> bool {
+        now < self.behind_until
     }
 }
 
@@ -196,7 +216,8 @@ impl Worker {
             headers: Vec::with_capacity(4096),
             network,
             published_at: 0,
-            rate: Rate::default(),
+            moderation: Moderation::new(LONGEST_PAUSE_NS),
+            pace: Pace::default(),
             retry_transmit: false,
         }
     }
@@ -218,11 +239,13 @@ impl Worker {
     /// Works until told to stop.
     pub fn run(mut self) {
         let mut stopping_since = None;
+        // Pauses are a fraction of a millisecond; the kernel's default slack would add a sixth of that.
+        let _ = nix::sys::prctl::set_timerslack(1_000);
         loop {
             let now = clock::now();
             self.update_links();
             let work = self.turn(now);
-            self.rate.add(now, work);
+            self.keep_pace(now);
             if stopping_since.is_none() && self.shared.stop.load(Ordering::Acquire) {
                 // What is in the ring already is still replayed; then the sessions end.
                 while self.capture(now) > 0 {}
@@ -273,6 +296,15 @@ impl Worker {
         work
     }
 
+    /// Looks at how late requests leave, and hurries the assistants when they leave late.
+    fn keep_pace(&mut self, now: u64) {
+        if self.pace.update(now, self.engine.take_lag_us()) {
+            for channel in &mut self.surroundings.channels {
+                channel.hurry();
+            }
+        }
+    }
+
     fn capture(&mut self, now: u64) -> usize {
         let count = self.surroundings.port.receive(&mut self.received);
         if count > 0 {
@@ -287,7 +319,11 @@ impl Worker {
         for at in 0..self.surroundings.channels.len() {
             for _ in 0..READS_PER_TURN {
                 let headers = &mut self.headers;
-                self.surroundings.channels[at].drive(now, |header| headers.push(*header));
+                let moderation = &mut self.moderation;
+                self.surroundings.channels[at].drive(now, |header| {
+                    moderation.record(header.port, header.addr[15]);
+                    headers.push(*header);
+                });
                 if self.headers.is_empty() {
                     break;
                 }
@@ -340,8 +376,9 @@ impl Worker {
 
     /// Waits for a packet, a record, a timer or the stop.
     fn wait(&mut self, now: u64, stopping: bool) {
-        if self.rate.per_ms >= BUSY_RATE && !self.engine.is_waiting_for_responses() && !stopping {
-            clock::sleep(COALESCE_NS);
+        let pause = self.moderation.pause(now);
+        if pause > 0 && !stopping && !self.pace.is_behind(now) {
+            clock::sleep(pause);
             return;
         }
         if now - self.published_at >= PUBLISH_NS {
@@ -395,7 +432,7 @@ impl Worker {
         let (capture_to_transmit, target_response) = self.engine.histograms();
         snapshot.capture_to_transmit.clone_from(capture_to_transmit);
         snapshot.target_response.clone_from(target_response);
-        snapshot.lag_us = snapshot.lag_us.max(self.engine.take_lag_us());
+        snapshot.lag_us = snapshot.lag_us.max(std::mem::take(&mut self.pace.published_us));
         snapshot.port = self.surroundings.port.counters();
         snapshot.sockets = self.surroundings.port.statistics().unwrap_or_default();
         snapshot.channels.clear();

@@ -8,29 +8,27 @@
 //!
 //! One thread and one poll(2). A turn of the loop reads what the peers sent (registrations come before the responses to
 //! them), takes what is in the rings, and writes once to each peer. Under load it pauses between turns, so that each
-//! carries many records ([`moderation`]); idle, it sleeps in poll(2) and wakes once a second to send heartbeats, or not
+//! carries many records ([`crate::moderation`]); idle, it sleeps in poll(2) and wakes once a second to send heartbeats, or not
 //! at all when there is no peer.
 //!
 //! - [`blackhole`]: the XDP program and the AF_XDP sockets
 //! - [`routing`]: whose response is it; [`early`]: responses that overtook their registration
-//! - [`moderation`]: when to pause
 //! - [`host`]: interfaces, addresses, forwarding
 //! - [`report`]: what was counted
 
 pub mod blackhole;
 pub mod early;
 pub mod host;
-pub mod moderation;
 pub mod report;
 pub mod routing;
 
 use crate::channel::limits::DEFAULT_PORT;
 use crate::channel::{Server, ServerConfig};
 use crate::clock;
+use crate::moderation::Moderation;
 use crate::signals::Signals;
 use anyhow::{Context, Result, bail};
 use blackhole::BlackHole;
-use moderation::Moderation;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use replayer_common::addr::Endpoint;
 use replayer_common::packet::{Reject, TcpSegment, parse_tcp};
@@ -110,7 +108,7 @@ pub fn run(args: AssistantArgs) -> Result<()> {
         server,
         routing: Routing::new(crate::channel::random_instance()),
         blackhole,
-        moderation: Moderation::default(),
+        moderation: Moderation::new(LONGEST_PAUSE),
         frames: Frames::default(),
         start: clock::now(),
         last_tick: 0,
@@ -126,6 +124,10 @@ pub fn run(args: AssistantArgs) -> Result<()> {
     }
     ended
 }
+
+/// The longest pause, ns: at a million records a second the rings, 4096 places each, do not overflow meanwhile; and one
+/// that a handshake does not notice.
+const LONGEST_PAUSE: u64 = 1_000_000;
 
 /// What became of the frames before routing.
 #[derive(Default)]
@@ -164,7 +166,7 @@ impl Assistant {
         let mut ready = Vec::new();
         loop {
             let now = clock::now();
-            let pause = self.moderation.pause(now);
+            let pause = if self.routing.is_hurried(now) { 0 } else { self.moderation.pause(now) };
             let wait = if more || self.routing.is_sweeping() {
                 0
             } else if pause > 0 {

@@ -15,6 +15,7 @@
 //! in short steps ([`Routing::work`]), so that a million registrations hold up no response.
 
 use super::early::{self, Early};
+use crate::channel::limits::HURRY;
 use crate::channel::server::{Handler, PeerId, PeerQueue};
 use crate::channel::wire::{Entry, Hello, Refusal};
 use hashbrown::HashTable;
@@ -147,6 +148,7 @@ pub struct Routing {
     early: Early,
     changes: Vec<TargetChange>,
     sweep: Sweep,
+    hurry_until: u64,
     counters: RoutingCounters,
 }
 
@@ -171,6 +173,7 @@ impl Routing {
             early: Early::new(seed, early::CAPACITY),
             changes: Vec::new(),
             sweep: Sweep::default(),
+            hurry_until: 0,
             counters: RoutingCounters::default(),
         }
     }
@@ -265,6 +268,11 @@ impl Routing {
                 self.changes.push(TargetChange::Remove(endpoint));
             }
         }
+    }
+
+    /// Whether a worker has said that it is behind.
+    pub fn is_hurried(&self, now: u64) -> bool {
+        now < self.hurry_until
     }
 
     /// Whether [`Routing::tick`] will have something to do.
@@ -491,6 +499,10 @@ impl Handler for Routing {
             owner.renewing = false;
             self.request_sweep();
         }
+    }
+
+    fn hurry(&mut self, now: u64) {
+        self.hurry_until = now + HURRY;
     }
 
     fn closed(&mut self, now: u64, peer: PeerId) {

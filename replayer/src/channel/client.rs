@@ -239,6 +239,15 @@ impl Client {
         self.renewal_due || !self.is_connected() || self.output.push_message(Kind::RenewEnd, &[])
     }
 
+    /// Tells the assistant that sessions wait for responses and are behind: it then batches nothing for
+    /// [`super::limits::HURRY`].
+    pub fn hurry(&mut self) {
+        if self.is_connected() {
+            // Without room the assistant is busy anyway.
+            self.output.push_message(Kind::Hurry, &[]);
+        }
+    }
+
     /// How many registrations the queue has room for.
     pub fn room(&self) -> usize {
         if self.is_connected() { self.output.room(Entry::SIZE) } else { 0 }

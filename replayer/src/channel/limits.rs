@@ -63,3 +63,6 @@ pub const BACKOFF: (u64, u64) = (50 * MS, SECOND);
 
 /// Log lines about one kind of trouble are at least this far apart, ns.
 pub const LOG_INTERVAL: u64 = SECOND;
+
+/// How long a worker's word that it is behind holds. It says so again while it is, so that nobody has to take it back.
+pub const HURRY: u64 = 100 * MS;

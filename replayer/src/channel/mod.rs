@@ -13,6 +13,7 @@
 //!     | -- Register{service, identity}... -------------> |   with, or a little after, the session's SYN
 //!     | <------------------------- Headers{records}... - |   batched, in the order of arrival
 //!     | -- Unregister{service, identity}... -----------> |
+//!     | -- Hurry --------------------------------------> |   sessions are behind: no batching for the next 100 ms
 //!     |                                                  |
 //!     | -- Heartbeat ------------------------------> <-- |   when a side has sent nothing for a second; Counters is
 //!     |                                                  |   the assistant's. Silence for 4 s: closed.

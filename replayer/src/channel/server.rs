@@ -47,6 +47,9 @@ pub trait Handler {
     /// What the peer has not registered since [`Handler::renew_begin`] is over.
     fn renew_end(&mut self, peer: PeerId);
 
+    /// The peer's replay is behind and waits for responses: for [`super::limits::HURRY`] nothing is held up for the sake of batching.
+    fn hurry(&mut self, now: u64);
+
     /// The peer's connection ended.
     fn closed(&mut self, now: u64, peer: PeerId);
 }
@@ -455,6 +458,7 @@ impl Server {
                 }
                 (Stage::Peer, Message::RenewBegin) => handler.renew_begin(id),
                 (Stage::Peer, Message::RenewEnd) => handler.renew_end(id),
+                (Stage::Peer, Message::Hurry) => handler.hurry(now),
                 (Stage::Peer, Message::Heartbeat) => {}
                 _ => return Err(End::Refuse(Refusal::Protocol)),
             }

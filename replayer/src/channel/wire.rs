@@ -47,6 +47,7 @@ pub enum Kind {
     Heartbeat = 5,
     RenewBegin = 6,
     RenewEnd = 7,
+    Hurry = 8,
     Welcome = 16,
     Refused = 17,
     Headers = 18,
@@ -63,6 +64,7 @@ impl Kind {
             5 => Kind::Heartbeat,
             6 => Kind::RenewBegin,
             7 => Kind::RenewEnd,
+            8 => Kind::Hurry,
             16 => Kind::Welcome,
             17 => Kind::Refused,
             18 => Kind::Headers,
@@ -195,6 +197,7 @@ pub enum Message<'a> {
     Heartbeat,
     RenewBegin,
     RenewEnd,
+    Hurry,
     Welcome {
         instance: u64,
     },
@@ -240,6 +243,7 @@ fn decode_body(kind: Kind, body: &[u8]) -> Result<Message<'_>, WireError> {
         Kind::Heartbeat => empty(body, Message::Heartbeat)?,
         Kind::RenewBegin => empty(body, Message::RenewBegin)?,
         Kind::RenewEnd => empty(body, Message::RenewEnd)?,
+        Kind::Hurry => empty(body, Message::Hurry)?,
         Kind::Welcome => {
             let [v0, v1, 0, 0, instance @ ..] = *array::<12>(body)? else { return Err(WireError::Malformed) };
             if u16::from_le_bytes([v0, v1]) != VERSION {

@@ -21,10 +21,6 @@ const LEAVE: u64 = 400_000;
 /// Pauses shorter than this cost more than they save, ns.
 const SHORTEST: u64 = 100_000;
 
-/// The longest pause, ns: at a million records a second the rings, 4096 places each, do not overflow meanwhile; and one
-/// that a handshake does not notice.
-const LONGEST: u64 = 1_000_000;
-
 /// Bits of the sketch that counts sessions.
 const BITS: u32 = 256;
 
@@ -36,9 +32,15 @@ pub struct Moderation {
     /// A bit for each hash seen: linear counting (Whang et al. 1990).
     sketch: [u64; BITS as usize / 64],
     pause: u64,
+    longest: u64,
 }
 
 impl Moderation {
+    /// Pauses are at most `longest` ns.
+    pub fn new(longest: u64) -> Moderation {
+        Moderation { longest, ..Moderation::default() }
+    }
+
     /// A record of the session with this port and address ending passed.
     #[inline]
     pub fn record(&mut self, port: u16, addr_end: u8) {
@@ -67,8 +69,8 @@ impl Moderation {
         let sessions = f64::from(BITS) * (f64::from(BITS) / f64::from(free.max(1))).ln();
         let between = elapsed as f64 * sessions / self.records as f64;
         let between = between as u64;
-        let pause = (between / 2).max(between.saturating_sub(LEAVE)).min(LONGEST);
-        if pause < SHORTEST { 0 } else { pause }
+        let pause = (between / 2).max(between.saturating_sub(LEAVE)).min(self.longest);
+        if pause < SHORTEST.min(self.longest) { 0 } else { pause }
     }
 }
 
@@ -76,9 +78,11 @@ impl Moderation {
 mod tests {
     use super::*;
 
+    const LONGEST: u64 = 1_000_000;
+
     /// The pause after 20 ms of so many records a second on so many sessions.
     fn pause(rate: u64, sessions: u64) -> u64 {
-        let mut moderation = Moderation::default();
+        let mut moderation = Moderation::new(LONGEST);
         let mut pause = 0;
         for record in 0..rate / 50 {
             let now = 1_000_000_000 + record * 1_000_000_000 / rate;
