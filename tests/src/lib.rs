@@ -11,6 +11,7 @@
 //! - [`stream`]: the wire format of the project's own server and client, and the records that both write
 //! - [`http`]: as much of HTTP/1.1 as the project's own client speaks
 //! - [`load`]: what that client measures
+//! - [`packet`]: whole frames from and to a NIC
 //! - [`wait`]: waiting for a condition with a deadline
 //!
 //! Binaries: `stream-server` records every byte that it is sent; `loadgen` drives it, or any HTTP server.
@@ -21,6 +22,7 @@ pub mod lab;
 pub mod ledger;
 pub mod load;
 pub mod namespace;
+pub mod packet;
 pub mod pairs;
 pub mod process;
 

@@ -41,6 +41,9 @@ const STEADY_RATE: u32 = 1000;
 /// Requests per second of the connections whose streams are compared.
 const STREAM_RATE: u32 = 200;
 
+/// Requests of ab for each second that it is meant to take.
+const AB_REQUESTS_PER_SECOND: u32 = 3000;
+
 /// What the demo shows at its end.
 #[derive(Debug, Serialize)]
 struct Outcome {
@@ -170,9 +173,12 @@ fn wrk(lab: &Lab, seconds: u32) -> Vec<String> {
     ["wrk", "-t1", "-c8", &format!("-d{seconds}"), &url].map(str::to_owned).to_vec()
 }
 
+/// By number, not by time: when its time is over, ab resets connections whose request is under way, and whether a server
+/// still reads that request is chance.
 fn ab(lab: &Lab, seconds: u32) -> Vec<String> {
     let url = format!("http://{}:{HTTP_PORT}/ab", lab.online().v4());
-    ["ab", "-q", "-c", "10", "-t", &seconds.to_string(), "-n", "1000000", &url].map(str::to_owned).to_vec()
+    let requests = (seconds * AB_REQUESTS_PER_SECOND).to_string();
+    ["ab", "-q", "-c", "10", "-n", &requests, &url].map(str::to_owned).to_vec()
 }
 
 fn start_client(lab: &Lab, what: &str, command: Vec<String>) -> Result<Process> {

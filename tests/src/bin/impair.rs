@@ -6,16 +6,15 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io::ErrorKind;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
-use nix::net::if_::if_nametoindex;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use replayer_tests::load::Random;
+use replayer_tests::packet::{FRAME_LIMIT, Frames, PacketSocket};
 
 /// Passes frames between two NICs and harms some of those that go from the first to the second.
 #[derive(Debug, Parser)]
@@ -63,17 +62,22 @@ enum Only {
 
 /// How much later a frame goes that others overtake: longer than it takes a burst to pass.
 const REORDER_DELAY: Duration = Duration::from_millis(3);
-/// Longer than any frame of a NIC without offloads, jumbo frames among them.
-const FRAME_LIMIT: usize = 16 * 1024;
 /// Percentages are drawn as integers below this.
 const WHOLE: u32 = 1_000_000;
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let sockets = [packet_socket(&arguments.from)?, packet_socket(&arguments.to)?];
+    let sockets = [
+        PacketSocket::open(&arguments.from, Frames::Arriving)?,
+        PacketSocket::open(&arguments.to, Frames::Arriving)?,
+    ];
     let mut poll = Poll::new()?;
     for (index, socket) in sockets.iter().enumerate() {
-        poll.registry().register(&mut SourceFd(&socket.as_raw_fd()), Token(index), Interest::READABLE)?;
+        poll.registry().register(
+            &mut SourceFd(&socket.as_fd().as_raw_fd()),
+            Token(index),
+            Interest::READABLE,
+        )?;
     }
     eprintln!("impair: ready");
     let mut harm = Harm { random: Random::new(arguments.seed), lost: 0, arguments };
@@ -88,10 +92,10 @@ fn main() -> Result<()> {
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             other => other?,
         }
-        while let Some(length) = receive(&sockets[1], &mut buffer)? {
+        while let Some(length) = sockets[1].receive(&mut buffer)? {
             pass(&sockets[0], &buffer[..length]);
         }
-        while let Some(length) = receive(&sockets[0], &mut buffer)? {
+        while let Some(length) = sockets[0].receive(&mut buffer)? {
             let frame = &buffer[..length];
             for delay in harm.decide(frame) {
                 if delay.is_zero() {
@@ -155,48 +159,9 @@ fn is_meant(frame: &[u8], only: Only) -> bool {
     }
 }
 
-/// A socket that gets every frame that arrives at a NIC, and none that leaves it.
-fn packet_socket(device: &str) -> Result<OwnedFd> {
-    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-    let socket = socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll)
-        .context("opening a packet socket (root?)")?;
-    let index = if_nametoindex(device).with_context(|| format!("no NIC {device}"))?;
-    let on: libc::c_int = 1;
-    // SAFETY: `on` lives through the call and its size is given.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_PACKET,
-            libc::PACKET_IGNORE_OUTGOING,
-            (&raw const on).cast(),
-            size_of_val(&on) as libc::socklen_t,
-        )
-    };
-    nix::errno::Errno::result(result).context("PACKET_IGNORE_OUTGOING")?;
-    // SAFETY: all-zero bytes are a valid value of this plain structure.
-    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
-    address.sll_ifindex = index as i32;
-    // SAFETY: `address` lives through the call and its size is given.
-    let result = unsafe {
-        libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as libc::socklen_t)
-    };
-    nix::errno::Errno::result(result).with_context(|| format!("binding to {device}"))?;
-    Ok(socket)
-}
-
-fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Result<Option<usize>> {
-    match recv(socket.as_raw_fd(), buffer, MsgFlags::empty()) {
-        Ok(length) => Ok(Some(length)),
-        Err(nix::errno::Errno::EAGAIN) => Ok(None),
-        Err(error) => Err(error).context("receiving"),
-    }
-}
-
-fn pass(socket: &OwnedFd, frame: &[u8]) {
+fn pass(socket: &PacketSocket, frame: &[u8]) {
     // What a cable cannot carry is lost, as on a cable.
-    let _ = send(socket.as_raw_fd(), frame, MsgFlags::empty());
+    let _ = socket.send(frame);
 }
 
 #[cfg(test)]
