@@ -26,7 +26,7 @@ use replayer_common::addr::Endpoint;
 use replayer_common::response::ResponseHeader;
 use replayer_engine::counters::{Counters, Pending};
 use replayer_engine::histogram::Histogram;
-use replayer_engine::{BATCH, Engine, Gauges, Link, Output};
+use replayer_engine::{BATCH, Engine, Gauges, Lag, Link, Output};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -161,29 +161,32 @@ impl Output for Surroundings {
 #[derive(Debug, Default)]
 struct Pace {
     since: u64,
-    worst_us: u32,
-    /// Of the time since the last published figures.
-    published_us: u32,
+    window: Option<u32>,
+    /// The longest delay since the last published figures, microseconds.
+    longest_us: u32,
     /// Until when it counts as behind.
     behind_until: u64,
     told_at: u64,
 }
 
 impl Pace {
-    /// How often the delay is looked at.
+    /// How often the delays are looked at.
     const WINDOW_NS: u64 = 4_000_000;
-    /// A longer delay from capture to transmission means being behind, microseconds.
+    /// Being behind: not one request of a window leaves earlier than this after its capture, microseconds. Single late ones only mean
+    /// that the core was busy with something else, and hurrying would make it busier.
     const BEHIND_US: u32 = 2_000;
 
-    /// Takes the longest delay since the last call. True when the assistants are to be told (again) that the replay is behind.
-    fn update(&mut self, now: u64, lag_us: u32) -> bool {
-        self.worst_us = self.worst_us.max(lag_us);
-        self.published_us = self.published_us.max(lag_us);
+    /// Takes the delays since the last call. True when the assistants are to be told (again) that the replay is behind.
+    fn update(&mut self, now: u64, lag: Lag) -> bool {
+        if lag.count > 0 {
+            self.window = Some(self.window.map_or(lag.shortest_us, |shortest| shortest.min(lag.shortest_us)));
+            self.longest_us = self.longest_us.max(lag.longest_us);
+        }
         if now - self.since >= Self::WINDOW_NS {
-            if self.worst_us > Self::BEHIND_US {
+            self.since = now;
+            if self.window.take().is_some_and(|shortest| shortest > Self::BEHIND_US) {
                 self.behind_until = now + HURRY;
             }
-            (self.since, self.worst_us) = (now, 0);
         }
         let tell = self.is_behind(now) && now - self.told_at >= HURRY / 2;
         if tell {
@@ -298,7 +301,7 @@ impl Worker {
 
     /// Looks at how late requests leave, and hurries the assistants when they leave late.
     fn keep_pace(&mut self, now: u64) {
-        if self.pace.update(now, self.engine.take_lag_us()) {
+        if self.pace.update(now, self.engine.take_lag()) {
             for channel in &mut self.surroundings.channels {
                 channel.hurry();
             }
@@ -432,7 +435,7 @@ impl Worker {
         let (capture_to_transmit, target_response) = self.engine.histograms();
         snapshot.capture_to_transmit.clone_from(capture_to_transmit);
         snapshot.target_response.clone_from(target_response);
-        snapshot.lag_us = snapshot.lag_us.max(std::mem::take(&mut self.pace.published_us));
+        snapshot.lag_us = snapshot.lag_us.max(std::mem::take(&mut self.pace.longest_us));
         snapshot.port = self.surroundings.port.counters();
         snapshot.sockets = self.surroundings.port.statistics().unwrap_or_default();
         snapshot.channels.clear();

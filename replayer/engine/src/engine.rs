@@ -54,6 +54,25 @@ pub struct Gauges {
     pub held_bytes: u64,
 }
 
+/// Delays from capture to transmission of data sent for the first time, microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lag {
+    /// How many were measured.
+    pub count: u32,
+    /// The shortest.
+    pub shortest_us: u32,
+    /// The longest.
+    pub longest_us: u32,
+}
+
+impl Lag {
+    pub(crate) fn record(&mut self, us: u32) {
+        self.shortest_us = if self.count == 0 { us } else { self.shortest_us.min(us) };
+        self.longest_us = self.longest_us.max(us);
+        self.count += 1;
+    }
+}
+
 /// The session engine of one worker.
 #[derive(Debug)]
 pub struct Engine {
@@ -75,10 +94,8 @@ pub struct Engine {
     pub(crate) counters: Counters,
     pub(crate) capture_to_transmit: Histogram,
     pub(crate) target_response: Histogram,
-    pub(crate) lag_max_us: u32,
+    pub(crate) lag: Lag,
     pub(crate) stopping: Option<Tick>,
-    /// Sessions with a turn (or the end of the stream) that waits for a response.
-    pub(crate) waiting: u32,
 }
 
 impl Engine {
@@ -120,9 +137,8 @@ impl Engine {
             counters: Counters::default(),
             capture_to_transmit: Histogram::default(),
             target_response: Histogram::default(),
-            lag_max_us: 0,
+            lag: Lag::default(),
             stopping: None,
-            waiting: 0,
             config,
         }
     }
@@ -143,9 +159,9 @@ impl Engine {
         (&self.capture_to_transmit, &self.target_response)
     }
 
-    /// The longest delay from capture to transmission since the last call, microseconds.
-    pub fn take_lag_us(&mut self) -> u32 {
-        core::mem::take(&mut self.lag_max_us)
+    /// The delays from capture to transmission since the last call.
+    pub fn take_lag(&mut self) -> Lag {
+        core::mem::take(&mut self.lag)
     }
 
     /// Momentary values.
@@ -155,11 +171,6 @@ impl Engine {
             connections_live: self.connections.len() as u64,
             held_bytes: self.store.held_bytes(),
         }
-    }
-
-    /// Whether the next response may release something: then it should not be kept waiting.
-    pub fn is_waiting_for_responses(&self) -> bool {
-        self.waiting > 0
     }
 
     /// Walks everything and measures what is pending: for reports and tests, not for the hot path.
@@ -376,7 +387,6 @@ impl Engine {
         }
         self.linger(now, session.service, session.identity, out);
         self.wheel.cancel(s);
-        self.waiting -= u32::from(session.holding);
         let entry = &mut self.sessions[s];
         entry.state = State::Closed;
         entry.dirty = false;

@@ -40,7 +40,7 @@ mod table;
 mod timer;
 mod wire;
 
-pub use engine::{BATCH, Engine, Gauges};
+pub use engine::{BATCH, Engine, Gauges, Lag};
 pub use identity::AddressRange;
 pub use output::Output;
 pub use wire::Link;

@@ -278,7 +278,7 @@ impl Engine {
             } else if session.next_offset == 0 {
                 let lag = micros(now_ns).wrapping_sub(stored.captured_us);
                 self.capture_to_transmit.record(lag);
-                self.lag_max_us = self.lag_max_us.max(lag);
+                self.lag.record(lag);
             }
             session.snd_nxt = seq.wrapping_add(len);
             if seq_before(session.snd_max, session.snd_nxt) {
@@ -309,17 +309,14 @@ impl Engine {
         let now = tick(now_ns);
         let hold_limit = self.hold_limit;
         let session = &mut self.sessions[s];
-        let was_holding = session.holding;
         if session.joined || !self.config.wait_for_responses {
             session.joined = false;
             session.turn_base = session.rcv_nxt;
             session.holding = false;
-            self.waiting -= u32::from(was_holding);
             return true;
         }
         let opened_by = match session.gate(need, hold_limit, now) {
             Gate::Wait(until) => {
-                self.waiting += u32::from(!was_holding);
                 session.release_at = Some(until);
                 self.arm_session(s);
                 return false;
@@ -329,7 +326,6 @@ impl Engine {
             Gate::HoldLimit => Counter::TurnsReleasedByHoldLimit,
         };
         session.holding = false;
-        self.waiting -= u32::from(was_holding);
         session.release_at = None;
         if need > 0 {
             self.counters[opened_by] += 1;
