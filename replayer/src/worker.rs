@@ -261,10 +261,14 @@ impl Worker {
             {
                 break;
             }
-            if work == 0 {
-                self.wait(now, stopping_since.is_some());
-            } else if now - self.published_at >= PUBLISH_NS {
+            if now - self.published_at >= PUBLISH_NS {
                 self.publish(now);
+            }
+            let pause = if self.pace.is_behind(now) { 0 } else { self.moderation.pause(now) };
+            if stopping_since.is_none() && pause > 0 && work < BATCH {
+                clock::sleep(pause);
+            } else if work == 0 {
+                self.wait(now, stopping_since.is_some());
             }
         }
         let now = clock::now();
@@ -379,14 +383,6 @@ impl Worker {
 
     /// Waits for a packet, a record, a timer or the stop.
     fn wait(&mut self, now: u64, stopping: bool) {
-        let pause = self.moderation.pause(now);
-        if pause > 0 && !stopping && !self.pace.is_behind(now) {
-            clock::sleep(pause);
-            return;
-        }
-        if now - self.published_at >= PUBLISH_NS {
-            self.publish(now);
-        }
         let mut until = now + 1_000_000_000;
         if let Some(ahead) = self.engine.next_deadline_ns(now) {
             until = until.min(now + ahead);
