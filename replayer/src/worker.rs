@@ -172,9 +172,9 @@ struct Pace {
 impl Pace {
     /// How often the delays are looked at.
     const WINDOW_NS: u64 = 4_000_000;
-    /// Being behind: not one request of a window leaves earlier than this after its capture, microseconds. Single late ones only mean
-    /// that the core was busy with something else, and hurrying would make it busier.
-    const BEHIND_US: u32 = 2_000;
+    /// Being behind: not one request of a window leaves earlier than this after its capture, microseconds. Less, or single late ones,
+    /// only mean that the cores were busy with something else, and hurrying would make them busier.
+    const BEHIND_US: u32 = 20_000;
 
     /// Takes the delays since the last call. True when the assistants are to be told (again) that the replay is behind.
     fn update(&mut self, now: u64, lag: Lag) -> bool {
