@@ -77,6 +77,7 @@ struct Message {
     reason: String,
     manifest_path: Option<PathBuf>,
     target: Option<Target>,
+    profile: Option<Profile>,
     executable: Option<PathBuf>,
 }
 
@@ -84,6 +85,12 @@ struct Message {
 struct Target {
     name: String,
     kind: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Profile {
+    /// Whether it is a program of tests: the others are built since tests start them.
+    test: bool,
 }
 
 fn build_tests() -> Result<Vec<TestBinary>> {
@@ -107,7 +114,7 @@ fn build_tests() -> Result<Vec<TestBinary>> {
 fn test_binary(message: Message) -> Option<TestBinary> {
     let (target, path) = (message.target?, message.executable?);
     let package_dir = message.manifest_path?.parent()?.to_owned();
-    if message.reason != "compiler-artifact" {
+    if message.reason != "compiler-artifact" || !message.profile?.test {
         return None;
     }
     let package = package_dir.file_name()?.to_string_lossy().into_owned();
