@@ -196,7 +196,7 @@ impl Engine {
         connection.mss = options.mss.unwrap_or(536);
         connection.window_scale = options.window_scale.map(|shift| shift.min(14));
         connection.sack_permitted = options.sack_permitted;
-        connection.ts_value = options.timestamps.map(|(value, _)| value);
+        connection.set_timestamps(options, now_ns);
         connection.copies = self.next_copies();
         let Some(c) = self.new_connection(connection, tick(now_ns)) else {
             return Err((Counter::PacketsLimit, Counter::BytesLimit));
@@ -250,7 +250,7 @@ impl Engine {
         connection.next_seq = segment.seq.wrapping_add(segment.payload_len);
         connection.last_ack = segment.ack;
         connection.ack_known = true;
-        connection.ts_value = options.timestamps.map(|(value, _)| value);
+        connection.set_timestamps(options, now_ns);
         connection.copies = self.next_copies();
         match self.new_connection(connection, tick(now_ns)) {
             Some(_) => midstream,
@@ -281,7 +281,7 @@ impl Engine {
             connection.next_seq = segment.seq;
             connection.ack_known = false;
             connection.any_data = false;
-            connection.ts_value = options.timestamps.map(|(value, _)| value);
+            connection.set_timestamps(options, now_ns);
             self.counters[Counter::ConnectionsJoined] += 1;
             self.open_sessions(now_ns, c, segment.seq.wrapping_sub(1), true, out);
             return self.on_stream(now_ns, c, segment, segment.seq, in_hand, out);

@@ -4,6 +4,7 @@
 use crate::slab::NONE;
 use crate::timer::Tick;
 use replayer_common::addr::Endpoint;
+use replayer_common::tcp_options::TcpOptions;
 
 /// How the client's stream ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +65,9 @@ pub(crate) struct Connection {
     pub(crate) mss: u16,
     pub(crate) window_scale: Option<u8>,
     pub(crate) sack_permitted: bool,
-    pub(crate) ts_value: Option<u32>,
+    /// What makes a TSval of the engine's milliseconds: the same for all sessions of the connection, so that one that is opened again
+    /// goes on where its predecessor was (RFC 7323 section 5, RFC 6191). `None`: the client sends no timestamps.
+    pub(crate) ts_offset: Option<u32>,
 }
 
 impl Connection {
@@ -95,8 +98,13 @@ impl Connection {
             mss: 1460,
             window_scale: Some(7),
             sack_permitted: true,
-            ts_value: None,
+            ts_offset: None,
         }
+    }
+
+    /// Takes the client's clock over, if it sends timestamps.
+    pub(crate) fn set_timestamps(&mut self, options: &TcpOptions, now_ns: u64) {
+        self.ts_offset = options.timestamps.map(|(value, _)| value.wrapping_sub((now_ns / 1_000_000) as u32));
     }
 
     /// Whether it waits for a hole to be filled.

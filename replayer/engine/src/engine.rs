@@ -316,8 +316,8 @@ impl Engine {
         session.offer_mss = connection.mss;
         session.offer_wscale = connection.window_scale;
         session.offer_sack = connection.sack_permitted;
-        session.timestamps = connection.ts_value.is_some();
-        session.ts_offset = connection.ts_value.unwrap_or(0).wrapping_sub((now_ns / 1_000_000) as u32);
+        session.timestamps = connection.ts_offset.is_some();
+        session.ts_offset = connection.ts_offset.unwrap_or(0);
         session.next_copy = connection.first_session;
         let Some(index) = self.sessions.insert(session) else {
             if let (Some(pool), true) = (&mut self.pool, pool_index != NONE) {

@@ -94,12 +94,17 @@ impl Engine {
     ) {
         let session = &mut self.sessions[s];
         let service = &mut self.services[usize::from(session.service)];
+        let acknowledges = control & flags::ACK != 0;
+        if acknowledges {
+            session.ack_now = false;
+            session.unacked_segments = 0;
+            session.ack_at = None;
+        }
         let Some(link) = service.link else {
             self.counters[Counter::SegmentsNoLink] += 1;
             return;
         };
         let syn = control & flags::SYN != 0;
-        let acknowledges = control & flags::ACK != 0;
         service.ip_id = service.ip_id.wrapping_add(1);
         let header = Header {
             source: session.identity,
@@ -118,11 +123,6 @@ impl Engine {
             }),
             ip_id: service.ip_id,
         };
-        if acknowledges {
-            session.ack_now = false;
-            session.unacked_segments = 0;
-            session.ack_at = None;
-        }
         let start = header.len(&link);
         let len = piece.map_or(0, |piece| piece.len as usize);
         let same = in_hand.take_if(|hand| {
