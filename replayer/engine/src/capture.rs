@@ -161,7 +161,8 @@ impl Engine {
         }
         match self.connections[c].phase {
             Phase::Following => self.on_stream(now_ns, c, segment, segment.seq, in_hand, out),
-            Phase::Watching | Phase::BetweenTurns => {
+            // A forgotten one is not in the table.
+            Phase::Watching | Phase::BetweenTurns | Phase::Forgotten => {
                 self.on_watched(now_ns, c, segment, options, in_hand, out)
             }
         }
@@ -212,13 +213,13 @@ impl Engine {
     /// The client uses the same port for a new connection: what the old one has is still delivered, then it closes.
     fn replace<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
         self.drop_out_of_order(c, Counter::BytesGap);
-        self.detach(c);
         let connection = &mut self.connections[c];
         connection.early_fin = None;
         if connection.end == End::Open {
             connection.end = End::Fin { seq: connection.next_seq, need: u32::from(connection.any_data) };
         }
         self.output_all(now_ns, c, out);
+        self.detach(c);
         self.forget_if_over(c);
     }
 
@@ -276,7 +277,8 @@ impl Engine {
         let starts_turn = segment.payload_len > 0
             && (connection.phase == Phase::BetweenTurns
                 || (segment.seq == connection.next_seq && connection.ack_advances(segment.ack)));
-        if starts_turn && !self.config.new_connections_only {
+        // With `-O`, connections that were open before are not in the table: one that is here was lost to a hole or a limit.
+        if starts_turn {
             connection.phase = Phase::Following;
             connection.next_seq = segment.seq;
             connection.ack_known = false;
@@ -351,6 +353,9 @@ impl Engine {
             return Err((Counter::PacketsOutOfWindow, Counter::BytesOutOfWindow));
         }
         if connection.copies == 0 {
+            if ahead >= 0 {
+                connection.next_seq = seq.wrapping_add(len);
+            }
             if fin {
                 connection.end = End::Fin { seq, need: 0 };
                 self.forget_if_over(c);
@@ -518,7 +523,8 @@ impl Engine {
         Counter::PacketsData
     }
 
-    /// Keeps a segment that lies behind a hole, between those that are there; bytes that are there already are not kept twice.
+    /// Keeps a segment that lies behind a hole, in pieces between those that are there; bytes that are there already are not kept
+    /// twice.
     fn keep_out_of_order<O: Output>(
         &mut self,
         now_ns: u64,
@@ -529,58 +535,89 @@ impl Engine {
         in_hand: &mut Option<InHand<O::Frame>>,
         out: &mut O,
     ) -> Fate {
-        let mut payload = Self::payload(out, in_hand);
-        let mut end = seq.wrapping_add(payload.len() as u32);
+        let mut left = Self::payload(out, in_hand);
+        let end = seq.wrapping_add(left.len() as u32);
+        let had_hole = self.connections[c].has_hole();
+        let mut kept = 0;
+        let mut duplicate = 0;
+        let mut previous = self.out_of_order_before(c, seq);
+        while !left.is_empty() {
+            if previous != NONE {
+                let covered = (self.store[previous].end().wrapping_sub(seq) as i32).max(0) as usize;
+                let covered = covered.min(left.len());
+                left = &left[covered..];
+                seq = seq.wrapping_add(covered as u32);
+                duplicate += covered as u64;
+            }
+            let next = match previous {
+                NONE => self.connections[c].out_of_order,
+                previous => self.store[previous].next,
+            };
+            let room = match next {
+                NONE => left.len(),
+                next => ((self.store[next].seq.wrapping_sub(seq) as i32).max(0) as usize).min(left.len()),
+            };
+            let (piece, rest) = left.split_at(room);
+            if !piece.is_empty() {
+                let len = piece.len() as u32;
+                let over =
+                    self.connections[c].held_bytes + len > self.config.limits.held_bytes_per_connection;
+                let stored = if over {
+                    None
+                } else {
+                    self.store.insert(seq, ack, piece, push && rest.is_empty(), micros(now_ns)).ok()
+                };
+                let Some(segment) = stored else {
+                    let fate = self.over_limit(now_ns, c, end, ack, out);
+                    // The caller counts the whole packet; what was kept of it has just been counted too.
+                    self.counters[Counter::BytesLimit] -= kept;
+                    return fate;
+                };
+                kept += u64::from(len);
+                self.link_out_of_order(c, previous, segment, next);
+                seq = seq.wrapping_add(len);
+            }
+            left = rest;
+            previous = next;
+        }
+        self.counters[Counter::BytesDuplicate] += duplicate;
+        if kept == 0 {
+            return Ok(Counter::PacketsDuplicate);
+        }
+        if !had_hole {
+            self.open_hole(c, tick(now_ns));
+        }
+        Ok(Counter::PacketsData)
+    }
+
+    /// The last segment behind a hole that begins at or before `seq`, or `NONE`.
+    fn out_of_order_before(&self, c: u32, seq: u32) -> u32 {
+        let connection = &self.connections[c];
+        let mut next = connection.out_of_order;
+        // After a loss all that follows comes in order: it goes to the end, without a walk.
+        if next != NONE && !seq_before(seq, self.store[connection.out_of_order_tail].seq) {
+            return connection.out_of_order_tail;
+        }
         let mut previous = NONE;
-        let mut next = self.connections[c].out_of_order;
         while next != NONE && !seq_before(seq, self.store[next].seq) {
             previous = next;
             next = self.store[next].next;
         }
-        let mut duplicate = 0;
-        if previous != NONE {
-            let covered = (self.store[previous].end().wrapping_sub(seq) as i32).max(0) as usize;
-            let covered = covered.min(payload.len());
-            payload = &payload[covered..];
-            seq = seq.wrapping_add(covered as u32);
-            duplicate += covered as u64;
-        }
-        // What overlaps the next one is cut off; a segment that covers several is kept up to the first of them, the rest comes
-        // again or is in them.
-        if next != NONE && seq_before(self.store[next].seq, end) {
-            let keep = (self.store[next].seq.wrapping_sub(seq) as i32).max(0) as usize;
-            let keep = keep.min(payload.len());
-            duplicate += (payload.len() - keep) as u64;
-            payload = &payload[..keep];
-            end = seq.wrapping_add(keep as u32);
-        }
-        self.counters[Counter::BytesDuplicate] += duplicate;
-        if payload.is_empty() {
-            return Ok(Counter::PacketsDuplicate);
-        }
-        let len = payload.len() as u32;
-        let over = self.connections[c].held_bytes + len > self.config.limits.held_bytes_per_connection;
-        let stored =
-            if over { None } else { self.store.insert(seq, ack, payload, push, micros(now_ns)).ok() };
-        let Some(segment) = stored else {
-            // Part of the packet is counted as seen before: take it back out of what the caller counts.
-            self.counters[Counter::BytesDuplicate] -= duplicate;
-            return self.over_limit(now_ns, c, end, ack, out);
-        };
-        let now = tick(now_ns);
+        previous
+    }
+
+    fn link_out_of_order(&mut self, c: u32, previous: u32, segment: u32, next: u32) {
         let connection = &mut self.connections[c];
-        connection.held_bytes += len;
+        connection.held_bytes += self.store[segment].len;
         self.store[segment].next = next;
-        let had_hole = connection.has_hole();
         if previous == NONE {
             connection.out_of_order = segment;
         } else {
             self.store[previous].next = segment;
         }
-        if !had_hole {
-            self.open_hole(c, now);
+        if next == NONE {
+            connection.out_of_order_tail = segment;
         }
-        Ok(Counter::PacketsData)
     }
 
     fn open_hole(&mut self, c: u32, now: crate::timer::Tick) {

@@ -106,8 +106,12 @@ pub(crate) mod timing {
     /// here than with a real client.
     pub(crate) const RTO_MIN_US: u32 = 200_000;
     pub(crate) const RTO_MAX_US: u32 = 10_000_000;
+    /// The longest between two retransmissions: a target that was away is found again soon (RFC 6298 section 2.5 would allow more).
+    pub(crate) const BACKOFF_MAX_US: u32 = 4_000_000;
     /// Retransmissions of the same data without an acknowledgment; then the target is given up (about 50 s).
-    pub(crate) const RETRANSMIT_TRIES: u8 = 9;
+    pub(crate) const RETRANSMIT_TRIES: u8 = 16;
+    /// The backoff of probes of a zero window goes no further than 2^this.
+    pub(crate) const PROBE_BACKOFF: u8 = 4;
     /// A delayed acknowledgment (RFC 9293 section 3.8.6.3 allows 500 ms; Linux's is 40 ms at least).
     pub(crate) const DELAYED_ACK: u32 = ticks(40 * MS);
     /// After the target closed its side or acknowledged our FIN, how long the rest may take.
@@ -116,6 +120,8 @@ pub(crate) mod timing {
     pub(crate) const QUARANTINE: u32 = ticks(2_000 * MS);
     /// A connection from which nothing was captured for so long is forgotten.
     pub(crate) const CONNECTION_IDLE: u32 = ticks(2 * 3600 * 1000 * MS);
+    /// A SYN whose client never acknowledged the SYN-ACK is forgotten sooner: it may be one of a flood.
+    pub(crate) const HALF_OPEN_IDLE: u32 = ticks(60_000 * MS);
     /// A connection that never became more than one packet in the middle of nowhere is forgotten sooner.
     pub(crate) const WATCHED_IDLE: u32 = ticks(300_000 * MS);
     /// While a target refuses or ignores SYNs, one is sent so often to see whether it is back.

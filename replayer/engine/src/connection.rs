@@ -1,6 +1,7 @@
 //! A client connection as it was captured: its stream put in order, and where its turns begin. What its sessions do with the
 //! stream is not decided here.
 
+use crate::config::timing;
 use crate::slab::NONE;
 use crate::timer::Tick;
 use replayer_common::addr::Endpoint;
@@ -26,6 +27,8 @@ pub(crate) enum Phase {
     BetweenTurns,
     /// In step with the client: `next_seq` is the next byte.
     Following,
+    /// Nothing: the connection is over and its place is free.
+    Forgotten,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +59,7 @@ pub(crate) struct Connection {
     pub(crate) head: u32,
     pub(crate) tail: u32,
     pub(crate) out_of_order: u32,
+    pub(crate) out_of_order_tail: u32,
     pub(crate) held_bytes: u32,
     /// A FIN behind a hole: its sequence number and ACK number.
     pub(crate) early_fin: Option<(u32, u32)>,
@@ -91,6 +95,7 @@ impl Connection {
             head: NONE,
             tail: NONE,
             out_of_order: NONE,
+            out_of_order_tail: NONE,
             held_bytes: 0,
             early_fin: None,
             gap_since: now,
@@ -104,12 +109,22 @@ impl Connection {
 
     /// Takes the client's clock over, if it sends timestamps.
     pub(crate) fn set_timestamps(&mut self, options: &TcpOptions, now_ns: u64) {
-        self.ts_offset = options.timestamps.map(|(value, _)| value.wrapping_sub((now_ns / 1_000_000) as u32));
+        self.ts_offset =
+            options.timestamps.map(|(value, _)| value.wrapping_sub(crate::sender::millis(now_ns)));
     }
 
     /// Whether it waits for a hole to be filled.
     pub(crate) fn has_hole(&self) -> bool {
         self.out_of_order != NONE || self.early_fin.is_some()
+    }
+
+    /// How long nothing may be captured of it until it is forgotten, ticks.
+    pub(crate) fn idle_limit(&self) -> u32 {
+        match self.phase {
+            Phase::Watching if self.sessions == 0 => timing::WATCHED_IDLE,
+            Phase::Following if !self.ack_known && !self.any_data => timing::HALF_OPEN_IDLE,
+            _ => timing::CONNECTION_IDLE,
+        }
     }
 
     /// Whether `ack` says that the client has read more of the response than `last_ack` says.

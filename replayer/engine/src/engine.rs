@@ -85,7 +85,7 @@ pub struct Engine {
     pub(crate) by_client: Table,
     pub(crate) by_identity: Table,
     pub(crate) store: Store,
-    wheel: Wheel,
+    pub(crate) wheel: Wheel,
     pool: Option<Pool>,
     copies: Copies,
     ports: Ports,
@@ -146,6 +146,9 @@ impl Engine {
     /// Says how packets to a service's target leave, or that they cannot (no route, next hop unresolved).
     pub fn set_link(&mut self, service: usize, link: Option<Link>) {
         self.services[service].link = link;
+        if let Some(link) = link {
+            self.narrow(service as u16, link.mtu);
+        }
     }
 
     /// The counters.
@@ -246,7 +249,7 @@ impl Engine {
         let hash = connection.hash;
         let index = self.connections.insert(connection)?;
         self.by_client.insert(hash, index);
-        self.arm_connection(index, now.wrapping_add(timing::WATCHED_IDLE));
+        self.arm_connection(index, now.wrapping_add(self.connections[index].idle_limit()));
         Some(index)
     }
 
@@ -293,7 +296,9 @@ impl Engine {
         let now = tick(now_ns);
         let state = &mut self.services[usize::from(service)];
         if state.down {
-            if before(now, state.next_probe) {
+            // Also true when the last one was so long ago that ticks have wrapped.
+            let until_probe = state.next_probe.wrapping_sub(now);
+            if until_probe != 0 && until_probe <= timing::DOWN_PROBE {
                 self.counters[Counter::SessionsRefusedTargetDown] += 1;
                 return None;
             }
@@ -352,10 +357,13 @@ impl Engine {
         if copy == 0 && self.find_identity(&client, target).is_none() {
             return Some((NONE, client));
         }
-        // Another port of the client's own address.
-        for _ in 0..128 {
+        // Another port of the client's own address, of those that capture gives to this worker: another worker's client may have one
+        // of the rest.
+        let workers = self.config.workers.max(1);
+        for _ in 0..128 * workers {
             let candidate = Endpoint { ip: client.ip, port: self.ports.candidate() };
-            if self.find_identity(&candidate, target).is_none() {
+            let shard = flow_hash(FLOW_SEED, &candidate.ip, candidate.port) % workers;
+            if shard == self.config.worker && self.find_identity(&candidate, target).is_none() {
                 return Some((NONE, candidate));
             }
         }
@@ -464,7 +472,10 @@ impl Engine {
     /// Forgets a connection that has no session and from which nothing more will come.
     pub(crate) fn forget_if_over(&mut self, c: u32) {
         let connection = &self.connections[c];
-        if connection.sessions == 0 && (connection.detached || connection.end != End::Open) {
+        if connection.phase != Phase::Forgotten
+            && connection.sessions == 0
+            && (connection.detached || connection.end != End::Open)
+        {
             self.forget(c);
         }
     }
@@ -474,6 +485,7 @@ impl Engine {
         self.drop_out_of_order(c, Counter::BytesGap);
         self.detach(c);
         self.wheel.cancel(self.connection_timer(c));
+        self.connections[c].phase = Phase::Forgotten;
         self.connections.remove(c);
     }
 
@@ -504,7 +516,6 @@ impl Engine {
         while s != NONE {
             let next = self.sessions[s].next_copy;
             self.send_reset(now_ns, s, out);
-            // `forget_if_over` inside must not free the connection under our hands when the client has closed: it is the last step.
             self.end_session(tick(now_ns), s, EndReason::Limit, out);
             s = next;
         }
@@ -579,11 +590,7 @@ impl Engine {
             self.give_up_hole(now_ns, c, out);
             return;
         }
-        let idle = if connection.phase == Phase::Watching && connection.sessions == 0 {
-            timing::WATCHED_IDLE
-        } else {
-            timing::CONNECTION_IDLE
-        };
+        let idle = connection.idle_limit();
         let at = connection.last_seen.wrapping_add(idle);
         if before(now, at) {
             self.arm_connection(c, at);

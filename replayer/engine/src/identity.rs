@@ -1,6 +1,6 @@
 //! Identities: the source address and port that a session uses towards its target.
 
-use crate::timer::{Tick, before};
+use crate::timer::Tick;
 use alloc::{collections::VecDeque, vec::Vec};
 use replayer_common::addr::{Endpoint, Ip};
 
@@ -82,7 +82,7 @@ impl Pool {
             self.fresh as u32 - 1
         } else {
             let &(index, since) = self.released.front()?;
-            if before(now, since.wrapping_add(self.quarantine)) {
+            if now.wrapping_sub(since) < self.quarantine {
                 return None;
             }
             self.released.pop_front();

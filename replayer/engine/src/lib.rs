@@ -16,6 +16,7 @@
 //! - `store`: client data that is held
 //! - `timer`, `table`, `slab`: mechanism
 //! - `wire`: writing segments
+//! - `check`: the invariants, in debug builds
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -24,6 +25,8 @@ extern crate alloc;
 extern crate std;
 
 mod capture;
+#[cfg(debug_assertions)]
+mod check;
 pub mod config;
 mod connection;
 pub mod counters;

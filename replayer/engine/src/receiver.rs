@@ -212,18 +212,23 @@ impl Engine {
             return;
         }
         if ack == session.snd_una {
+            // RFC 5681 section 2; a SACK block tells of an arrival whatever the window does (RFC 6675 section 2).
+            let sacked = record.sack_count > 0 && seq_before(ack, record.sack[0].0);
             let repeated = record.payload_len == 0
-                && window == session.snd_wnd
+                && window > 0
+                && (window == session.snd_wnd || sacked)
                 && session.snd_una != session.snd_max
                 && record.flags & flags::FIN == 0;
             session.snd_wnd = window;
+            if window == 0 {
+                // It lives and has no room: never given up for that (RFC 9293 section 3.8.6.1), but not probed ever faster either.
+                session.tries = session.tries.min(timing::PROBE_BACKOFF);
+            }
             if !repeated {
-                if session.snd_una == session.snd_max && session.next_segment != NONE {
+                if window > 0 && session.snd_una == session.snd_max && session.next_segment != NONE {
                     // An answer to a window probe: the target lives.
                     session.tries = 0;
-                    if window > 0 {
-                        session.rto_at = None;
-                    }
+                    session.rto_at = None;
                 }
                 return;
             }
@@ -385,26 +390,27 @@ impl Engine {
     /// Gives the turns that a session has not begun to a new session of the same copy, and cuts the old one there.
     fn hand_over<O: Output>(&mut self, now_ns: u64, s: u32, reason: EndReason, out: &mut O) {
         let first = self.first_unsent(s, true);
+        let session = self.sessions[s];
+        let c = session.connection;
+        if first != NONE {
+            let iss = self.store[first].seq.wrapping_sub(1);
+            // A session that joined and could send nothing would only hand the same turn on and on, to a target that ends every
+            // connection at once. Copy 1: not the client's own port, which the old session still has.
+            let new = match session.joined {
+                true => None,
+                false => self.open_session(now_ns, c, session.service, 1, iss, out),
+            };
+            match new {
+                Some(new) => {
+                    let new = &mut self.sessions[new];
+                    new.joined = true;
+                    new.una_segment = first;
+                    new.next_segment = first;
+                }
+                None => self.lose_from(s, first, reason),
+            }
+        }
         self.cut_before(s, first, reason);
-        if first == NONE {
-            return;
-        }
-        let session = &self.sessions[s];
-        let (c, service) = (session.connection, session.service);
-        let iss = self.store[first].seq.wrapping_sub(1);
-        // Copy 1: not the client's own port, which the old session still has.
-        match self.open_session(now_ns, c, service, 1, iss, out) {
-            Some(new) => {
-                let new = &mut self.sessions[new];
-                new.joined = true;
-                new.una_segment = first;
-                new.next_segment = first;
-            }
-            None => {
-                self.counters[reason.lost_bytes()] += self.bytes_from(first);
-                self.unreference_tail(first);
-                self.free_head(c);
-            }
-        }
+        self.free_head(c);
     }
 }

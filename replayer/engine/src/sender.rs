@@ -16,6 +16,9 @@ use replayer_common::response::{ResponseHeader, present};
 /// Initial congestion window, segments (RFC 6928).
 const INITIAL_WINDOW: u32 = 10;
 
+/// No MSS is believed to be smaller: Linux's `TCP_MIN_SND_MSS`.
+const MIN_MSS: u16 = 48;
+
 /// The window field of every segment: with the client's scale it never closes, for nothing is stored of a response.
 const WINDOW: u16 = u16::MAX;
 
@@ -30,6 +33,11 @@ struct Piece {
 /// Microseconds, wrapping: for durations under an hour.
 pub(crate) fn micros(now_ns: u64) -> u32 {
     (now_ns / 1000) as u32
+}
+
+/// Milliseconds, wrapping: the unit of timestamps (Linux's clients use it too).
+pub(crate) fn millis(now_ns: u64) -> u32 {
+    (now_ns / 1_000_000) as u32
 }
 
 impl Engine {
@@ -94,8 +102,10 @@ impl Engine {
     ) {
         let session = &mut self.sessions[s];
         let service = &mut self.services[usize::from(session.service)];
+        let syn = control & flags::SYN != 0;
         let acknowledges = control & flags::ACK != 0;
         if acknowledges {
+            // Also when it cannot be sent: a deadline that stays in the past would fire for ever.
             session.ack_now = false;
             session.unacked_segments = 0;
             session.ack_at = None;
@@ -104,7 +114,6 @@ impl Engine {
             self.counters[Counter::SegmentsNoLink] += 1;
             return;
         };
-        let syn = control & flags::SYN != 0;
         service.ip_id = service.ip_id.wrapping_add(1);
         let header = Header {
             source: session.identity,
@@ -113,9 +122,10 @@ impl Engine {
             ack: if acknowledges { session.rcv_nxt } else { 0 },
             flags: control,
             window: WINDOW,
-            timestamps: session
-                .timestamps
-                .then(|| (session.ts_offset.wrapping_add((now_ns / 1_000_000) as u32), session.ts_recent)),
+            // No timestamp on a reset before the handshake: it is for an older connection, whose clock may have been ahead, and in
+            // TIME-WAIT Linux applies PAWS to resets too.
+            timestamps: (session.timestamps && (session.state != State::SynSent || syn))
+                .then(|| (session.ts_offset.wrapping_add(millis(now_ns)), session.ts_recent)),
             syn: syn.then_some(SynOptions {
                 mss: session.offer_mss,
                 window_scale: session.offer_wscale,
@@ -213,13 +223,25 @@ impl Engine {
     pub(crate) fn begin_sending(&mut self, s: u32, target_mss: u16) {
         let session = &mut self.sessions[s];
         let service = &self.services[usize::from(session.service)];
-        let mtu = service.link.map_or(1500, |link| link.mtu).min(self.config.frame_room - 22);
+        let mtu = service.link.map_or(1500, |link| link.mtu).min(self.config.frame_room.saturating_sub(22));
         // RFC 6691: the MSS option does not count options, so what they take is taken off here.
         let options = if session.timestamps { 12 } else { 0 };
         session.mss = payload_limit(mtu, &service.target, session.timestamps)
             .min(target_mss.max(64).saturating_sub(options))
-            .max(48);
+            .max(MIN_MSS);
         session.cwnd = INITIAL_WINDOW * u32::from(session.mss);
+    }
+
+    /// The path to a service's target became narrower: what is sent from now on fits.
+    pub(crate) fn narrow(&mut self, service: u16, mtu: u16) {
+        for s in 0..self.sessions.high_water() {
+            let session = &mut self.sessions[s];
+            if session.service == service && session.state != State::SynSent {
+                let target = &self.services[usize::from(service)].target;
+                let limit = payload_limit(mtu, target, session.timestamps);
+                session.mss = session.mss.min(limit).max(MIN_MSS);
+            }
+        }
     }
 
     /// Sends what may be sent now: data that turn and windows allow, then FIN or RST when the stream has ended. The session may
@@ -400,11 +422,13 @@ impl Engine {
         session.tries = session.tries.saturating_add(1);
         if session.state == State::SynSent {
             if session.tries >= timing::SYN_TRIES {
+                // If only its answers are lost, the target has a half-open connection.
+                self.send_reset(now_ns, s, out);
                 self.end_session(now, s, EndReason::HandshakeTimeout, out);
                 return;
             }
             let service = &mut self.services[usize::from(session.service)];
-            let silent = |since: u32| !crate::timer::before(now, since.wrapping_add(timing::DOWN_AFTER));
+            let silent = |since: u32| now.wrapping_sub(since) >= timing::DOWN_AFTER;
             if !service.down && service.unanswered_since.is_some_and(silent) {
                 service.down = true;
                 service.next_probe = now;
@@ -431,7 +455,8 @@ impl Engine {
                 NONE => 0,
                 segment => session.snd_una.wrapping_sub(self.store[segment].seq),
             };
-            if session.snd_wnd == 0 {
+            // A FIN alone needs no room.
+            if session.snd_wnd == 0 && session.una_segment != NONE {
                 self.send_window_probe(now_ns, s, out);
             } else {
                 self.output(now_ns, s, out, &mut None);
@@ -439,6 +464,12 @@ impl Engine {
             return;
         }
         if session.state == State::FinWait2 {
+            // Half-closed: a response that takes long may still be coming.
+            let until = session.response_at.wrapping_add(timing::FIN_TIMEOUT);
+            if now.wrapping_sub(session.response_at) < timing::FIN_TIMEOUT {
+                session.rto_at = Some(until);
+                return;
+            }
             self.send_reset(now_ns, s, out);
             self.end_session(now, s, EndReason::FinTimeout, out);
             return;
@@ -497,14 +528,10 @@ impl Engine {
     /// The session takes no more data and gives up what it has not begun to send, counted as lost for `reason`.
     pub(crate) fn cut_unsent(&mut self, s: u32, reason: EndReason) {
         let first = self.first_unsent(s, false);
+        self.lose_from(s, first, reason);
         self.cut_before(s, first, reason);
-        if first != NONE {
-            let lost = self.bytes_from(first);
-            self.counters[reason.lost_bytes()] += lost;
-            self.unreference_tail(first);
-            let c = self.sessions[s].connection;
-            self.free_head(c);
-        }
+        let c = self.sessions[s].connection;
+        self.free_head(c);
     }
 
     /// The first segment of which nothing was sent yet (and, with `turn_start`, that starts a turn), or `NONE`.
@@ -528,7 +555,6 @@ impl Engine {
             return;
         }
         let session = &mut self.sessions[s];
-        debug_assert!(!session.cut);
         session.cut = true;
         session.cut_reason = reason;
         if session.next_segment == segment {
@@ -546,21 +572,14 @@ impl Engine {
         session.last_segment = last;
     }
 
-    /// Bytes from `segment` to the end of its connection's list.
-    pub(crate) fn bytes_from(&self, mut segment: u32) -> u64 {
-        let mut bytes = 0;
+    /// The session loses what it was given from `segment` on: counted for `reason`, its references dropped. It is cut there afterwards.
+    pub(crate) fn lose_from(&mut self, s: u32, mut segment: u32, reason: EndReason) {
+        let session = self.sessions[s];
         while segment != NONE {
-            bytes += u64::from(self.store[segment].len);
-            segment = self.store[segment].next;
-        }
-        bytes
-    }
-
-    /// Drops one reference of each segment from `segment` to the end of the list.
-    pub(crate) fn unreference_tail(&mut self, mut segment: u32) {
-        while segment != NONE {
-            self.store[segment].references -= 1;
-            segment = self.store[segment].next;
+            let stored = &mut self.store[segment];
+            self.counters[reason.lost_bytes()] += u64::from(stored.len);
+            stored.references -= 1;
+            segment = session.segment_after(segment, stored.next);
         }
     }
 }

@@ -182,12 +182,15 @@ pub(crate) struct Session {
 impl Session {
     /// The retransmission timeout with its backoff, microseconds.
     pub(crate) fn rto_us(&self) -> u32 {
-        let base = if self.state == State::SynSent || self.srtt_us == 0 {
+        if self.state == State::SynSent {
+            return timing::SYN_TIMEOUT_US << self.tries.min(timing::SYN_TRIES);
+        }
+        let base = if self.srtt_us == 0 {
             timing::SYN_TIMEOUT_US
         } else {
             (self.srtt_us + (4 * self.rttvar_us).max(1000)).clamp(timing::RTO_MIN_US, timing::RTO_MAX_US)
         };
-        base.saturating_mul(1 << self.tries.min(6)).min(16 * timing::SYN_TIMEOUT_US)
+        base.saturating_mul(1 << self.tries.min(6)).min(base.max(timing::BACKOFF_MAX_US))
     }
 
     /// Takes a round-trip time into the estimate (RFC 6298 section 2).

@@ -28,6 +28,13 @@ pub(crate) fn before(a: Tick, b: Tick) -> bool {
 /// A slot is 16 ticks (1.05 ms); the wheel turns once in 4.3 s. Later deadlines wait for another turn.
 const SLOTS: usize = 4096;
 const SLOT_SHIFT: u32 = 4;
+/// Slot times have 28 bits: they wrap when ticks do.
+const SLOT_TIME: u32 = u32::MAX >> SLOT_SHIFT;
+
+/// How far slot time `a` is after `b`.
+fn slots_after(a: u32, b: u32) -> i32 {
+    ((a.wrapping_sub(b) << SLOT_SHIFT) as i32) >> SLOT_SHIFT
+}
 
 /// A place in a list: neighbours as index plus one, so that zeroed memory is an empty wheel.
 #[derive(Clone, Copy, Debug, Default)]
@@ -74,6 +81,12 @@ impl Wheel {
         self.link(timer, deadline);
     }
 
+    /// When the timer fires at the latest, if it is armed.
+    #[cfg(debug_assertions)]
+    pub(crate) fn stands_at(&self, timer: u32) -> Option<Tick> {
+        (self.nodes[timer as usize].slot != 0).then(|| self.deadlines[timer as usize])
+    }
+
     /// Takes the timer out.
     pub(crate) fn cancel(&mut self, timer: u32) {
         if self.nodes[timer as usize].slot != 0 {
@@ -85,9 +98,7 @@ impl Wheel {
         // A deadline that has passed fires with the next slot; one beyond the horizon waits at the wheel's far end.
         let now = self.position;
         let wanted = deadline.wrapping_add((1 << SLOT_SHIFT) - 1) >> SLOT_SHIFT;
-        // `wanted` and `now` are 28-bit slot times: compare in 28 bits.
-        let ahead = ((wanted.wrapping_sub(now) << SLOT_SHIFT) as i32) >> SLOT_SHIFT;
-        let ahead = ahead.clamp(0, SLOTS as i32 - 1) as u32;
+        let ahead = slots_after(wanted, now).clamp(0, SLOTS as i32 - 1) as u32;
         let slot = (now.wrapping_add(ahead)) as usize % SLOTS;
         let head = self.heads[slot];
         self.nodes[timer as usize] = Node { next: head.wrapping_add(1), previous: 0, slot: slot as u16 + 1 };
@@ -122,7 +133,7 @@ impl Wheel {
     pub(crate) fn expired(&mut self, now: Tick) -> Option<u32> {
         let until = now >> SLOT_SHIFT;
         loop {
-            let behind = ((until.wrapping_sub(self.position) << SLOT_SHIFT) as i32) >> SLOT_SHIFT;
+            let behind = slots_after(until, self.position);
             if behind < 0 {
                 return None;
             }
@@ -160,16 +171,16 @@ impl Wheel {
 
     /// The next occupied slot time after the current one, at most `until`.
     fn skip_empty(&self, until: u32) -> u32 {
-        let mut at = self.position.wrapping_add(1);
+        let mut at = self.position.wrapping_add(1) & SLOT_TIME;
         while at != until {
             let slot = at as usize % SLOTS;
             let word = self.occupied[slot / 64] >> (slot % 64);
             if word & 1 != 0 {
                 return at;
             }
-            let left = until.wrapping_sub(at);
+            let left = until.wrapping_sub(at) & SLOT_TIME;
             let step = if word == 0 { 64 - (slot % 64) as u32 } else { word.trailing_zeros() };
-            at = at.wrapping_add(step.min(left));
+            at = at.wrapping_add(step.min(left)) & SLOT_TIME;
         }
         until
     }
@@ -179,7 +190,7 @@ impl Wheel {
         if self.armed == 0 {
             return None;
         }
-        let limit = self.position.wrapping_add(SLOTS as u32);
+        let limit = self.position.wrapping_add(SLOTS as u32) & SLOT_TIME;
         let slot = self.position as usize % SLOTS;
         if self.heads[slot] != NONE {
             return Some(self.position << SLOT_SHIFT);
@@ -217,6 +228,20 @@ mod tests {
                 assert!(at >= after && at <= after + 32, "timer {timer} from {start}: {at} for {after}");
             }
             assert_eq!(wheel.next(), None);
+        }
+    }
+
+    #[test]
+    fn timers_that_are_armed_after_the_wrap_are_on_time() {
+        // The far timer is what the wheel finds first when it looks past the wrap.
+        let start = u32::MAX - 100;
+        let mut wheel = Wheel::new(2, start);
+        wheel.arm(0, start.wrapping_add(40_000));
+        for step in (0..30_000).step_by(500) {
+            let now = start.wrapping_add(step);
+            assert_eq!(wheel.expired(now), None);
+            wheel.arm(1, now.wrapping_add(100));
+            assert_eq!(wheel.expired(now.wrapping_add(120)), Some(1), "{step} after {start}");
         }
     }
 

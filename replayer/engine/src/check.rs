@@ -1,0 +1,112 @@
+//! The invariants of the engine's state, walked in full: for tests of debug builds. Nothing here changes anything.
+
+use crate::connection::Phase;
+use crate::engine::Engine;
+use crate::session::State;
+use crate::slab::NONE;
+use crate::timer::before;
+use alloc::{vec, vec::Vec};
+
+impl Engine {
+    /// Panics when lists, reference counts, tables, timers and sums contradict each other.
+    pub fn check(&self) {
+        let mut references: Vec<u32> = Vec::new();
+        let mut held = 0;
+        let mut sessions = 0;
+        for c in 0..self.connections.high_water() {
+            let connection = &self.connections[c];
+            if connection.phase == Phase::Forgotten {
+                continue;
+            }
+            let mut in_connection = 0;
+            let mut last = NONE;
+            let mut segment = connection.head;
+            while segment != NONE {
+                let stored = &self.store[segment];
+                references.resize(references.len().max(segment as usize + 1), 0);
+                references[segment as usize] = u32::from(stored.references);
+                in_connection += stored.len;
+                last = segment;
+                segment = stored.next;
+            }
+            assert_eq!(last, connection.tail, "the tail is the end of the list");
+            let mut segment = connection.out_of_order;
+            let mut previous_end = None;
+            while segment != NONE {
+                let stored = &self.store[segment];
+                assert_eq!(stored.references, 0, "no session has what waits for order");
+                assert!(
+                    previous_end.is_none_or(|end: u32| (stored.seq.wrapping_sub(end) as i32) >= 0),
+                    "sorted"
+                );
+                previous_end = Some(stored.end());
+                in_connection += stored.len;
+                last = segment;
+                segment = stored.next;
+            }
+            if connection.out_of_order != NONE {
+                assert_eq!(last, connection.out_of_order_tail);
+            }
+            assert_eq!(in_connection, connection.held_bytes, "held bytes of a connection");
+            held += u64::from(in_connection);
+
+            let mut count = 0;
+            let mut s = connection.first_session;
+            while s != NONE {
+                let session = &self.sessions[s];
+                assert_eq!(session.connection, c);
+                assert_ne!(session.state, State::Closed, "an ended session in its connection's list");
+                self.check_session(s, &mut references);
+                count += 1;
+                s = session.next_copy;
+            }
+            assert_eq!(count, connection.sessions, "sessions of a connection");
+            sessions += count;
+            let mut segment = connection.head;
+            while segment != NONE {
+                assert_eq!(references[segment as usize], 0, "references are those of the sessions");
+                segment = self.store[segment].next;
+            }
+            assert_eq!(
+                self.by_client.find(connection.hash, |index| index == c).is_some(),
+                !connection.detached,
+                "a connection is in the client table unless detached"
+            );
+        }
+        assert_eq!(held, self.store.held_bytes(), "every held segment is in a list");
+        assert_eq!(sessions as usize, self.sessions.len(), "every session is in its connection's list");
+        assert!(self.dirty.is_empty(), "no session is left over from a batch");
+    }
+
+    /// One session; takes what it holds off `references`.
+    fn check_session(&self, s: u32, references: &mut [u32]) {
+        let session = &self.sessions[s];
+        let mut positions = vec![NONE];
+        let mut segment = session.una_segment;
+        let mut next_seq = None;
+        while segment != NONE {
+            let stored = &self.store[segment];
+            assert!(next_seq.is_none_or(|seq| seq == stored.seq), "a session's stream has no hole");
+            next_seq = Some(stored.end());
+            positions.push(segment);
+            references[segment as usize] =
+                references[segment as usize].checked_sub(1).expect("no fewer references than sessions");
+            segment = session.segment_after(segment, stored.next);
+        }
+        assert!(
+            positions.contains(&session.next_segment),
+            "the send position is in what the session was given"
+        );
+        assert!((session.snd_max.wrapping_sub(session.snd_nxt) as i32) >= 0);
+        assert!((session.snd_nxt.wrapping_sub(session.snd_una) as i32) >= 0);
+        assert!(
+            session.snd_una == session.snd_max || session.rto_at.is_some(),
+            "what is in flight has a timer: {session:?}"
+        );
+        if let Some(deadline) = session.deadline() {
+            let stands = self.wheel.stands_at(s).expect("a session with a deadline has its timer armed");
+            assert!(!before(deadline, stands), "the timer fires when it must, or earlier");
+        }
+        assert!(self.by_identity.find(session.hash, |index| index == s).is_some(), "a session can be found");
+    }
+}

@@ -1,0 +1,143 @@
+//! Copies and the addresses that they use.
+
+use crate::lab::{CLIENT, Lab, ONLINE, S, TARGET, config, endpoint};
+use replayer_common::addr::from_v4;
+use replayer_common::hash::{FLOW_SEED, flow_hash};
+use replayer_engine::AddressRange;
+use replayer_engine::config::Service;
+use replayer_engine::counters::Counter;
+use std::collections::HashSet;
+
+#[test]
+fn b041_three_copies_each_with_the_whole_stream() {
+    let mut config = config();
+    config.copies_millionths = 3_000_000;
+    let mut lab = Lab::with(config);
+    lab.client("S 0 mss 1460");
+    lab.client("A 1 ack 1");
+    let syns = lab.sent();
+    let sources: HashSet<_> = syns.iter().map(|syn| syn.source).collect();
+    assert_eq!((syns.len(), sources.len()), (3, 3), "each its own identity");
+    assert!(sources.contains(&endpoint(CLIENT)));
+    lab.client("PA 1+100 ack 1");
+    for &source in &sources {
+        lab.target_to(source, &["SA 0 ack 1 mss 1460"]);
+    }
+    let data = lab.sent();
+    assert_eq!(data.iter().map(|segment| segment.source).collect::<HashSet<_>>(), sources);
+    assert!(data.iter().all(|segment| segment.payload.len() == 100));
+    assert_eq!(lab.engine.gauges().held_bytes, 100, "held once for all copies");
+    // They go on each at its own pace.
+    lab.client("PA 101+100 ack 51");
+    lab.target_to(syns[1].source, &["PA 1+50 ack 101"]);
+    let data = lab.sent();
+    assert_eq!((data.len(), data[0].source), (1, syns[1].source));
+    lab.target_to(syns[1].source, &["PA 51+50 ack 201"]);
+    lab.target_to(syns[2].source, &["RA 1 ack 1"]);
+    lab.stop();
+}
+
+#[test]
+fn b041_two_and_a_half_copies() {
+    let mut config = config();
+    config.copies_millionths = 2_500_000;
+    let mut lab = Lab::with(config);
+    for port in 0..100 {
+        lab.client.port = 20_000 + port;
+        lab.client("S 0 mss 1460");
+        let syns = lab.sent().len();
+        assert_eq!(syns, if port % 2 == 0 { 2 } else { 3 });
+    }
+    assert_eq!(lab.count(Counter::SessionsOpened), 250);
+}
+
+#[test]
+fn b041_a_pool_that_is_too_small_is_a_counted_shortfall() {
+    let mut config = config();
+    config.copies_millionths = 10_000_000;
+    config.pool = vec![AddressRange { first: from_v4([10, 9, 0, 1]), count: 2 }];
+    config.limits.identities = 25;
+    let mut lab = Lab::with(config);
+    for port in 0..4 {
+        lab.client.port = 20_000 + port;
+        lab.client("S 0 mss 1460");
+    }
+    let sent = lab.sent();
+    assert_eq!(sent.len(), 25);
+    assert_eq!(sent.iter().map(|syn| syn.source).collect::<HashSet<_>>().len(), 25);
+    assert!(sent.iter().all(|syn| syn.source.ip[15] <= 2 && syn.source.ip[13] == 9));
+    assert_eq!(lab.count(Counter::SessionsRefusedPool), 15);
+}
+
+#[test]
+fn b042_identities_of_a_pool_rest_and_come_back_also_after_days() {
+    let mut config = config();
+    config.pool = vec![AddressRange { first: from_v4([10, 9, 0, 1]), count: 1 }];
+    config.limits.identities = 1;
+    let mut lab = Lab::with(config);
+    lab.client("S 0 mss 1460");
+    let syn = lab.sent().remove(0);
+    lab.target_to(syn.source, &["SA 0 ack 1 mss 1460", "RA 1 ack 1"]);
+    lab.sent();
+    lab.client.port += 1;
+    lab.client("S 0 mss 1460");
+    lab.expect(&[]);
+    // More than half the time after which the tick wraps.
+    lab.pass(45 * 3600 * S);
+    lab.client.port += 1;
+    lab.client("S 0 mss 1460");
+    lab.expect(&["S 0"]);
+}
+
+#[test]
+fn b045_one_service_to_two_targets() {
+    let mut config = config();
+    config.services.push(Service { online: endpoint(ONLINE), target: endpoint("10.0.2.2:8080") });
+    let mut lab = Lab::with(config);
+    lab.client("S 0 mss 1460");
+    let syns = lab.sent();
+    let targets: HashSet<_> = syns.iter().map(|syn| syn.destination).collect();
+    assert_eq!(targets, HashSet::from([endpoint(TARGET), endpoint("10.0.2.2:8080")]));
+    assert!(
+        syns.iter().all(|syn| syn.source == endpoint(CLIENT)),
+        "each target sees the client's own address"
+    );
+    lab.target("SA 0 ack 1 mss 1460");
+    lab.expect(&["A 1 ack 1"]);
+    lab.service = 1;
+    lab.target("RA 0 ack 1");
+    assert_eq!(lab.engine.gauges().sessions_live, 1);
+}
+
+#[test]
+fn ports_of_the_clients_address_are_those_that_capture_gives_to_the_same_worker() {
+    // Otherwise two workers could use one identity: the other one's client may have that very port.
+    for worker in 0..3 {
+        let mut config = config();
+        config.copies_millionths = 20_000_000;
+        (config.worker, config.workers) = (worker, 3);
+        let mut lab = Lab::with(config);
+        lab.client.port =
+            (20_000..).find(|&port| flow_hash(FLOW_SEED, &lab.client.ip, port) % 3 == worker).unwrap();
+        lab.client("S 0 mss 1460");
+        let syns = lab.sent();
+        assert_eq!(syns.len(), 20);
+        for syn in syns {
+            assert_eq!(flow_hash(FLOW_SEED, &syn.source.ip, syn.source.port) % 3, worker);
+        }
+    }
+}
+
+#[test]
+fn b010_a_v4_client_and_a_v6_target_need_a_pool() {
+    let mut config = config();
+    config.services[0].target = endpoint("[2001:db8::9]:8080");
+    let mut lab = Lab::with(config.clone());
+    lab.client("S 0 mss 1460");
+    lab.expect(&[]);
+    assert_eq!(lab.count(Counter::SessionsRefusedFamily), 1);
+    config.pool = vec![AddressRange { first: endpoint("[2001:db8::1:0]:1").ip, count: 10 }];
+    let mut lab = Lab::with(config);
+    lab.client("S 0 mss 1460");
+    lab.expect(&["S 0"]);
+}

@@ -1,0 +1,12 @@
+//! The engine, exchange by exchange: what is captured, what the target answers, and exactly what is sent.
+
+#[path = "../lab/mod.rs"]
+mod lab;
+
+mod ends;
+mod handshake;
+mod identities;
+mod limits;
+mod sending;
+mod stream;
+mod turns;

@@ -1,0 +1,149 @@
+//! When data that depends on a response may go.
+
+use crate::lab::{Lab, MS, S, config};
+use replayer_engine::counters::Counter;
+
+#[test]
+fn b021_the_second_request_waits_for_the_first_response() {
+    let mut lab = Lab::new();
+    lab.handshake();
+    lab.client("PA 1+100 ack 1");
+    lab.expect(&["PA 1+100 ack 1"]);
+    lab.target("A 1 ack 101");
+    // Online the response had 300 bytes; the target is 300 ms slower.
+    lab.client("PA 101+100 ack 301");
+    lab.pass(300 * MS);
+    lab.expect(&[]);
+    lab.target("A 1+200 ack 101");
+    lab.expect(&[]);
+    lab.target("PA 201+100 ack 101");
+    lab.expect(&["PA 101+100 ack 301"]);
+    assert_eq!(lab.count(Counter::TurnsReleasedByBytes), 1);
+}
+
+#[test]
+fn b021_without_waiting() {
+    let mut config = config();
+    config.wait_for_responses = false;
+    let mut lab = Lab::with(config);
+    lab.handshake();
+    lab.client("PA 1+100 ack 1");
+    lab.client("PA 101+100 ack 301");
+    lab.expect(&["PA 1+100 ack 1", "PA 101+100 ack 1"]);
+}
+
+#[test]
+fn b026_a_shorter_response_releases_after_silence() {
+    let mut lab = Lab::new();
+    lab.handshake();
+    lab.client("PA 1+100 ack 1");
+    lab.client("PA 101+100 ack 1001");
+    lab.expect(&["PA 1+100 ack 1"]);
+    lab.target("PA 1+20 ack 101");
+    lab.expect(&[]);
+    // 50 ms is the most that is waited for more.
+    lab.pass(60 * MS);
+    let sent = lab.sent();
+    assert_eq!(lab.text(sent.last().unwrap()), "PA 101+100 ack 21");
+    assert_eq!(lab.count(Counter::TurnsReleasedByQuiet), 1);
+}
+
+#[test]
+fn b026_a_longer_response_releases_at_its_end() {
+    let mut lab = Lab::new();
+    lab.handshake();
+    lab.client("PA 1+100 ack 1");
+    lab.client("PA 101+100 ack 301");
+    lab.expect(&["PA 1+100 ack 1"]);
+    lab.target_to(lab.client, &["A 1+1000 ack 101", "A 1001+1000 ack 101"]);
+    // Acknowledged, but the burst goes on.
+    lab.expect(&["A 101 ack 2001"]);
+    lab.target("PA 2001+5 ack 101");
+    lab.expect(&["PA 101+100 ack 2006"]);
+}
+
+#[test]
+fn b024_the_hold_limit_releases_what_is_never_answered() {
+    let mut lab = Lab::new();
+    lab.handshake();
+    lab.client("PA 1+100 ack 1");
+    lab.target("A 1 ack 101");
+    lab.client("PA 101+100 ack 301");
+    lab.expect(&["PA 1+100 ack 1"]);
+    lab.pass(1990 * MS);
+    lab.expect(&[]);
+    lab.pass(20 * MS);
+    lab.expect(&["PA 101+100 ack 1"]);
+    assert_eq!(lab.count(Counter::TurnsReleasedByHoldLimit), 1);
+    // The session goes on.
+    lab.target("PA 1+300 ack 201");
+    lab.client("PA 201+10 ack 601");
+    let sent = lab.sent();
+    assert_eq!(lab.text(sent.last().unwrap()), "PA 201+10 ack 301");
+}
+
+#[test]
+fn b025_a_server_that_greets_first() {
+    let mut lab = Lab::new();
+    lab.client("S 0 mss 1460");
+    lab.client("A 1 ack 1");
+    // Online the greeting had 40 bytes. The target's comes after 100 ms and is 55 bytes long.
+    lab.client("A 1 ack 41");
+    lab.client("PA 1+10 ack 41");
+    lab.target("SA 0 ack 1 mss 1460");
+    lab.expect(&["S 0", "A 1 ack 1"]);
+    lab.pass(100 * MS);
+    lab.expect(&[]);
+    lab.target("PA 1+55 ack 1");
+    lab.pass(10 * MS);
+    lab.expect(&["PA 1+10 ack 56"]);
+}
+
+#[test]
+fn b022_pipelined_requests_flow() {
+    let mut lab = Lab::new();
+    lab.handshake();
+    for i in 0..8 {
+        lab.client(&format!("PA {}+10 ack 1", 1 + i * 10));
+    }
+    assert_eq!(lab.sent().len(), 8);
+}
+
+#[test]
+fn b023_a_stream_in_both_directions_follows_the_responses() {
+    let mut lab = Lab::new();
+    lab.handshake();
+    lab.client("PA 1+10 ack 1");
+    for i in 0..50u32 {
+        // Each message was sent when one of the server's had been read; the target answers in its own time.
+        lab.client(&format!("PA {}+10 ack {}", 11 + i * 10, 1 + (i + 1) * 20));
+    }
+    lab.expect(&["PA 1+10 ack 1"]);
+    for i in 0..50u32 {
+        lab.target(&format!("PA {}+20 ack {}", 1 + i * 20, 11 + i * 10));
+        let sent = lab.sent();
+        assert_eq!(sent.len(), 1, "message {i}");
+        assert_eq!(lab.text(&sent[0]), format!("PA {}+10 ack {}", 11 + i * 10, 21 + i * 20));
+    }
+    assert_eq!(lab.count(Counter::TurnsReleasedByBytes), 50);
+}
+
+#[test]
+fn a_session_that_was_idle_for_hours_waits_for_its_next_response_too() {
+    let mut lab = Lab::new();
+    lab.handshake();
+    lab.client("PA 1+10 ack 1");
+    lab.target("PA 1+20 ack 11");
+    for _ in 0..10 {
+        lab.pass(3600 * S);
+        lab.client("A 11 ack 21");
+    }
+    lab.sent();
+    lab.client("PA 11+10 ack 21");
+    lab.expect(&["PA 11+10 ack 21"]);
+    lab.client("PA 21+10 ack 41");
+    lab.pass(100 * MS);
+    lab.expect(&[]);
+    lab.target("PA 21+20 ack 21");
+    lab.expect(&["PA 21+10 ack 41"]);
+}
