@@ -24,6 +24,27 @@ const SHORTEST: u64 = 100_000;
 /// Bits of the sketch that counts sessions.
 const BITS: u32 = 256;
 
+/// The longest pause while the replay is behind, ns: what many sessions lose by it in time they gain in CPU time.
+const LONGEST_BEHIND: u64 = 100_000;
+
+/// With fewer sessions than this, being behind means that each step of each session waits for a wake-up.
+const FEW_SESSIONS: f64 = 4.5;
+
+/// Records in a window (500 a second) below which a wake-up more or less does not matter.
+const WORTH_SPINNING: u64 = 2;
+
+/// What to do before the next look at the rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Wait for whatever comes.
+    Wait,
+    /// Sleep so many ns first.
+    Pause(u64),
+    /// Look again at once, and give way to others meanwhile: a wake-up from idle takes longer than the whole exchange (about
+    /// 50 us where a hypervisor takes the idle core away).
+    Spin,
+}
+
 /// Watches records and decides on pauses.
 #[derive(Default)]
 pub struct Moderation {
@@ -32,6 +53,7 @@ pub struct Moderation {
     /// A bit for each hash seen: linear counting (Whang et al. 1990).
     sketch: [u64; BITS as usize / 64],
     pause: u64,
+    few_sessions: bool,
     longest: u64,
 }
 
@@ -49,28 +71,37 @@ impl Moderation {
         self.sketch[hash as usize / 64] |= 1 << (hash % 64);
     }
 
-    /// How long to pause before the next look, ns; 0 is to wait for the next frame.
-    pub fn pause(&mut self, now: u64) -> u64 {
+    /// What to do before the next look. `behind`: the replay waits for responses.
+    pub fn next(&mut self, now: u64, behind: bool) -> Next {
         let elapsed = now.saturating_sub(self.window_start);
         if elapsed >= WINDOW {
-            self.pause = self.decide(elapsed);
+            self.decide(elapsed);
             self.records = 0;
             self.sketch = Default::default();
             self.window_start = now;
         }
-        self.pause
+        match (self.pause, behind) {
+            (_, true) if self.few_sessions => Next::Spin,
+            (0, _) => Next::Wait,
+            (pause, true) => Next::Pause(pause.min(LONGEST_BEHIND)),
+            (pause, false) => Next::Pause(pause),
+        }
     }
 
-    fn decide(&self, elapsed: u64) -> u64 {
-        if self.records * WINDOW < FEW_RECORDS * elapsed {
-            return 0;
-        }
+    fn decide(&mut self, elapsed: u64) {
         let free = BITS - self.sketch.iter().map(|word| word.count_ones()).sum::<u32>();
         let sessions = f64::from(BITS) * (f64::from(BITS) / f64::from(free.max(1))).ln();
+        self.few_sessions = self.records * WINDOW >= WORTH_SPINNING * elapsed && sessions < FEW_SESSIONS;
+        self.pause = 0;
+        if self.records * WINDOW < FEW_RECORDS * elapsed {
+            return;
+        }
         let between = elapsed as f64 * sessions / self.records as f64;
         let between = between as u64;
         let pause = (between / 2).max(between.saturating_sub(LEAVE)).min(self.longest);
-        if pause < SHORTEST.min(self.longest) { 0 } else { pause }
+        if pause >= SHORTEST.min(self.longest) {
+            self.pause = pause;
+        }
     }
 }
 
@@ -87,7 +118,10 @@ mod tests {
         for record in 0..rate / 50 {
             let now = 1_000_000_000 + record * 1_000_000_000 / rate;
             moderation.record(20_000 + (record % sessions) as u16, 7);
-            pause = moderation.pause(now);
+            pause = match moderation.next(now, false) {
+                Next::Pause(pause) => pause,
+                _ => 0,
+            };
         }
         pause
     }
@@ -114,11 +148,25 @@ mod tests {
 
     #[test]
     fn the_end_of_a_burst_ends_the_pauses() {
-        let mut moderation = Moderation::default();
+        let mut moderation = Moderation::new(LONGEST);
         for record in 0..1000u16 {
             moderation.record(record, 0);
         }
-        assert!(moderation.pause(WINDOW) > 0);
-        assert_eq!(moderation.pause(2 * WINDOW), 0);
+        assert!(matches!(moderation.next(WINDOW, false), Next::Pause(_)));
+        assert_eq!(moderation.next(2 * WINDOW, false), Next::Wait);
+    }
+
+    #[test]
+    fn behind_few_sessions_spin_and_many_pause_shortly() {
+        for (sessions, expected) in [(1, Next::Spin), (4, Next::Spin), (50, Next::Pause(LONGEST_BEHIND))] {
+            let mut moderation = Moderation::new(LONGEST);
+            let mut next = Next::Wait;
+            for record in 0..400u64 {
+                moderation.record(20_000 + (record % sessions) as u16, 7);
+                next = moderation.next(1_000_000_000 + record * 50_000, true);
+            }
+            assert_eq!(next, expected, "{sessions} sessions");
+            assert_eq!(moderation.next(10_000_000_000, true), Next::Wait, "nothing comes: no spinning");
+        }
     }
 }

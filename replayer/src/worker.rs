@@ -10,14 +10,14 @@
 //! The loop does not sleep while there is work. Without work it waits in poll(2), for the mirror, the channels and the next timer.
 //! Where many sessions are active and the replay keeps up, it pauses first, so that one wake-up serves many packets
 //! ([`crate::moderation`]): a wake-up costs more than a packet, and nothing is late by more than [`LONGEST_PAUSE_NS`].
-//! When requests are late, nobody pauses: the assistants are told too.
+//! When requests are late, pauses are shorter, few sessions are waited for without sleeping, and the assistants are told to do the same.
 
 use crate::afxdp::{Flush, Frame, Port, PortCounters, Received, Statistics};
 use crate::channel::client::{Client, ClientCounters};
 use crate::channel::limits::HURRY;
 use crate::channel::wire::Entry;
 use crate::clock;
-use crate::moderation::Moderation;
+use crate::moderation::{Moderation, Next};
 use crate::net::Watch;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::EventFd;
@@ -264,11 +264,11 @@ impl Worker {
             if now - self.published_at >= PUBLISH_NS {
                 self.publish(now);
             }
-            let pause = if self.pace.is_behind(now) { 0 } else { self.moderation.pause(now) };
-            if stopping_since.is_none() && pause > 0 && work < BATCH {
-                clock::sleep(pause);
-            } else if work == 0 {
-                self.wait(now, stopping_since.is_some());
+            match self.moderation.next(now, self.pace.is_behind(now)) {
+                Next::Pause(pause) if work < BATCH && stopping_since.is_none() => clock::sleep(pause),
+                Next::Spin => std::thread::yield_now(),
+                _ if work > 0 => {}
+                Next::Wait | Next::Pause(_) => self.wait(now, stopping_since.is_some()),
             }
         }
         let now = clock::now();

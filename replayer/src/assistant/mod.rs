@@ -25,7 +25,7 @@ pub mod routing;
 use crate::channel::limits::DEFAULT_PORT;
 use crate::channel::{Server, ServerConfig};
 use crate::clock;
-use crate::moderation::Moderation;
+use crate::moderation::{Moderation, Next};
 use crate::signals::Signals;
 use anyhow::{Context, Result, bail};
 use blackhole::BlackHole;
@@ -166,14 +166,20 @@ impl Assistant {
         let mut ready = Vec::new();
         loop {
             let now = clock::now();
-            let pause = if self.routing.is_hurried(now) { 0 } else { self.moderation.pause(now) };
             let wait = if more || self.routing.is_sweeping() {
                 0
-            } else if pause > 0 {
-                clock::sleep(pause);
-                0
             } else {
-                self.deadline().min(next_stats).saturating_sub(now)
+                match self.moderation.next(now, self.routing.is_hurried(now)) {
+                    Next::Wait => self.deadline().min(next_stats).saturating_sub(now),
+                    Next::Pause(pause) => {
+                        clock::sleep(pause);
+                        0
+                    }
+                    Next::Spin => {
+                        std::thread::yield_now();
+                        0
+                    }
+                }
             };
             let Ready { stop, broken } = self.wait(signals, wait, &mut ready)?;
             if stop {
