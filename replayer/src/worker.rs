@@ -37,8 +37,9 @@ const LONGEST_PAUSE_NS: u64 = 300_000;
 const PUBLISH_NS: u64 = 100_000_000;
 /// Captured batches handled before the channels get their turn.
 const BATCHES_PER_TURN: usize = 4;
-/// Reads of one channel in a turn: 64 KiB each.
+/// Reads of one channel in a turn: 64 KiB each, and another only after one that was nearly full.
 const READS_PER_TURN: usize = 4;
+const FULL_READ: usize = 512;
 /// Between packets that the kernel had no room for and the next try.
 const RETRY_TRANSMIT_NS: u64 = 200_000;
 /// On stop, the longest that sessions may take to end.
@@ -331,12 +332,13 @@ impl Worker {
                     moderation.record(header.port, header.addr[15]);
                     headers.push(*header);
                 });
-                if self.headers.is_empty() {
-                    break;
-                }
-                work += self.headers.len();
+                let count = self.headers.len();
+                work += count;
                 self.engine.on_responses(now, &self.headers, &mut self.surroundings);
                 self.headers.clear();
+                if count < FULL_READ {
+                    break;
+                }
             }
         }
         work
