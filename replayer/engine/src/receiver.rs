@@ -184,11 +184,8 @@ impl Engine {
         }
         self.counters[Counter::ResponseBytes] += u64::from(end.wrapping_sub(session.rcv_nxt));
         session.rcv_nxt = end;
-        session.response_at = tick(now_ns);
-        session.response_ended = record.flags & (flags::PSH | flags::FIN) != 0;
-        if session.response_ended {
-            session.marks.push(end);
-        }
+        let (push, fin) = (record.flags & flags::PSH != 0, record.flags & flags::FIN != 0);
+        session.note_response(record.payload_len, end, push, fin, tick(now_ns));
         if session.awaiting_response {
             session.awaiting_response = false;
             self.target_response.record(micros(now_ns).wrapping_sub(session.turn_sent_us));
@@ -352,9 +349,7 @@ impl Engine {
         let session = &mut self.sessions[s];
         session.rcv_nxt = session.rcv_nxt.wrapping_add(1);
         session.ack_now = true;
-        session.response_ended = true;
-        session.response_at = tick(now_ns);
-        session.marks.push(session.rcv_nxt);
+        session.note_response(0, session.rcv_nxt, false, true, tick(now_ns));
         match session.state {
             State::Established => {
                 session.state = State::CloseWait;

@@ -41,7 +41,7 @@ pub(crate) fn seq_before(a: u32, b: u32) -> bool {
     (a.wrapping_sub(b) as i32) < 0
 }
 
-/// Where responses may have ended: the last PSH boundaries seen, oldest first.
+/// Where responses may have ended: the last ends of writes seen (see [`Session::note_response`]), oldest first.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Marks {
     ends: [u32; 4],
@@ -165,7 +165,10 @@ pub(crate) struct Session {
     /// Response bytes before this number belong to earlier turns.
     pub(crate) turn_base: u32,
     pub(crate) marks: Marks,
+    /// The last segment of the response ended a write of the target's server.
     pub(crate) response_ended: bool,
+    /// It had PSH, but was full: more may follow.
+    pub(crate) response_pushed: bool,
     pub(crate) response_at: Tick,
     pub(crate) holding: bool,
     pub(crate) hold_since: Tick,
@@ -215,17 +218,34 @@ impl Session {
         if self.cut && segment == self.last_segment { NONE } else { next }
     }
 
-    /// How long the target must be silent for its response to count as ended, ticks.
+    /// Takes note of a segment of the response, new up to `end`.
+    ///
+    /// PSH alone does not say that a server has written all it had: Linux sets it on every TSO packet (net/ipv4/tcp_output.c,
+    /// `__tcp_transmit_skb`), which is cut into full segments. A segment that is not full does, for there was nothing to fill it with.
+    pub(crate) fn note_response(&mut self, payload_len: u32, end: u32, push: bool, fin: bool, now: Tick) {
+        let options = if self.timestamps { 12 } else { 0 };
+        // The target's segments keep to the smaller MSS of the two, as ours do.
+        let full = self.mss.min(self.offer_mss.saturating_sub(options));
+        self.response_at = now;
+        self.response_ended = fin || push && payload_len < u32::from(full);
+        self.response_pushed = push || fin;
+        if self.response_ended {
+            self.marks.push(end);
+        }
+    }
+
+    /// How long the target must be silent for its response to count as ended, ticks. After a full segment it may only be waiting for
+    /// an acknowledgment.
     fn quiet_ticks(&self) -> u32 {
-        let quiet = (2 * self.srtt_us.min(1 << 24) + 4 * self.rttvar_us.min(1 << 24))
-            .clamp(timing::QUIET_MIN_US, timing::QUIET_MAX_US);
-        crate::timer::ticks(u64::from(quiet) * 1000)
+        let quiet = 2 * self.srtt_us.min(1 << 24) + 4 * self.rttvar_us.min(1 << 24);
+        let least = if self.response_ended { timing::QUIET_MIN_US } else { timing::QUIET_MAX_US };
+        crate::timer::ticks(u64::from(quiet.clamp(least, timing::QUIET_MAX_US)) * 1000)
     }
 
     /// Whether the next turn may begin, given that online the client had read `need` response bytes since the turn before.
     ///
     /// The count is exact where target and online server answer with the same sizes. Where they do not, the end of a response
-    /// is seen by its PSH and the silence after it, and the next turn's count begins there: a longer or shorter response
+    /// is seen by a segment that ends a write, and by silence, and the next turn's count begins there: a longer or shorter response
     /// shifts nothing that comes after it.
     pub(crate) fn gate(&mut self, need: u32, hold_limit: u32, now: Tick) -> Gate {
         let expected = self.turn_base.wrapping_add(need);
@@ -237,6 +257,11 @@ impl Session {
             self.turn_base = end;
             return Gate::Bytes;
         }
+        if enough && self.response_pushed && self.rcv_nxt == expected {
+            // Its last segment was a full one.
+            self.turn_base = expected;
+            return Gate::Bytes;
+        }
         if !self.holding {
             self.holding = true;
             self.hold_since = now;
@@ -244,7 +269,7 @@ impl Session {
         let limit = self.hold_since.wrapping_add(hold_limit);
         let something = seq_before(self.turn_base, self.rcv_nxt);
         // A count that is reached in the middle of a burst waits for the burst's end, like a response that is shorter.
-        let ended = something && (enough || self.response_ended) && self.in_flight() == 0;
+        let ended = something && (enough || self.response_pushed) && self.in_flight() == 0;
         let quiet_at = self.response_at.wrapping_add(self.quiet_ticks());
         if ended && !before(now, quiet_at) {
             self.turn_base = self.rcv_nxt;
@@ -316,6 +341,7 @@ impl Session {
             turn_base: 0,
             marks: Marks::default(),
             response_ended: false,
+            response_pushed: false,
             response_at: 0,
             holding: false,
             hold_since: 0,
@@ -342,11 +368,7 @@ mod tests {
 
     fn response(s: &mut Session, bytes: u32, push: bool, now: Tick) {
         s.rcv_nxt = s.rcv_nxt.wrapping_add(bytes);
-        s.response_ended = push;
-        s.response_at = now;
-        if push {
-            s.marks.push(s.rcv_nxt);
-        }
+        s.note_response(bytes, s.rcv_nxt, push, false, now);
     }
 
     #[test]
@@ -389,6 +411,29 @@ mod tests {
         response(&mut s, 400, true, 2);
         assert_eq!(s.gate(300, 1000, 2), Gate::Bytes);
         assert_eq!(s.turn_base, 1800);
+    }
+
+    #[test]
+    fn b026_full_segments_with_psh_are_not_the_end_of_a_response() {
+        let mut s = session();
+        s.mss = 500;
+        for at in 1..=4 {
+            response(&mut s, 500, true, at);
+            assert!(matches!(s.gate(900, 1000, at), Gate::Wait(_)), "after {at} full segments");
+        }
+        response(&mut s, 100, true, 5);
+        assert_eq!(s.gate(900, 1000, 5), Gate::Bytes);
+        assert_eq!(s.turn_base, 3100);
+        s.holding = false;
+        // Of the same size as online, the last segment full.
+        response(&mut s, 500, true, 10);
+        response(&mut s, 500, true, 10);
+        assert_eq!(s.gate(1000, 1000, 10), Gate::Bytes);
+        // Shorter, the last segment full: a longer silence.
+        response(&mut s, 500, true, 20);
+        let Gate::Wait(at) = s.gate(900, 10_000, 20) else { panic!() };
+        assert_eq!(at - 20, crate::timer::ticks(u64::from(timing::QUIET_MAX_US) * 1000));
+        assert_eq!(s.gate(900, 10_000, at), Gate::Quiet);
     }
 
     #[test]
