@@ -19,6 +19,7 @@ use crate::report::Figures;
 use crate::signals::Signals;
 use crate::worker::{MAX_CHANNELS, Shared, Snapshot, Worker};
 use anyhow::{Context, Result, bail};
+use nix::net::if_::if_nameindex;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use replayer_common::addr::{ANY, Endpoint, is_v4, to_std};
 use replayer_common::hash::sample_threshold;
@@ -44,7 +45,8 @@ const ETHERNET_HEADER: u32 = 22;
 /// Runs the role until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// When the role cannot start, with the cause and the remedy; when a worker dies; when the report cannot be written.
+/// When the role cannot start, with the cause and the remedy; when a worker dies or an interface is removed; when the report cannot
+/// be written.
 pub fn run(args: &OnlineArgs) -> Result<()> {
     privileges::check()?;
     let signals = Signals::install()?;
@@ -57,6 +59,7 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
         if online.worker.as_ref().is_none_or(JoinHandle::is_finished) {
             bail!("the worker died; this is a bug of the replayer, please report it with the lines above");
         }
+        online.check_devices()?;
         if args.stats.is_some() && Instant::now() >= next {
             let figures = online.figures();
             match args.stats_format {
@@ -87,6 +90,8 @@ struct Online {
     verdicts: Value,
     _mirror: Mirror,
     _monitor: Monitor,
+    /// Where it captures and where it sends.
+    devices: [Device; 2],
     shared: Arc<Shared>,
     worker: Option<JoinHandle<()>>,
 }
@@ -192,9 +197,21 @@ impl Online {
             verdicts: Value::Null,
             _mirror: mirror,
             _monitor: monitor,
+            devices: [capture, output],
             shared,
             worker: Some(worker),
         })
+    }
+
+    /// A device that is down may come up again; one that is gone took programs and sockets along.
+    fn check_devices(&self) -> Result<()> {
+        let present = if_nameindex().context("list the interfaces")?;
+        for device in &self.devices {
+            if !present.iter().any(|other| other.index() == device.ifindex) {
+                bail!("the interface {} was removed; start the replayer again when it is back", device.name);
+            }
+        }
+        Ok(())
     }
 
     fn figures(&self) -> Figures {
