@@ -6,6 +6,7 @@
 //! - [`servers`]: nginx, redis and the project's stream server, started on a host of the lab
 //! - [`clients`]: load, and counters of what arrives at a host
 //! - [`pairs`]: the same server on both sides, compared
+//! - [`conversation`]: one connection, driven step by step
 //! - [`replay`]: the roles under test, started on a lab, and their reports
 //! - [`ledger`]: requests counted id by id in the access logs of two servers
 //! - [`stream`]: the wire format of the project's own server and client, and the records that both write
@@ -17,6 +18,7 @@
 //! Binaries: `stream-server` records every byte that it is sent; `loadgen` drives it, or any HTTP server.
 
 pub mod clients;
+pub mod conversation;
 pub mod http;
 pub mod lab;
 pub mod ledger;

@@ -1,0 +1,76 @@
+//! Behaviours 50 and 63: what is no request of a client, and how a role ends that cannot go on.
+//!
+//! Root only; each test has a lab of its own.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+use replayer_tests::clients::{Load, Watch};
+use replayer_tests::lab::{Lab, NIC, Plan};
+use replayer_tests::pairs::StreamPair;
+use replayer_tests::process::Process;
+use replayer_tests::replay::{Replay, Role, service};
+use replayer_tests::servers::tool;
+
+const STREAM: u16 = 9000;
+
+#[test]
+fn b050_connections_of_the_online_host_itself_to_the_target_are_not_copied() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let strangers = format!("ip protocol tcp ip saddr != {}", lab.online().v4());
+    let watch = Watch::arriving(lab.target(), &[("copies", &strangers), ("segments", "ip protocol tcp")])?;
+    let replay = Replay::start(&lab, &[STREAM], &[])?;
+    // A health check, say: target and service have the same port, and the answers come in where requests are captured.
+    let load = format!(
+        "--connect {}:{STREAM} --connections 10 --per-connection 10 --requests 500 --body 1-3000",
+        lab.target().v4()
+    );
+    let summary = Load::start(&lab, lab.online(), "direct", &load)?.finish()?;
+    assert_eq!((summary.responses, summary.errors), (500, 0), "{summary:?}");
+    let (report, _) = replay.stop()?;
+    let packets = watch.packets()?;
+    assert!(packets["segments"] > 500, "{packets:?}");
+    assert_eq!(packets["copies"], 0);
+    assert_eq!((report.counter("packets_captured"), report.counter("segments_sent")), (0, 0));
+    assert_eq!((streams.target.record()?.requests(), streams.online.record()?.requests()), (500, 0));
+    Ok(())
+}
+
+#[test]
+fn b063_an_online_role_that_cannot_write_its_report_says_so_and_fails() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    let nowhere = format!("{}/nowhere/report.json", lab.dir().display());
+    let services = service(STREAM, lab.target().v4(), STREAM);
+    let mut command = lab.online().command(tool("replayer")?);
+    command.args(["online", "-x", &services, "-s", &lab.assistant().v4().to_string(), "-i", NIC]);
+    let mut process = Process::start(command.args(["--report", &nowhere]), "fatal", &lab.dir())?;
+    // It may say so at once or when it stops.
+    if process.wait_for_message("online ready", Duration::from_secs(10)).is_ok() {
+        let load = format!("--connect {}:{STREAM} --requests 10", lab.online().v4());
+        assert_eq!(Load::run(&lab, "load", &load)?.responses, 10);
+        streams.ensure_equal(10)?;
+        process.signal(Signal::SIGTERM)?;
+    }
+    let status = process.wait(Duration::from_secs(10))?;
+    ensure!(!status.success() && process.errors().contains("nowhere"), "{status}: {}", process.errors());
+    Ok(())
+}
+
+#[test]
+fn b063_an_online_role_whose_interface_is_removed_says_so_and_fails() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let mut replay = Replay::start(&lab, &[STREAM], &[])?;
+    let load = format!("--connect {}:{STREAM} --requests 10", lab.online().v4());
+    assert_eq!(Load::run(&lab, "load", &load)?.responses, 10);
+    streams.ensure_equal(10)?;
+    lab.online().namespace().ip(&format!("link del {NIC}\n"))?;
+    let status = replay.online.process.wait(Duration::from_secs(10))?;
+    let message = replay.online.process.errors();
+    ensure!(!status.success() && message.contains("eth0 was removed"), "{status}: {message}");
+    Ok(())
+}

@@ -1,0 +1,235 @@
+//! Behaviours 36, 49, 51 and 53: what goes away under load and comes back: target, network, either role.
+//!
+//! Root only; each test has a lab of its own.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+use replayer_tests::clients::{Load, Watch, output_of};
+use replayer_tests::lab::{Host, Lab, NIC, Plan};
+use replayer_tests::pairs::{ARRIVAL, StreamPair};
+use replayer_tests::replay::{Replay, Role};
+use replayer_tests::servers::StreamServer;
+use replayer_tests::stream::Record;
+use replayer_tests::wait::{holds_within, wait_for};
+
+const STREAM: u16 = 9000;
+
+fn now_us() -> Result<u64> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros() as u64)
+}
+
+/// Starts requests on 20 connections that stay open, 400 a second.
+fn steady_load(lab: &Lab, seconds: u32) -> Result<Load> {
+    let load = format!(
+        "--connect {}:{STREAM} --connections 20 --rate 400 --seconds {seconds} --body 1-3000 --response 1-3000",
+        lab.online().v4()
+    );
+    Load::start(lab, lab.client(), "steady", &load)
+}
+
+/// Waits until the target has got `count` requests.
+fn wait_for_requests(streams: &mut StreamPair, count: usize) -> Result<()> {
+    wait_for("requests at the target", ARRIVAL, || {
+        streams.target.record().is_ok_and(|record| record.requests() >= count)
+    })
+}
+
+/// Ids of requests that were whole later than this.
+fn ids_after(record: &Record, time_us: u64) -> BTreeSet<u64> {
+    let timed = record.connections.iter().flat_map(|it| it.ids.iter().zip(&it.times_us));
+    timed.filter(|&(_, &at)| at > time_us).map(|(&id, _)| id).collect()
+}
+
+#[test]
+fn b036_requests_after_the_target_s_restart_arrive() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let replay = Replay::start(&lab, &[STREAM], &[])?;
+    let mut load = steady_load(&lab, 4)?;
+    wait_for_requests(&mut streams, 200)?;
+    streams.target.process.kill()?;
+    streams.target = StreamServer::start(&lab, lab.target(), STREAM, &[])?;
+    let restarted_us = now_us()?;
+    let summary = load.finish()?;
+    assert_eq!((summary.errors, summary.responses), (0, summary.requests), "{summary:?}");
+
+    let expected = ids_after(&streams.online.record()?, restarted_us + 1_000_000);
+    ensure!(expected.len() > 200, "only {} requests after the restart", expected.len());
+    let missing = |record: &Record| expected.difference(&ids_after(record, 0)).count();
+    let complete =
+        holds_within(ARRIVAL, || streams.target.record().is_ok_and(|record| missing(&record) == 0));
+    let target = streams.target.record()?;
+    assert!(complete, "{} of {} requests are missing", missing(&target), expected.len());
+    assert!(target.connections.iter().all(|it| it.mismatch.is_none()), "half a request came: {target:?}");
+    replay.stop()?;
+    Ok(())
+}
+
+/// Everything about a host that a role changes: devices, queueing disciplines, BPF programs on either.
+fn interfaces(host: &Host) -> Result<String> {
+    let devices = output_of(host.command("ls").arg("/sys/class/net"))?;
+    let queueing = output_of(host.command("tc").args(["qdisc", "show"]))?;
+    let programs = output_of(host.command("bpftool").args(["net", "show"]))?;
+    Ok(format!("{devices}{queueing}{programs}"))
+}
+
+#[test]
+fn b049_a_killed_role_leaves_its_host_as_it_was_and_can_start_again() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let hosts = [lab.online(), lab.assistant()];
+    let before = [interfaces(hosts[0])?, interfaces(hosts[1])?];
+    let not_online = format!("ip protocol tcp ip saddr != {}", lab.online().v4());
+    let watch =
+        Watch::arriving(lab.client(), &[("resets", "tcp flags & rst == rst"), ("strangers", &not_online)])?;
+    let mut replay = Replay::start(&lab, &[STREAM], &[])?;
+    for (host, before) in hosts.iter().zip(&before) {
+        assert_ne!(interfaces(host)?, *before, "{} has no program", host.name());
+    }
+    let mut load = steady_load(&lab, 3)?;
+    wait_for_requests(&mut streams, 200)?;
+    replay.online.process.kill()?;
+    replay.assistant.process.kill()?;
+    // A private namespace is taken down by a worker of the kernel, soon after its last process.
+    for (host, before) in hosts.iter().zip(&before) {
+        let clean = holds_within(ARRIVAL, || interfaces(host).is_ok_and(|now| now == *before));
+        assert!(clean, "{} before:\n{before}\nafter:\n{}", host.name(), interfaces(host)?);
+    }
+    let summary = load.finish()?;
+    assert_eq!((summary.errors, summary.responses), (0, summary.requests), "{summary:?}");
+    let packets = watch.packets()?;
+    assert_eq!((packets["resets"], packets["strangers"]), (0, 0), "{packets:?}");
+
+    drop(replay);
+    let replay = Replay::start(&lab, &[STREAM], &[])?;
+    let again = format!(
+        "--connect {}:{STREAM} --connections 10 --per-connection 10 --requests 100 --first-id 1000001 --body 1-3000",
+        lab.online().v4()
+    );
+    assert_eq!(Load::run(&lab, "again", &again)?.responses, 100);
+    let arrived = |record: &Record| ids_after(record, 0).range(1_000_001..).count();
+    wait_for("the requests after the restart", ARRIVAL, || {
+        streams.target.record().is_ok_and(|record| arrived(&record) == 100)
+    })?;
+    replay.stop()?;
+    Ok(())
+}
+
+#[test]
+fn b051_a_target_that_is_off_the_network_for_seconds_gets_everything_afterwards() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let mut replay = Replay::start(&lab, &[STREAM], &[])?;
+    let mut load = steady_load(&lab, 4)?;
+    wait_for_requests(&mut streams, 200)?;
+    // No cable, and its MAC address forgotten: the next hop cannot be resolved.
+    lab.switch().ip("link set target down\n")?;
+    lab.online().namespace().ip(&format!("neigh del {} dev {NIC}\n", lab.target().v4()))?;
+    let before = streams.target.record()?.requests();
+    let online = streams.online.record()?.requests();
+    wait_for("a second of requests that cannot arrive", ARRIVAL, || {
+        streams.online.record().is_ok_and(|record| record.requests() >= online + 400)
+    })?;
+    assert!(streams.target.record()?.requests() <= before + 20, "the target was not cut off");
+    lab.switch().ip("link set target up\n")?;
+    wait_for("copying", Duration::from_secs(5), || {
+        streams.target.record().is_ok_and(|record| record.requests() > before + 100)
+    })?;
+    let summary = load.finish()?;
+    assert_eq!((summary.errors, summary.responses), (0, summary.requests), "{summary:?}");
+    let (_, target) = streams.ensure_equal_within(summary.requests as usize, Duration::from_secs(10))?;
+    assert_eq!(target.connections.len(), 20);
+    ensure!(replay.online.process.ended()?.is_none(), "the online role has ended");
+    let (report, _) = replay.stop()?;
+    assert!(report.counter("segments_no_link") > 0, "{:?}", report.counters);
+    Ok(())
+}
+
+#[test]
+fn b051_the_online_host_s_link_may_go_down_and_come_back() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let mut replay = Replay::start(&lab, &[STREAM], &[])?;
+    let mut load = steady_load(&lab, 4)?;
+    wait_for_requests(&mut streams, 200)?;
+    lab.switch().ip("link set online down\n")?;
+    std::thread::sleep(Duration::from_secs(1));
+    lab.switch().ip("link set online up\n")?;
+    let summary = load.finish()?;
+    assert_eq!((summary.errors, summary.responses), (0, summary.requests), "{summary:?}");
+    streams.ensure_equal_within(summary.requests as usize, Duration::from_secs(10))?;
+    ensure!(replay.online.process.ended()?.is_none(), "the online role has ended");
+    replay.stop()?;
+    Ok(())
+}
+
+#[test]
+fn b051_a_target_may_come_up_after_the_replayer() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    lab.switch().ip("link set target down\n")?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let mut replay = Replay::start(&lab, &[STREAM], &[])?;
+    let warning = replay.online.process.errors();
+    assert!(warning.contains(&lab.target().v4().to_string()) && warning.contains("warning"), "{warning}");
+    let run = |name: &str, first_id: u32| {
+        let load = format!(
+            "--connect {}:{STREAM} --connections 10 --per-connection 5 --requests 200 --rate 400 --first-id {first_id}",
+            lab.online().v4()
+        );
+        Load::run(&lab, name, &load)
+    };
+    assert_eq!(run("before", 1)?.responses, 200);
+    assert_eq!(streams.target.record()?.requests(), 0);
+    lab.switch().ip("link set target up\n")?;
+    let mut probes = 0;
+    wait_for("copying after the target came up", Duration::from_secs(5), || {
+        probes += 1;
+        run(&format!("probe{probes}"), 10_000 * probes).is_ok()
+            && streams.target.record().is_ok_and(|record| record.requests() > 0)
+    })?;
+    assert_eq!(run("after", 1_000_001)?.responses, 200);
+    let arrived = |record: &Record| ids_after(record, 0).range(1_000_001..).count();
+    wait_for("all requests after that", ARRIVAL, || {
+        streams.target.record().is_ok_and(|record| arrived(&record) == 200)
+    })?;
+    ensure!(replay.online.process.ended()?.is_none(), "the online role has ended");
+    let (report, _) = replay.stop()?;
+    assert!(report.counter("segments_no_link") > 0, "{:?}", report.counters);
+    Ok(())
+}
+
+#[test]
+fn b053_sessions_outlive_an_assistant_that_is_away_for_seconds() -> Result<()> {
+    const AWAY: Duration = Duration::from_secs(2);
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let mut replay = Replay::start(&lab, &[STREAM], &[])?;
+    let mut load = steady_load(&lab, 6)?;
+    wait_for_requests(&mut streams, 200)?;
+    replay.assistant.process.kill()?;
+    std::thread::sleep(AWAY);
+    replay.assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    let returned_us = now_us()?;
+    // A connection made now is copied once the return channel stands again.
+    let short = format!(
+        "--connect {}:{STREAM} --connections 5 --per-connection 1 --rate 50 --seconds 2.5 --first-id 1000001",
+        lab.online().v4()
+    );
+    let short = Load::run(&lab, "short", &short)?;
+    let summary = load.finish()?;
+    for summary in [&summary, &short] {
+        assert_eq!((summary.errors, summary.responses), (0, summary.requests), "{summary:?}");
+    }
+    let total = (summary.requests + short.requests) as usize;
+    let (_, target) = streams.ensure_equal_within(total, Duration::from_secs(10))?;
+    assert_eq!(target.connections.len() as u64, 20 + short.connections_used);
+    let new = target.connections.iter().filter(|it| it.ids.iter().any(|&id| id > 1_000_000));
+    let first_us = new.flat_map(|it| it.times_us.iter()).min().context("no request of a new connection")?;
+    let after_us = first_us.saturating_sub(returned_us);
+    assert!(after_us < 2_000_000, "the first new request came {after_us} us after the assistant's return");
+    ensure!(replay.online.process.ended()?.is_none(), "the online role has ended");
+    replay.stop().context("after the restart")?;
+    Ok(())
+}

@@ -1,0 +1,115 @@
+//! Behaviours 29 and 30: numbers that wrap, and windows that close.
+//!
+//! Root only; each test has a lab of its own.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
+use replayer_common::packet::{flags, parse_tcp};
+use replayer_common::tcp_options;
+use replayer_tests::conversation::{Conversation, bytes_of};
+use replayer_tests::lab::{Lab, NIC, Plan};
+use replayer_tests::packet::{Frames, Tap};
+use replayer_tests::pairs::StreamPair;
+use replayer_tests::replay::Replay;
+use replayer_tests::stream::RequestHeader;
+
+const STREAM: u16 = 9000;
+
+/// What the target saw of one session's segments.
+#[derive(Debug, Default)]
+struct Seen {
+    sequence_numbers: BTreeSet<u32>,
+    timestamps: BTreeSet<u32>,
+    last_timestamp: Option<u32>,
+    target_timestamps: BTreeSet<u32>,
+}
+
+/// Whether numbers go from the end of their range to its beginning.
+fn wraps(numbers: &BTreeSet<u32>) -> bool {
+    let near_the_end = numbers.range(0xf000_0000..).next().is_some();
+    let near_the_beginning = numbers.range(..0x1000_0000).next().is_some();
+    near_the_end && near_the_beginning
+}
+
+#[test]
+fn b029_sequence_numbers_and_timestamps_wrap() -> Result<()> {
+    // In half a second of timestamps, and after a few of the requests below.
+    const TIMESTAMP: u32 = 0u32.wrapping_sub(1500);
+    const ISN: u32 = 0u32.wrapping_sub(20_000);
+    let lab = Lab::up(Plan { offloads: false, ..Plan::default() })?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let tap = Tap::start(lab.target().namespace(), NIC, Frames::Both)?;
+    let replay = Replay::start(&lab, &[STREAM], &[])?;
+    let server = std::net::SocketAddrV4::new(lab.online().v4(), STREAM);
+    let mut connections = Conversation::open_at(lab.client(), server, 10, ISN, TIMESTAMP)?;
+    for round in 0..20 {
+        let id = |connection: usize| round * 100 + connection as u64;
+        for (index, connection) in connections.iter_mut().enumerate() {
+            connection.send(&bytes_of(RequestHeader {
+                id: id(index),
+                body: 3000,
+                response: 3000,
+                delay_ms: 60,
+            }))?;
+        }
+        for (index, connection) in connections.iter_mut().enumerate() {
+            connection.expect_answer(id(index))?;
+        }
+    }
+    streams.ensure_equal(200)?;
+    replay.stop()?;
+
+    let mut sessions: BTreeMap<u16, Seen> = BTreeMap::new();
+    for frame in &tap.stop()? {
+        let Ok(segment) = parse_tcp(&frame.as_slice()) else { continue };
+        let options = &frame[usize::from(segment.tcp_offset) + 20..usize::from(segment.payload_offset)];
+        let Some((value, echo)) = tcp_options::parse(options).timestamps else { continue };
+        if segment.src_port == STREAM {
+            sessions.entry(segment.dst_port).or_default().target_timestamps.insert(value);
+        } else if segment.dst_port == STREAM {
+            let seen = sessions.entry(segment.src_port).or_default();
+            if let Some(before) = seen.last_timestamp.replace(value) {
+                assert!(value.wrapping_sub(before) < 1 << 31, "TSval went from {before} to {value}");
+            }
+            if segment.flags & flags::SYN == 0 {
+                assert!(seen.target_timestamps.contains(&echo), "TSecr {echo} is no TSval of the target");
+            }
+            seen.sequence_numbers.insert(segment.seq);
+            seen.timestamps.insert(value);
+        }
+    }
+    assert_eq!(sessions.len(), 10);
+    for (port, seen) in sessions {
+        assert!(wraps(&seen.sequence_numbers), "no wrap of the sequence numbers of {port}");
+        assert!(wraps(&seen.timestamps), "no wrap of the timestamps of {port}: {:?}", seen.timestamps);
+    }
+    Ok(())
+}
+
+#[test]
+fn b030_sending_goes_on_at_once_when_a_closed_window_opens() -> Result<()> {
+    const CLOSED: Duration = Duration::from_secs(5);
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let replay = Replay::start(&lab, &[STREAM], &[])?;
+    let mut connection = Conversation::open(lab.client(), (lab.online().v4(), STREAM).into())?;
+    connection.ask(RequestHeader { id: 1, body: 10, response: 10, delay_ms: 0 })?;
+    streams.ensure_equal(1)?;
+    // The target's server does not read: after what its socket takes, the window is closed.
+    streams.target.process.signal(Signal::SIGSTOP)?;
+    connection.ask(RequestHeader { id: 2, body: 8 << 20, response: 10, delay_ms: 0 })?;
+    std::thread::sleep(CLOSED);
+    let stats = replay.online.stats().context("statistics of the online role")?;
+    assert!(stats.held_bytes > 1 << 20, "the window was not closed: {stats:?}");
+    let opened_us = SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros() as u64;
+    streams.target.process.signal(Signal::SIGCONT)?;
+    let (_, target) = streams.ensure_equal(2)?;
+    let after_us = target.connections[0].times_us[1] - opened_us;
+    // Half a second to go on, and the transfer of 8 MiB.
+    assert!(after_us < 1_000_000, "the request was whole {after_us} us after the window had opened");
+    replay.stop()?;
+    Ok(())
+}

@@ -1,0 +1,99 @@
+//! Behaviours 24 to 26: turns at targets that answer late, otherwise, or not at all, and at servers that speak first.
+//!
+//! Root only; each test has a lab of its own.
+
+use anyhow::Result;
+use replayer_tests::clients::Load;
+use replayer_tests::conversation::Conversation;
+use replayer_tests::lab::{Lab, Plan};
+use replayer_tests::pairs::StreamPair;
+use replayer_tests::replay::Replay;
+use replayer_tests::stream::{Connection, Record, RequestHeader};
+
+const STREAM: u16 = 9000;
+
+fn of_peer(record: &Record, peer: &str) -> Connection {
+    let mut found = record.connections.iter().filter(|it| it.peer == peer);
+    found.next().unwrap_or_else(|| panic!("no connection of {peer}")).clone()
+}
+
+#[test]
+fn b024_an_answer_that_never_comes_holds_its_own_connection_for_the_limit() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start_with(&lab, STREAM, &[], &["--never-answer", "3"])?;
+    let replay = Replay::start(&lab, &[STREAM], &["--hold-limit", "1"])?;
+    let server = (lab.online().v4(), STREAM).into();
+    let mut held = Conversation::open(lab.client(), server)?;
+    let mut other = Conversation::open(lab.client(), server)?;
+    for id in [1, 3, 5, 7] {
+        held.ask(RequestHeader { id, body: 100, response: 100, delay_ms: 0 })?;
+        other.ask(RequestHeader { id: id + 1, body: 100, response: 100, delay_ms: 0 })?;
+    }
+    let (_, target) = streams.ensure_equal(8)?;
+    let times = of_peer(&target, &held.local()?).times_us;
+    let waited_us = times[2] - times[1];
+    assert!((950_000..1_500_000).contains(&waited_us), "held for {waited_us} us, not for 1 s");
+    let times = of_peer(&target, &other.local()?).times_us;
+    let taken_us = times[3] - times[0];
+    assert!(taken_us < 500_000, "the other connection took {taken_us} us");
+    let (report, _) = replay.stop()?;
+    assert_eq!(report.counter("turns_released_by_hold_limit"), 1, "{:?}", report.counters);
+    Ok(())
+}
+
+#[test]
+fn b025_the_first_command_follows_the_target_s_greeting() -> Result<()> {
+    const GREETING_US: u64 = 100_000;
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start_with(&lab, STREAM, &["--greet"], &["--greet", "100"])?;
+    let replay = Replay::start(&lab, &[STREAM], &[])?;
+    let load = format!(
+        "--connect {}:{STREAM} --greet --connections 21 --per-connection 4 --requests 84 --body 1-3000",
+        lab.online().v4()
+    );
+    let summary = Load::run(&lab, "load", &load)?;
+    assert_eq!((summary.responses, summary.errors), (84, 0), "{summary:?}");
+    let (_, target) = streams.ensure_equal(84)?;
+    assert!(
+        target.connections.iter().all(|it| it.early == 0),
+        "a command came before the greeting: {target:?}"
+    );
+    let mut after_us: Vec<u64> = target
+        .connections
+        .iter()
+        .map(|it| (it.times_us[0] - it.opened_us).saturating_sub(GREETING_US))
+        .collect();
+    after_us.sort_unstable();
+    // The median: single ones may be late because the machine is busy.
+    assert!(after_us[10] < 10_000, "after the greeting, in us: {after_us:?}");
+    replay.stop()?;
+    Ok(())
+}
+
+#[test]
+fn b026_answers_of_another_size_neither_stop_nor_hurry_a_session() -> Result<()> {
+    // The server writes each answer at once; up to 60 kB, so that it takes several flights and TSO packets.
+    for scale in ["0.3", "2", "4"] {
+        let lab = Lab::up(Plan::default())?;
+        let scaled = ["--response-scale", scale, "--delay-ms", "5"];
+        let mut streams = StreamPair::start_with(&lab, STREAM, &[], &scaled)?;
+        let replay = Replay::start(&lab, &[STREAM], &[])?;
+        let load = format!(
+            "--connect {}:{STREAM} --connections 10 --per-connection 20 --requests 200 --body 1-5000 \
+             --response 100-15000",
+            lab.online().v4()
+        );
+        let summary = Load::run(&lab, "load", &load)?;
+        assert_eq!((summary.responses, summary.errors), (200, 0), "{summary:?}");
+        let (_, target) = streams.ensure_equal(200)?;
+        let early: u64 = target.connections.iter().map(|it| it.early).sum();
+        let (report, _) = replay.stop()?;
+        assert_eq!(
+            early, 0,
+            "requests came in the middle of an answer, scale {scale}: {:?}",
+            report.counters
+        );
+        assert_eq!(report.counter("turns_released_by_hold_limit"), 0, "scale {scale}: {:?}", report.counters);
+    }
+    Ok(())
+}
