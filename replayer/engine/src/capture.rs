@@ -21,8 +21,8 @@ const MAX_DISTANCE: u32 = 1 << 28;
 type Fate = Result<Counter, (Counter, Counter)>;
 
 /// What a batch's first pass found out of a packet.
-#[derive(Clone, Copy)]
-struct Parsed {
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Parsed {
     segment: Option<TcpSegment>,
     hash: u32,
 }
@@ -32,26 +32,23 @@ impl Engine {
     /// empty afterwards and keeps its capacity.
     pub fn on_captured<O: Output>(&mut self, now_ns: u64, frames: &mut Vec<(O::Frame, usize)>, out: &mut O) {
         // Two passes over each batch: the first only reads and hashes, so that the table's cache misses overlap.
-        let mut left = frames.drain(..);
-        loop {
-            let mut parsed = [Parsed { segment: None, hash: 0 }; BATCH];
-            let mut batch: [Option<(O::Frame, usize)>; BATCH] = [const { None }; BATCH];
-            for (place, slot) in parsed.iter_mut().zip(&mut batch) {
-                let Some((mut frame, len)) = left.next() else { break };
-                let bytes = out.bytes(&mut frame);
-                let bytes: &[u8] = &bytes[..len.min(bytes.len())];
-                place.segment = parse_tcp(&bytes).ok();
-                if let Some(s) = &place.segment {
-                    place.hash = pair_hash(self.config.seed, &s.src, s.src_port, &s.dst, s.dst_port);
-                    core::hint::black_box(self.by_client.touch(place.hash));
-                }
-                *slot = Some((frame, len));
+        let mut parsed = core::mem::take(&mut self.parsed);
+        while !frames.is_empty() {
+            let count = frames.len().min(BATCH);
+            for (frame, len) in &mut frames[..count] {
+                let bytes = out.bytes(frame);
+                let bytes: &[u8] = &bytes[..(*len).min(bytes.len())];
+                let segment = parse_tcp(&bytes).ok();
+                let hash = segment
+                    .map_or(0, |s| pair_hash(self.config.seed, &s.src, s.src_port, &s.dst, s.dst_port));
+                core::hint::black_box(self.by_client.touch(hash));
+                parsed.push(Parsed { segment, hash });
             }
-            for (place, slot) in parsed.iter().zip(&mut batch) {
-                let Some((frame, len)) = slot.take() else { return };
-                self.on_packet(now_ns, place, frame, len, out);
+            for (parsed, (frame, len)) in parsed.drain(..).zip(frames.drain(..count)) {
+                self.on_packet(now_ns, &parsed, frame, len, out);
             }
         }
+        self.parsed = parsed;
     }
 
     /// A connection that was open before capture began and is between two turns: its next data starts one.
@@ -476,7 +473,7 @@ impl Engine {
         // Sessions that ended (the target closed, reset or refused) come back at the beginning of a turn, never within one.
         let surely_new_turn = answered && connection.any_data;
         connection.any_data = true;
-        if surely_new_turn {
+        if surely_new_turn && !self.has_all_sessions(c) {
             self.open_sessions(now_ns, c, stored.seq.wrapping_sub(1), true, out);
         }
         let mut takers = 0;

@@ -6,6 +6,7 @@
 //!   freed when its references are zero.
 //! - Every deadline of a session is at or after the time its timer stands at in the wheel.
 
+use crate::capture::Parsed;
 use crate::config::{Config, timing};
 use crate::connection::{Connection, End, Phase};
 use crate::counters::{Counter, Counters, EndReason, Pending};
@@ -90,6 +91,8 @@ pub struct Engine {
     copies: Copies,
     ports: Ports,
     pub(crate) dirty: Vec<u32>,
+    /// What the first pass over a batch found; empty between batches.
+    pub(crate) parsed: Vec<Parsed>,
     lingering: VecDeque<(Tick, u16, Endpoint)>,
     pub(crate) counters: Counters,
     pub(crate) capture_to_transmit: Histogram,
@@ -133,6 +136,7 @@ impl Engine {
             copies: Copies::new(config.copies_millionths),
             ports: Ports::new(config.seed),
             dirty: Vec::with_capacity(4 * BATCH),
+            parsed: Vec::with_capacity(BATCH),
             lingering: VecDeque::with_capacity(MAX_LINGERING),
             counters: Counters::default(),
             capture_to_transmit: Histogram::default(),
@@ -251,6 +255,20 @@ impl Engine {
         self.by_client.insert(hash, index);
         self.arm_connection(index, now.wrapping_add(self.connections[index].idle_limit()));
         Some(index)
+    }
+
+    /// Whether every copy of the connection has a session that takes its data.
+    pub(crate) fn has_all_sessions(&self, c: u32) -> bool {
+        let connection = &self.connections[c];
+        let (_, source) = self.services_of(&connection.server);
+        let services = self.services.iter().filter(|service| service.online == source).count() as u32;
+        let mut open = 0;
+        let mut s = connection.first_session;
+        while s != NONE {
+            open += u32::from(!self.sessions[s].cut);
+            s = self.sessions[s].next_copy;
+        }
+        open >= services * u32::from(connection.copies)
     }
 
     /// Opens the sessions that the connection wants and does not have; each begins with the byte after `iss`.
