@@ -6,7 +6,7 @@ use replayer_common::addr::{Endpoint, is_v4, v4_octets};
 use replayer_common::packet::flags;
 use replayer_common::tcp_options;
 use replayer_engine::Output;
-use std::collections::HashMap;
+use std::collections::HashSet;
 
 /// Bytes of a frame.
 pub const FRAME: usize = 2048;
@@ -22,8 +22,8 @@ pub struct Wire {
     sent: Vec<(Frame, usize)>,
     /// Frames that were taken away.
     away: usize,
-    /// Registrations that are in force: how often each was made and not taken back.
-    pub registered: HashMap<(u16, Endpoint), u32>,
+    /// Registrations that are in force.
+    pub registered: HashSet<(u16, Endpoint)>,
     /// Packets that are lost for want of room in the transmit ring, from now on.
     pub full: bool,
     /// Keep what is sent; otherwise frames go back at once.
@@ -38,7 +38,7 @@ impl Wire {
             free: (0..frames).map(Frame).collect(),
             sent: Vec::with_capacity(frames),
             away: 0,
-            registered: HashMap::new(),
+            registered: HashSet::new(),
             full: false,
             keep: true,
             count_sent: 0,
@@ -84,6 +84,16 @@ impl Wire {
         segments
     }
 
+    /// What was sent since the last call, as bytes.
+    pub fn take_sent_bytes(&mut self) -> Vec<Vec<u8>> {
+        let mut packets = Vec::new();
+        for (frame, len) in self.sent.drain(..) {
+            packets.push(self.frames[frame.0][..len].to_vec());
+            self.free.push(frame);
+        }
+        packets
+    }
+
     /// Each frame is free or was sent.
     pub fn check(&self) {
         assert_eq!(self.free.len() + self.sent.len() + self.away, self.frames.len(), "a frame was lost");
@@ -121,14 +131,13 @@ impl Output for Wire {
 
     fn register(&mut self, service: u16, identity: Endpoint) {
         if self.keep {
-            *self.registered.entry((service, identity)).or_default() += 1;
+            self.registered.insert((service, identity));
         }
     }
 
     fn unregister(&mut self, service: u16, identity: Endpoint) {
-        if self.keep {
-            assert!(self.registered.remove(&(service, identity)).is_some(), "{identity} was not registered");
-        }
+        // An identity that was used twice in a short time is taken back twice.
+        self.registered.remove(&(service, identity));
     }
 }
 
