@@ -137,7 +137,7 @@ fn show(lab: &Lab, arguments: &Arguments) -> Result<Outcome> {
     let (steady, streams) = (steady.finish()?, streams.finish()?);
     let requests = (online_ledger.len() + online_record.requests()).max(1) as f64;
     Ok(Outcome {
-        requests: ledger::compare(&online_ledger, &target_ledger),
+        requests: ledger::compare_addresses(&online_ledger, &target_ledger),
         streams: stream::compare(&online_record, &target_record),
         online_latency_us: steady.latency_us,
         target_latency_us: report.target_response_us,
