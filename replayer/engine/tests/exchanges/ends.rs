@@ -48,6 +48,23 @@ fn b035_fin_with_data_and_before_order() {
 }
 
 #[test]
+fn a_fin_whose_record_is_lost_is_not_acknowledged_by_what_follows_it() {
+    let mut lab = Lab::new();
+    lab.handshake();
+    lab.client("PA 1+100 ack 1");
+    lab.target("PA 1+50 ack 101");
+    lab.client("FA 101 ack 51");
+    lab.expect(&["PA 1+100 ack 1", "FA 101 ack 51"]);
+    // The target's FIN is 51. It got our FIN and says so from 52.
+    lab.target("A 52 ack 102");
+    lab.pass(S);
+    lab.expect(&[]);
+    lab.target("FA 51 ack 102");
+    lab.expect(&["A 102 ack 52"]);
+    assert_eq!(lab.count(Counter::SessionsCompleted), 1);
+}
+
+#[test]
 fn b035_half_closed_the_target_may_answer_for_minutes() {
     let mut lab = Lab::new();
     lab.handshake();
