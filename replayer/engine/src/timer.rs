@@ -36,14 +36,12 @@ fn slots_after(a: u32, b: u32) -> i32 {
     ((a.wrapping_sub(b) << SLOT_SHIFT) as i32) >> SLOT_SHIFT
 }
 
-/// A place in a list: neighbours as index plus one, so that zeroed memory is an empty wheel.
-#[derive(Clone, Copy, Debug, Default)]
-struct Node {
-    next: u32,
-    previous: u32,
-    /// Slot plus one; zero when not armed.
-    slot: u16,
-}
+/// A timer's place in a list: its neighbours as index plus one, and its slot plus one (zero: not armed). Zeroed memory is an empty wheel;
+/// an array and not a struct, because `vec!` asks the system for zeroed pages only for types that it knows to be zero.
+type Node = [u32; 3];
+const NEXT: usize = 0;
+const PREVIOUS: usize = 1;
+const SLOT: usize = 2;
 
 #[derive(Debug)]
 pub(crate) struct Wheel {
@@ -62,7 +60,7 @@ impl Wheel {
         Wheel {
             heads: vec![NONE; SLOTS],
             occupied: [0; SLOTS / 64],
-            nodes: vec![Node { next: 0, previous: 0, slot: 0 }; count],
+            nodes: vec![[0; 3]; count],
             deadlines: vec![0; count],
             position: now >> SLOT_SHIFT,
             armed: 0,
@@ -72,7 +70,7 @@ impl Wheel {
     /// Makes the timer fire at `deadline` or earlier (one that already stands earlier stays).
     #[inline]
     pub(crate) fn arm(&mut self, timer: u32, deadline: Tick) {
-        if self.nodes[timer as usize].slot != 0 {
+        if self.nodes[timer as usize][SLOT] != 0 {
             if !before(deadline, self.deadlines[timer as usize]) {
                 return;
             }
@@ -84,12 +82,12 @@ impl Wheel {
     /// When the timer fires at the latest, if it is armed.
     #[cfg(debug_assertions)]
     pub(crate) fn stands_at(&self, timer: u32) -> Option<Tick> {
-        (self.nodes[timer as usize].slot != 0).then(|| self.deadlines[timer as usize])
+        (self.nodes[timer as usize][SLOT] != 0).then(|| self.deadlines[timer as usize])
     }
 
     /// Takes the timer out.
     pub(crate) fn cancel(&mut self, timer: u32) {
-        if self.nodes[timer as usize].slot != 0 {
+        if self.nodes[timer as usize][SLOT] != 0 {
             self.unlink(timer);
         }
     }
@@ -101,9 +99,9 @@ impl Wheel {
         let ahead = slots_after(wanted, now).clamp(0, SLOTS as i32 - 1) as u32;
         let slot = (now.wrapping_add(ahead)) as usize % SLOTS;
         let head = self.heads[slot];
-        self.nodes[timer as usize] = Node { next: head.wrapping_add(1), previous: 0, slot: slot as u16 + 1 };
+        self.nodes[timer as usize] = [head.wrapping_add(1), 0, slot as u32 + 1];
         if head != NONE {
-            self.nodes[head as usize].previous = timer + 1;
+            self.nodes[head as usize][PREVIOUS] = timer + 1;
         }
         self.heads[slot] = timer;
         self.occupied[slot / 64] |= 1 << (slot % 64);
@@ -112,20 +110,20 @@ impl Wheel {
     }
 
     fn unlink(&mut self, timer: u32) {
-        let node = self.nodes[timer as usize];
-        let slot = usize::from(node.slot - 1);
-        if node.next != 0 {
-            self.nodes[node.next as usize - 1].previous = node.previous;
+        let [next, previous, slot] = self.nodes[timer as usize];
+        let slot = slot as usize - 1;
+        if next != 0 {
+            self.nodes[next as usize - 1][PREVIOUS] = previous;
         }
-        if node.previous != 0 {
-            self.nodes[node.previous as usize - 1].next = node.next;
+        if previous != 0 {
+            self.nodes[previous as usize - 1][NEXT] = next;
         } else {
-            self.heads[slot] = node.next.wrapping_sub(1);
+            self.heads[slot] = next.wrapping_sub(1);
             if self.heads[slot] == NONE {
                 self.occupied[slot / 64] &= !(1 << (slot % 64));
             }
         }
-        self.nodes[timer as usize].slot = 0;
+        self.nodes[timer as usize][SLOT] = 0;
         self.armed -= 1;
     }
 
