@@ -1,4 +1,4 @@
-//! Behaviours 36, 49, 51 and 53: what goes away under load and comes back: target, network, either role.
+//! Behaviours 36, 37, 49, 51 and 53: what goes away under load and comes back: target, network, either role.
 //!
 //! Root only; each test has a lab of its own.
 
@@ -63,6 +63,37 @@ fn b036_requests_after_the_target_s_restart_arrive() -> Result<()> {
     let target = streams.target.record()?;
     assert!(complete, "{} of {} requests are missing", missing(&target), expected.len());
     assert!(target.connections.iter().all(|it| it.mismatch.is_none()), "half a request came: {target:?}");
+    replay.stop()?;
+    Ok(())
+}
+
+#[test]
+fn b037_half_a_minute_without_the_target_is_made_up_for_within_seconds() -> Result<()> {
+    const OUTAGE: Duration = Duration::from_secs(30);
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let replay = Replay::start(&lab, &[STREAM], &[])?;
+    let load = format!(
+        "--connect {}:{STREAM} --connections 20 --rate 200 --seconds 34 --body 1-1000 --response 1-1000",
+        lab.online().v4()
+    );
+    let mut load = Load::start(&lab, lab.client(), "load", &load)?;
+    wait_for_requests(&mut streams, 100)?;
+    lab.switch().ip("link set target down\n")?;
+    std::thread::sleep(OUTAGE);
+    let stats = replay.online.stats().context("statistics of the online role")?;
+    assert!(stats.held_bytes > 1 << 20, "nothing waits for the target: {stats:?}");
+    lab.switch().ip("link set target up\n")?;
+    let back_us = now_us()?;
+    let everywhere = |record: &Record| {
+        record.connections.iter().filter(|it| it.times_us.last().is_some_and(|&at| at > back_us)).count()
+    };
+    wait_for("requests on all connections", Duration::from_secs(5), || {
+        streams.target.record().is_ok_and(|record| everywhere(&record) == 20)
+    })?;
+    let summary = load.finish()?;
+    assert_eq!((summary.errors, summary.responses), (0, summary.requests), "{summary:?}");
+    streams.ensure_equal_within(summary.requests as usize, Duration::from_secs(10))?;
     replay.stop()?;
     Ok(())
 }
