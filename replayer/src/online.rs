@@ -52,35 +52,20 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
     let signals = Signals::install()?;
     let started = Instant::now();
     let mut online = Online::start(args)?;
-    let mut before = Figures::default();
-    let interval = Duration::from_secs(u64::from(args.stats.unwrap_or(1).max(1)));
-    let mut next = Instant::now() + interval;
-    while !signals.wait_until(next)? {
-        if online.worker.as_ref().is_none_or(JoinHandle::is_finished) {
-            bail!("the worker died; this is a bug of the replayer, please report it with the lines above");
-        }
-        online.check_devices()?;
-        if args.stats.is_some() && Instant::now() >= next {
-            let figures = online.figures();
-            match args.stats_format {
-                StatsFormat::Json => println!("{}", figures.line_json(started.elapsed().as_secs_f64())),
-                StatsFormat::Text => eprintln!("{}", figures.line_text(&before, interval.as_secs_f64())),
-            }
-            before = figures;
-        }
-        next = Instant::now() + interval;
-    }
+    let ended = online.serve(args, &signals, started);
+    // After an error too: the sessions end cleanly, and what was done until then is told.
     online.stop();
     let figures = online.figures();
     let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
     eprintln!("online: {}", figures.summary(seconds, cpu));
     if let Some(path) = &args.report {
         let report = figures.report(online.kernel(), seconds, cpu);
-        std::fs::write(path, format!("{report:#}\n")).with_context(|| {
+        let written = std::fs::write(path, format!("{report:#}\n")).with_context(|| {
             format!("cannot write the report to {}; choose a writable path", path.display())
-        })?;
+        });
+        return ended.and(written);
     }
-    Ok(())
+    ended
 }
 
 /// The running role. Dropping it detaches everything.
@@ -210,6 +195,31 @@ impl Online {
             if !present.iter().any(|other| other.index() == device.ifindex) {
                 bail!("the interface {} was removed; start the replayer again when it is back", device.name);
             }
+        }
+        Ok(())
+    }
+
+    /// Prints a line now and then, until a signal comes or something is broken beyond repair.
+    fn serve(&self, args: &OnlineArgs, signals: &Signals, started: Instant) -> Result<()> {
+        let mut before = Figures::default();
+        let interval = Duration::from_secs(u64::from(args.stats.unwrap_or(1).max(1)));
+        let mut next = Instant::now() + interval;
+        while !signals.wait_until(next)? {
+            if self.worker.as_ref().is_none_or(JoinHandle::is_finished) {
+                bail!(
+                    "the worker died; this is a bug of the replayer, please report it with the lines above"
+                );
+            }
+            self.check_devices()?;
+            if args.stats.is_some() && Instant::now() >= next {
+                let figures = self.figures();
+                match args.stats_format {
+                    StatsFormat::Json => println!("{}", figures.line_json(started.elapsed().as_secs_f64())),
+                    StatsFormat::Text => eprintln!("{}", figures.line_text(&before, interval.as_secs_f64())),
+                }
+                before = figures;
+            }
+            next = Instant::now() + interval;
         }
         Ok(())
     }

@@ -1,8 +1,8 @@
-//! SIGTERM and SIGINT as something to wait for.
+//! SIGTERM, SIGINT and SIGHUP (a terminal that is gone) as something to wait for: all three end a role cleanly.
 
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::io::PipeReader;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
@@ -19,7 +19,7 @@ impl Signals {
     /// When the process has no descriptors left.
     pub fn install() -> Result<Signals> {
         let (pipe, writer) = std::io::pipe().context("make a pipe")?;
-        for signal in [SIGTERM, SIGINT] {
+        for signal in [SIGTERM, SIGINT, SIGHUP] {
             let armed = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
             // In this order: the first signal finds the flag unset, and sets it.
             signal_hook::flag::register_conditional_default(signal, armed.clone())
