@@ -58,6 +58,10 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
     let figures = online.figures();
     let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
     eprintln!("online: {}", figures.summary(seconds, cpu));
+    let lost = online.lost_in_mirror();
+    if lost > 0 {
+        eprintln!("  {lost} packets lost in the mirror: the kernel had no room for their clones");
+    }
     if let Some(path) = &args.report {
         let report = figures.report(online.kernel(), seconds, cpu);
         let written = std::fs::write(path, format!("{report:#}\n")).with_context(|| {
@@ -73,7 +77,7 @@ struct Online {
     programs: Programs,
     /// Verdicts at the time of the stop.
     verdicts: Value,
-    _mirror: Mirror,
+    mirror: Mirror,
     _monitor: Monitor,
     /// Where it captures and where it sends.
     devices: [Device; 2],
@@ -180,7 +184,7 @@ impl Online {
         Ok(Online {
             programs,
             verdicts: Value::Null,
-            _mirror: mirror,
+            mirror,
             _monitor: monitor,
             devices: [capture, output],
             shared,
@@ -250,14 +254,35 @@ impl Online {
         self.verdicts.clone()
     }
 
-    fn read_verdicts(&self) -> Value {
+    /// Packets that were to be captured and did not reach the AF_XDP socket.
+    fn lost_in_mirror(&self) -> u64 {
+        let verdicts = &self.verdicts;
+        [
+            &verdicts["mirror"]["mirror_full"],
+            &verdicts["mirror"]["clone_failed"],
+            &verdicts["mirror_device_dropped"],
+        ]
+        .into_iter()
+        .filter_map(Value::as_u64)
+        .sum()
+    }
+
+    fn read_verdicts(&mut self) -> Value {
         let read = |program| match self.programs.counters(program) {
             Ok(counters) => Value::Object(
                 counters.into_iter().map(|c| (c.name.to_owned(), c.value.into())).collect::<Map<_, _>>(),
             ),
             Err(error) => json!({ "error": error.to_string() }),
         };
-        json!({ "mirror": read(Program::Mirror), "capture": read(Program::Capture) })
+        let dropped = match self.mirror.dropped() {
+            Ok(count) => count.into(),
+            Err(error) => Value::String(error.to_string()),
+        };
+        json!({
+            "mirror": read(Program::Mirror),
+            "mirror_device_dropped": dropped,
+            "capture": read(Program::Capture),
+        })
     }
 }
 
