@@ -1,0 +1,48 @@
+//! Every byte of every session: large requests and responses on many connections at once, with and without offloads, and with a target
+//! that is slower than the online server.
+
+use anyhow::Result;
+use replayer_tests::clients::Load;
+use replayer_tests::lab::{Lab, Plan};
+use replayer_tests::pairs::StreamPair;
+use replayer_tests::replay::Replay;
+
+/// stream-server.
+const STREAM: u16 = 9000;
+const CONNECTIONS: usize = 200;
+const REQUESTS: usize = CONNECTIONS * 20;
+
+/// Replays 200 connections of 20 requests and compares every stream.
+fn replay_large_requests(offloads: bool, target: &[&str]) -> Result<()> {
+    let lab = Lab::up(Plan { offloads, ..Plan::default() })?;
+    let mut streams = StreamPair::start_with(&lab, STREAM, &[], target)?;
+    let replay = Replay::start(&lab, &[STREAM], &[])?;
+    let load = format!(
+        "--connect {}:{STREAM} --connections {CONNECTIONS} --per-connection 20 --requests {REQUESTS} \
+         --body 10-60000 --response 1-60000",
+        lab.online().v4()
+    );
+    let summary = Load::run(&lab, "load", &load)?;
+    assert_eq!((summary.responses, summary.errors), (REQUESTS as u64, 0), "{summary:?}");
+    let compared = streams.ensure_equal(REQUESTS);
+    let (report, _) = replay.stop()?;
+    compared.map_err(|error| error.context(format!("{:?}", report.counters)))?;
+    Ok(())
+}
+
+/// 116 MB as fast as the online server takes them; receive offload makes packets of up to 64 KB of them.
+#[test]
+fn b002_large_requests_with_offloads() -> Result<()> {
+    replay_large_requests(true, &[])
+}
+
+#[test]
+fn b002_large_requests_without_offloads() -> Result<()> {
+    replay_large_requests(false, &[])
+}
+
+/// Each response 50 ms later than online: nearly everything waits for its turn.
+#[test]
+fn b012_large_requests_to_a_slower_target() -> Result<()> {
+    replay_large_requests(true, &["--delay-ms", "50"])
+}
