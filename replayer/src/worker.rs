@@ -10,7 +10,7 @@
 //! The loop does not sleep while there is work. Without work it waits in poll(2), for the mirror, the channels and the next timer.
 //! Where many sessions are active and the replay keeps up, it pauses first, so that one wake-up serves many packets
 //! ([`crate::moderation`]): a wake-up costs more than a packet, and nothing is late by more than [`LONGEST_PAUSE_NS`].
-//! When requests are late, pauses are shorter, few sessions are waited for without sleeping, and the assistants are told to do the same.
+//! When requests are late, nobody pauses, few sessions are waited for without sleeping, and the assistants are told to do the same.
 
 use crate::afxdp::{Flush, Frame, Port, PortCounters, Received, Statistics};
 use crate::channel::client::{Client, ClientCounters};
