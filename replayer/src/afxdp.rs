@@ -26,7 +26,7 @@
 //! ```
 //!
 //! In FILL and TRANSMIT the memory is the kernel's. In HAND it belongs to whoever holds the [`Frame`], a
-//! token that can be moved but not copied; the engine keeps the tokens of data that it holds for a session. A
+//! token that can be moved but not copied; the engine gives each back before its call returns. A
 //! token that is dropped is a frame that is lost, which [`Port::frames`] shows. Builds with debug assertions
 //! record the place of each frame, check every move and add the places up.
 //!
@@ -86,8 +86,8 @@ const TX_RING: u32 = 2048;
 /// its core that long on a busy host.
 const RX_RING_MAX: u32 = 32_768;
 
-/// Of the frames, one in so many is kept out of the fill ring, for packets that the engine makes itself: when
-/// held data has used up everything else, acknowledgements are what lets sessions go on.
+/// Of the frames, one in so many is kept out of the fill ring, for packets that the engine makes itself: however much
+/// is captured, acknowledgments and retransmissions find a frame.
 const RESERVE: u32 = 16;
 
 /// Frames that the device may refuse in one [`Port::flush`] before it gives up: each costs a system call.
