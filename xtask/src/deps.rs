@@ -42,6 +42,7 @@ pub(crate) const ALL: &[Dependency] = &[
     header("libc6-dev", "/usr/include/stdio.h", BUILD),
     header("libelf-dev", "/usr/include/libelf.h", BUILD),
     header("zlib1g-dev", "/usr/include/zlib.h", BUILD),
+    header("libpcap-dev", "/usr/include/pcap/dlt.h", BUILD),
     program("iproute2", "ip", LAB),
     program("ethtool", "ethtool", LAB),
     program("nftables", "nft", LAB),
