@@ -18,7 +18,7 @@ pub fn is_v4(ip: &Ip) -> bool {
 
 /// An IPv4 address (network order) in the common form.
 #[inline]
-pub fn from_v4(v4: [u8; 4]) -> Ip {
+pub const fn from_v4(v4: [u8; 4]) -> Ip {
     [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, v4[0], v4[1], v4[2], v4[3]]
 }
 

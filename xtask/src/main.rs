@@ -2,11 +2,12 @@
 //!
 //! - [`deps`]: what the machine must have, installed or named
 //! - [`cargo`]: builds and test binaries; [`privilege`]: root, where a command needs it
-//! - [`ebpf`], [`lab`], [`run`], [`demo`], [`test`]: the commands
+//! - [`ebpf`], [`lab`], [`run`], [`demo`], [`test`], [`bench`]: the commands
 //!
 //! This program itself needs nothing but Rust: it must not depend on a crate that builds C code, since it installs what
 //! such builds need. Builds run as the user who typed the command; only what works with namespaces runs as root.
 
+mod bench;
 mod cargo;
 mod demo;
 mod deps;
@@ -45,6 +46,8 @@ enum Command {
     Demo(demo::Arguments),
     /// Run every test of the workspace.
     Test(test::Arguments),
+    /// Measure: each figure beside what it is compared with in the same run.
+    Bench(bench::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Command::Ebpf(ebpf) => ebpf::run(ebpf.check),
         Command::Demo(demo) => demo::main(&demo, arguments.prepared),
         Command::Test(test) => test::main(&test),
+        Command::Bench(bench) => bench::main(&bench),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

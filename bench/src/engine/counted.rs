@@ -1,0 +1,62 @@
+//! Instruction counts: the same work under callgrind. They repeat from run to run, where nanoseconds do not.
+
+use super::harness::Bench;
+use super::{LARGE, REQUESTS, SMALL};
+use crate::Options;
+use crate::report::Figure;
+use anyhow::{Context, Result, bail};
+use std::process::Command;
+
+const SESSIONS: u32 = 1_000;
+const ROUNDS: u32 = 16;
+const COPIES: u32 = 10;
+
+/// Runs the work `name` and nothing else; `name-opening` is only the opening of its sessions.
+pub fn work(name: &str) -> Result<()> {
+    let (kind, rounds) = name.strip_suffix("-opening").map_or((name, ROUNDS), |kind| (kind, 0));
+    let (load, copies) = match kind {
+        "small" => (SMALL, 1),
+        "large" => (LARGE, 1),
+        "requests" => (REQUESTS, 1),
+        "copies" => (SMALL, COPIES),
+        _ => bail!("no such work: {name}"),
+    };
+    let mut bench = Bench::new(SESSIONS / copies, copies);
+    bench.open(0..SESSIONS / copies, load);
+    bench.data(SESSIONS / copies, load, rounds);
+    Ok(())
+}
+
+/// Instructions a packet (or a copy); the opening of the sessions is counted by itself and taken off.
+pub(super) fn figures(_: Options) -> Result<Vec<Figure>> {
+    let mut figures = Vec::new();
+    let packets = f64::from(SESSIONS * ROUNDS);
+    for (name, what, function) in [
+        ("small", "64-byte frame: data packet", "captured"),
+        ("small", "64-byte frame: acknowledgment", "responses"),
+        ("large", "1400-byte frame: data packet", "captured"),
+        ("requests", "request after a response: data packet", "captured"),
+        ("copies", "64-byte frame x 10: a copy", "captured"),
+    ] {
+        let opening = count(&format!("{name}-opening"), function)?;
+        let value = (count(name, function)? - opening) / packets;
+        figures.push(Figure::new(format!("{what}, {SESSIONS} sessions"), value, "instructions"));
+    }
+    Ok(figures)
+}
+
+/// Instructions that the harness's `function` and what it calls take in a run of the work `name`.
+fn count(name: &str, function: &str) -> Result<f64> {
+    let program = std::env::current_exe().context("finding this program")?;
+    let output = Command::new("valgrind")
+        .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
+        .arg(format!("--toggle-collect=*harness*Bench*{function}*"))
+        .arg(program)
+        .args(["--work", name])
+        .output()
+        .context("starting valgrind (Debian package valgrind)")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    let collected = said.lines().find_map(|line| line.split_once("Collected : "));
+    let collected = collected.with_context(|| format!("callgrind said no count: {said}"))?.1;
+    collected.trim().parse().with_context(|| format!("callgrind's count: {collected}"))
+}

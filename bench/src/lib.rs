@@ -1,0 +1,32 @@
+//! Benchmarks, one module a subject; `cargo xtask bench SUBJECT` builds and runs this crate's binary.
+//!
+//! - [`report`]: what a subject returns: figures beside what they are compared with, the machine, a table and JSON
+//! - [`engine`]: the session engine alone, one core, no kernel
+//!
+//! A subject is a function from [`Options`] to figures, listed in [`SUBJECTS`]. Whatever it compares itself with is measured in the
+//! same run, and a figure says what was wanted of it, so that a reader needs no second document.
+
+pub mod engine;
+pub mod report;
+
+use report::Figure;
+
+/// How a subject is to be measured.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Fewer sessions and rounds: whether it runs, not how fast.
+    pub quick: bool,
+}
+
+/// A subject: its name on the command line, what it measures, and the measurement.
+pub struct Subject {
+    /// The name on the command line and of the result's file.
+    pub name: &'static str,
+    /// One sentence for the table's head.
+    pub what: &'static str,
+    /// Measures.
+    pub run: fn(Options) -> anyhow::Result<Vec<Figure>>,
+}
+
+/// All of them, in the order in which they run.
+pub const SUBJECTS: &[Subject] = &[Subject { name: "engine", what: engine::WHAT, run: engine::run }];
