@@ -289,9 +289,6 @@ impl Lab {
             host.namespace.ip(&addresses_and_routes(host, plan))?;
             set_offloads(&host.namespace, NIC, plan.offloads)?;
             set_offloads(&switch, &host.name, plan.offloads)?;
-            if host.role == Role::Online {
-                deliver_by_own_thread(host, &switch)?;
-            }
         }
         Ok((hosts, switch))
     }
@@ -568,21 +565,6 @@ fn set_offloads(namespace: &Namespace, device: &str, on: bool) -> Result<()> {
         command.args([feature, value]);
     }
     run(&mut command)
-}
-
-/// Lets a kernel thread of the switch, and not the sender, do what happens to a packet after the host's NIC.
-///
-/// On veth the sender of a packet runs the whole receive path of the others within its own system call: bridge, IP and TCP of the target. On the
-/// online host that would be charged to the process whose CPU time is measured, three quarters of it, while on a NIC it is the work of other
-/// machines. The switch's end of the cable receives by a thread of its own (threaded NAPI); veth uses NAPI only for packets of a
-/// device without TSO (`veth_skb_is_eligible_for_gro()` in drivers/net/veth.c). The other hosts stay as they are: each such
-/// thread adds a wake-up to every packet's way.
-fn deliver_by_own_thread(host: &Host, switch: &Namespace) -> Result<()> {
-    run(host.namespace.command("ethtool").args(["-K", NIC, "tso", "off"]))?;
-    // NAPI runs only with GRO; a kernel before 5.12 has no such threads, and the lab works all the same.
-    run(switch.command("ethtool").args(["-K", &host.name, "gro", "on"]))?;
-    let threaded = format!("/sys/class/net/{}/threaded", host.name);
-    run(switch.command("sh").args(["-c", &format!("! test -e {threaded} || echo 1 > {threaded}")]))
 }
 
 #[cfg(test)]
