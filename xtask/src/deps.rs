@@ -52,6 +52,7 @@ pub(crate) const ALL: &[Dependency] = &[
     program("nftables", "nft", LAB),
     program("nginx-light", "nginx", LAB),
     program("curl", "curl", LAB),
+    program("bpftool", "bpftool", CLIENTS),
     program("wrk", "wrk", CLIENTS),
     program("apache2-utils", "ab", CLIENTS),
     program("redis-server", "redis-server", CLIENTS),
