@@ -181,7 +181,7 @@ impl Engine {
             let old = &self.connections[c];
             if old.began_with_syn && old.isn == segment.seq {
                 if segment.payload_len > 0 && old.end == End::Open {
-                    return self.on_stream(now_ns, c, segment, data_seq, in_hand, out);
+                    return self.on_syn_data(now_ns, c, segment, in_hand, out);
                 }
                 self.counters[Counter::BytesDuplicate] += u64::from(segment.payload_len);
                 return Ok(Counter::PacketsSynRepeated);
@@ -202,9 +202,26 @@ impl Engine {
         self.open_sessions(now_ns, c, segment.seq, false, out);
         if segment.payload_len > 0 {
             // Counted as the data that it carries.
-            return self.on_stream(now_ns, c, segment, data_seq, in_hand, out);
+            return self.on_syn_data(now_ns, c, segment, in_hand, out);
         }
         Ok(Counter::PacketsSyn)
+    }
+
+    /// Data in a SYN. Its ACK field means nothing: what the client has read is first said by a later segment.
+    fn on_syn_data<O: Output>(
+        &mut self,
+        now_ns: u64,
+        c: u32,
+        segment: &TcpSegment,
+        in_hand: &mut Option<InHand<O::Frame>>,
+        out: &mut O,
+    ) -> Fate {
+        let connection = &self.connections[c];
+        let (last_ack, ack_known) = (connection.last_ack, connection.ack_known);
+        let fate = self.on_stream(now_ns, c, segment, segment.seq.wrapping_add(1), in_hand, out);
+        let connection = &mut self.connections[c];
+        (connection.last_ack, connection.ack_known) = (last_ack, ack_known);
+        fate
     }
 
     /// The client uses the same port for a new connection: what the old one has is still delivered, then it closes.
@@ -338,8 +355,9 @@ impl Engine {
         let len = segment.payload_len;
         let fin = segment.flags & flags::FIN != 0;
         if segment.is_pure_ack() {
-            // The first tells where the server's stream begins: for servers that speak first.
-            if !connection.any_data && !connection.ack_known && segment.flags & flags::ACK != 0 {
+            // The lowest tells where the server's stream begins: for servers that speak first, and after data in the SYN.
+            let lower = !connection.any_data && seq_before(segment.ack, connection.last_ack);
+            if (!connection.ack_known || lower) && segment.flags & flags::ACK != 0 {
                 connection.ack_known = true;
                 connection.last_ack = segment.ack;
             }

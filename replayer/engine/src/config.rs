@@ -100,8 +100,9 @@ pub(crate) mod timing {
 
     /// The first SYN's retransmission timeout (RFC 6298 section 2.1).
     pub(crate) const SYN_TIMEOUT_US: u32 = 1_000_000;
-    /// SYNs sent for a session: 1, 2, 4, 8, 16 s; then it is given up.
-    pub(crate) const SYN_TRIES: u8 = 5;
+    /// SYNs sent for a session: after 1, 2, then every 4 s (see `BACKOFF_MAX_US`), 27 s in all; then it is given up. Where each of
+    /// SYN, SYN-ACK and record is lost once in twenty times, all eight fail once in five million sessions.
+    pub(crate) const SYN_TRIES: u8 = 8;
     /// Bounds of the retransmission timeout. The lower is Linux's; RFC 6298 asks for 1 s, which would make a lost packet cost more
     /// here than with a real client.
     pub(crate) const RTO_MIN_US: u32 = 200_000;

@@ -134,9 +134,14 @@ impl Engine {
 
     fn on_segment<O: Output>(&mut self, now_ns: u64, s: u32, record: &ResponseHeader, out: &mut O) {
         let session = &mut self.sessions[s];
+        // A late segment of an older connection with these addresses: the target never sends beyond our window.
+        let ahead = record.seq.wrapping_sub(session.rcv_nxt) as i32;
+        if ahead > session.receive_window() as i32 {
+            session.ack_now = record.flags & flags::RST == 0;
+            return;
+        }
         if record.flags & flags::RST != 0 {
             // Anything from what we know to be received on: records may have been lost, so the target may be ahead of us.
-            let ahead = record.seq.wrapping_sub(session.rcv_nxt) as i32;
             if ahead > -(1 << 16) {
                 self.on_target_reset(now_ns, s, out);
             }
@@ -150,13 +155,14 @@ impl Engine {
         if record.has(present::TIMESTAMPS) && !seq_before(record.ts_val, session.ts_recent) {
             session.ts_recent = record.ts_val;
         }
+        // The payload first: what the acknowledgment makes us send acknowledges it.
+        self.on_payload(now_ns, s, record);
         if record.flags & flags::ACK != 0 {
             self.on_acknowledgment(now_ns, s, record, out);
             if self.sessions[s].state == State::Closed {
                 return;
             }
         }
-        self.on_payload(now_ns, s, record);
         if record.flags & flags::FIN != 0 {
             let end = record.seq.wrapping_add(record.payload_len);
             // The FIN's own number must be the next one: records of data before it may be lost, but not be still to come.
@@ -238,7 +244,9 @@ impl Engine {
                 return;
             }
             session.dup_acks = session.dup_acks.saturating_add(1);
-            if session.dup_acks == 3 && !session.in_recovery {
+            // After a timeout duplicates are answers to what the timeout sent again (RFC 6582 section 3.2, step 1).
+            let timed_out = seq_before(ack, session.recover);
+            if session.dup_acks == 3 && !session.in_recovery && !timed_out {
                 session.in_recovery = true;
                 session.recover = session.snd_max;
                 let flight = session.snd_max.wrapping_sub(session.snd_una);
@@ -281,6 +289,10 @@ impl Engine {
             session.cwnd = session.cwnd.saturating_add((mss * mss / session.cwnd).max(1));
         }
         session.cwnd = session.cwnd.min(1 << 30);
+        // Never so far behind that sequence numbers would wrap around it.
+        if seq_before(session.recover, ack) {
+            session.recover = ack;
+        }
         let outstanding = session.snd_una != session.snd_max;
         session.rto_at = outstanding.then(|| now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
         self.acknowledge_segments(s);

@@ -20,7 +20,7 @@ const INITIAL_WINDOW: u32 = 10;
 const MIN_MSS: u16 = 48;
 
 /// The window field of every segment: with the client's scale it never closes, for nothing is stored of a response.
-const WINDOW: u16 = u16::MAX;
+pub(crate) const WINDOW: u16 = u16::MAX;
 
 /// Bytes of a stored segment.
 #[derive(Clone, Copy)]
@@ -388,7 +388,9 @@ impl Engine {
                 }
             }
             End::Reset { need } => {
-                if session.state == State::CloseWait || self.turn_may_begin(now_ns, s, need) {
+                // A reset does not wait for what is on its way to arrive: so we do.
+                let arrived = session.snd_una == session.snd_max;
+                if arrived && (session.state == State::CloseWait || self.turn_may_begin(now_ns, s, need)) {
                     self.send_reset(now_ns, s, out);
                     self.end_session(tick(now_ns), s, EndReason::ClientReset, out);
                 }
@@ -447,6 +449,7 @@ impl Engine {
             session.ssthresh = (session.snd_max.wrapping_sub(session.snd_una) / 2).max(2 * mss);
             session.cwnd = mss;
             session.in_recovery = false;
+            session.recover = session.snd_max;
             session.dup_acks = 0;
             session.timing = false;
             session.snd_nxt = session.snd_una;

@@ -186,7 +186,7 @@ impl Session {
     /// The retransmission timeout with its backoff, microseconds.
     pub(crate) fn rto_us(&self) -> u32 {
         if self.state == State::SynSent {
-            return timing::SYN_TIMEOUT_US << self.tries.min(timing::SYN_TRIES);
+            return (timing::SYN_TIMEOUT_US << self.tries.min(timing::SYN_TRIES)).min(timing::BACKOFF_MAX_US);
         }
         let base = if self.srtt_us == 0 {
             timing::SYN_TIMEOUT_US
@@ -206,6 +206,11 @@ impl Session {
             self.rttvar_us = (3 * self.rttvar_us + self.srtt_us.abs_diff(rtt)) / 4;
             self.srtt_us = ((7 * u64::from(self.srtt_us) + u64::from(rtt)) / 8) as u32;
         }
+    }
+
+    /// How far beyond the last acknowledgment the target may send, bytes: what every segment of ours says (RFC 7323 section 2.3).
+    pub(crate) fn receive_window(&self) -> u32 {
+        u32::from(crate::sender::WINDOW) << self.offer_wscale.unwrap_or(0)
     }
 
     /// Bytes sent and not acknowledged (SYN and FIN count one each).

@@ -1,6 +1,6 @@
 //! How connections end, on either side, and what becomes of their data.
 
-use crate::lab::{Lab, MS, ONLINE, S, endpoint};
+use crate::lab::{Lab, MS, ONLINE, S, config, endpoint};
 use replayer_engine::counters::Counter;
 
 #[test]
@@ -122,6 +122,25 @@ fn b035_a_client_reset_ends_the_session_after_the_pending_turn() {
     lab.expect(&["RA 101 ack 531"]);
     assert_eq!(lab.count(Counter::SessionsClientReset), 1);
     assert_eq!(lab.engine.gauges().connections_live, 0);
+}
+
+#[test]
+fn b035_a_client_reset_waits_until_what_came_before_it_has_arrived() {
+    // Without waiting for responses, where nothing else holds the reset back.
+    let mut config = config();
+    config.wait_for_responses = false;
+    let mut lab = Lab::with(config);
+    lab.handshake();
+    lab.client("PA 1+100 ack 1");
+    lab.client("RA 101 ack 31");
+    lab.expect(&["PA 1+100 ack 1"]);
+    // The data was lost.
+    lab.pass(210 * MS);
+    lab.expect(&["PA 1+100 ack 1"]);
+    lab.target("A 1 ack 101");
+    lab.expect(&["RA 101 ack 1"]);
+    assert_eq!(lab.count(Counter::ReplayBytesDelivered), 100);
+    assert_eq!(lab.count(Counter::SessionsClientReset), 1);
 }
 
 #[test]

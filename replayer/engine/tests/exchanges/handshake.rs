@@ -66,7 +66,7 @@ fn a_silent_target_gets_a_bounded_number_of_syns_and_a_reset() {
     lab.client("PA 1+10 ack 1");
     lab.pass(60 * S);
     // The reset: should it be only its answers that are lost, it has a half-open connection.
-    lab.expect(&["S 0", "S 0", "S 0", "S 0", "S 0", "R 1"]);
+    lab.expect(&["S 0", "S 0", "S 0", "S 0", "S 0", "S 0", "S 0", "S 0", "R 1"]);
     assert_eq!(lab.count(Counter::SessionsHandshakeTimeout), 1);
     assert_eq!(lab.count(Counter::LostHandshakeTimeout), 10);
 }
@@ -145,6 +145,24 @@ fn b019_fast_open_data_comes_after_the_handshake() {
     let sent = lab.wire.take_sent();
     assert_eq!((sent.len(), sent[0].payload.len()), (1, 50));
     assert_eq!(sent[0].seq, lab.isns.client + 1);
+}
+
+#[test]
+fn b019_the_turn_after_fast_open_data_waits_for_its_response() {
+    let mut lab = Lab::new();
+    lab.client("S 0+50 mss 1460");
+    lab.target("SA 0 ack 1 mss 1460");
+    // A SYN acknowledges nothing; the segment after it says where the server's stream begins.
+    lab.client("A 51 ack 1");
+    lab.target("A 1 ack 51");
+    lab.wire.take_sent();
+    lab.client("PA 51+10 ack 301");
+    lab.target("A 1+200 ack 51");
+    assert_eq!(lab.wire.take_sent().len(), 0);
+    lab.target("PA 201+100 ack 51");
+    let sent = lab.wire.take_sent();
+    assert_eq!((sent.len(), sent[0].payload.len()), (1, 10));
+    assert_eq!(lab.count(Counter::TurnsReleasedByBytes), 1);
 }
 
 #[test]

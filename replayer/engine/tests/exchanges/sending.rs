@@ -124,6 +124,51 @@ fn three_duplicate_acknowledgments_bring_the_lost_segment_again() {
 }
 
 #[test]
+fn duplicate_acknowledgments_after_a_timeout_bring_nothing_again() {
+    // RFC 6582 section 3.2: they answer what the timeout sent again.
+    let mut lab = established(60_000, 1460);
+    for i in 0..6 {
+        lab.client(&format!("A {}+1000 ack 1", 1 + i * 1000));
+    }
+    assert_eq!(lab.sent().len(), 6);
+    lab.pass(220 * MS);
+    lab.expect(&["A 1+1000 ack 1"]);
+    lab.target("A 1 ack 2001");
+    lab.expect(&["A 2001+1000 ack 1", "A 3001+1000 ack 1", "A 4001+1000 ack 1"]);
+    for _ in 0..3 {
+        lab.target("A 1 ack 2001");
+    }
+    lab.expect(&[]);
+}
+
+#[test]
+fn what_a_segment_makes_us_send_acknowledges_it() {
+    let mut lab = established(60_000, 1460);
+    for i in 0..5 {
+        lab.client(&format!("A {}+1000 ack 1", 1 + i * 1000));
+    }
+    lab.target("A 1 ack 1001");
+    lab.sent();
+    for right in [3001, 4001, 5001] {
+        lab.target(&format!("A 1 ack 1001 sack 2001-{right}"));
+    }
+    lab.expect(&["A 1001+1000 ack 1"]);
+    // A partial acknowledgment, with the first byte of the response.
+    lab.target("A 1+70 ack 2001");
+    lab.expect(&["A 2001+1000 ack 71"]);
+}
+
+#[test]
+fn b018_a_late_segment_of_an_older_connection_moves_nothing() {
+    let mut lab = established(60_000, 1460);
+    lab.target("PA 500000000+100 ack 1");
+    lab.expect(&["A 1 ack 1"]);
+    lab.target("RA 500000000 ack 1");
+    lab.client("PA 1+10 ack 1");
+    lab.expect(&["PA 1+10 ack 1"]);
+}
+
+#[test]
 fn duplicate_acknowledgments_count_with_another_window_too_when_they_carry_sack() {
     // Linux changes its window as it goes; RFC 6675 counts an ACK with new SACK information.
     let mut lab = established(60_000, 1460);

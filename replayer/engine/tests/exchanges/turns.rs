@@ -100,6 +100,21 @@ fn b025_a_server_that_greets_first() {
 }
 
 #[test]
+fn b025_a_greeting_whose_acknowledgment_overtook_that_of_the_handshake() {
+    let mut lab = Lab::new();
+    lab.client("S 0 mss 1460");
+    lab.target("SA 0 ack 1 mss 1460");
+    lab.client("A 1 ack 41");
+    lab.client("A 1 ack 1");
+    lab.client("PA 1+10 ack 41");
+    lab.expect(&["S 0", "A 1 ack 1"]);
+    lab.pass(100 * MS);
+    lab.expect(&[]);
+    lab.target("PA 1+40 ack 1");
+    lab.expect(&["PA 1+10 ack 41"]);
+}
+
+#[test]
 fn b022_pipelined_requests_flow() {
     let mut lab = Lab::new();
     lab.handshake();
