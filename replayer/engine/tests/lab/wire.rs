@@ -8,8 +8,8 @@ use replayer_common::tcp_options;
 use replayer_engine::Output;
 use std::collections::HashSet;
 
-/// Bytes of a frame.
-pub const FRAME: usize = 2048;
+/// Bytes of a frame, where nothing else is said.
+const FRAME: usize = 2048;
 
 /// The number of a frame: not `Copy`, so it is in one place.
 #[derive(Debug, PartialEq, Eq)]
@@ -17,9 +17,14 @@ pub struct Frame(usize);
 
 /// Frames, and what the engine did with them. It allocates nothing in the engine's calls while `sent` has room.
 pub struct Wire {
-    frames: Vec<[u8; FRAME]>,
+    frames: Vec<u8>,
+    /// Bytes of a frame.
+    room: usize,
     free: Vec<Frame>,
     sent: Vec<(Frame, usize)>,
+    /// Which of `sent` found no room; only kept with [`Wire::keep_refused`].
+    refused: Vec<usize>,
+    pub keep_refused: bool,
     /// Frames that were taken away.
     away: usize,
     /// Registrations that are in force.
@@ -33,16 +38,28 @@ pub struct Wire {
 
 impl Wire {
     pub fn new(frames: usize) -> Wire {
+        Wire::with_room(frames, FRAME)
+    }
+
+    /// With frames that hold packets of `room` bytes.
+    pub fn with_room(frames: usize, room: usize) -> Wire {
         Wire {
-            frames: vec![[0; FRAME]; frames],
+            frames: vec![0; frames * room],
+            room,
             free: (0..frames).map(Frame).collect(),
             sent: Vec::with_capacity(frames),
+            refused: Vec::new(),
+            keep_refused: false,
             away: 0,
             registered: HashSet::new(),
             full: false,
             keep: true,
             count_sent: 0,
         }
+    }
+
+    fn frame(&mut self, frame: &Frame) -> &mut [u8] {
+        &mut self.frames[frame.0 * self.room..][..self.room]
     }
 
     /// Frames that are free.
@@ -69,16 +86,16 @@ impl Wire {
 
     pub fn captured_bytes(&mut self, bytes: &[u8]) -> (Frame, usize) {
         let frame = self.free.pop().expect("a free frame");
-        let len = bytes.len().min(FRAME);
-        self.frames[frame.0][..len].copy_from_slice(&bytes[..len]);
+        let len = bytes.len().min(self.room);
+        self.frame(&frame)[..len].copy_from_slice(&bytes[..len]);
         (frame, len)
     }
 
     /// What was sent since the last call.
     pub fn take_sent(&mut self) -> Vec<Segment> {
         let mut segments = Vec::new();
-        for (frame, len) in self.sent.drain(..) {
-            segments.push(Segment::from_bytes(&self.frames[frame.0][..len]));
+        for (frame, len) in self.sent.drain(..).collect::<Vec<_>>() {
+            segments.push(Segment::from_bytes(&self.frame(&frame)[..len]));
             self.free.push(frame);
         }
         segments
@@ -87,16 +104,27 @@ impl Wire {
     /// What was sent since the last call, as bytes.
     pub fn take_sent_bytes(&mut self) -> Vec<Vec<u8>> {
         let mut packets = Vec::new();
-        for (frame, len) in self.sent.drain(..) {
-            packets.push(self.frames[frame.0][..len].to_vec());
+        for (frame, len) in self.sent.drain(..).collect::<Vec<_>>() {
+            packets.push(self.frame(&frame)[..len].to_vec());
             self.free.push(frame);
         }
         packets
     }
 
+    /// What was tried to be sent since the last call, as bytes, and whether there was room.
+    pub fn take_tried_bytes(&mut self) -> Vec<(bool, Vec<u8>)> {
+        let refused = std::mem::take(&mut self.refused);
+        let tried = self.take_sent_bytes().into_iter().enumerate();
+        tried.map(|(i, bytes)| (!refused.contains(&i), bytes)).collect()
+    }
+
     /// Each frame is free or was sent.
     pub fn check(&self) {
-        assert_eq!(self.free.len() + self.sent.len() + self.away, self.frames.len(), "a frame was lost");
+        assert_eq!(
+            self.free.len() + self.sent.len() + self.away,
+            self.frames.len() / self.room,
+            "a frame was lost"
+        );
     }
 }
 
@@ -108,7 +136,7 @@ impl Output for Wire {
     }
 
     fn bytes<'a>(&'a mut self, frame: &'a mut Frame) -> &'a mut [u8] {
-        &mut self.frames[frame.0]
+        self.frame(frame)
     }
 
     fn release(&mut self, frame: Frame) {
@@ -117,7 +145,12 @@ impl Output for Wire {
 
     fn transmit(&mut self, frame: Frame, len: usize) -> bool {
         if self.full {
-            self.free.push(frame);
+            if self.keep_refused {
+                self.refused.push(self.sent.len());
+                self.sent.push((frame, len));
+            } else {
+                self.free.push(frame);
+            }
             return false;
         }
         self.count_sent += 1;
