@@ -5,7 +5,7 @@
 
 use std::os::unix::process::CommandExt;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use replayer_tests::lab::NIC;
 use replayer_tests::servers::tool;
@@ -28,7 +28,6 @@ pub(crate) struct Arguments {
 enum Role {
     Online,
     Assistant,
-    Offline,
 }
 
 impl Role {
@@ -36,7 +35,6 @@ impl Role {
         match self {
             Role::Online => "online",
             Role::Assistant => "assistant",
-            Role::Offline => "offline",
         }
     }
 }
@@ -54,20 +52,17 @@ pub(crate) fn main(arguments: &Arguments, prepared: bool) -> Result<()> {
 }
 
 fn run_in_lab(role: Role, prepared: bool) -> Result<()> {
-    if role == Role::Offline {
-        bail!("the offline role needs a capture file: cargo xtask run --role offline -- -f FILE -x … -s …");
-    }
     lab::prepare(prepared)?;
     let lab = lab::up_or_open()?;
     let (online, target, assistant) = (lab.online(), lab.target(), lab.assistant());
     let (host, arguments) = match role {
         Role::Assistant => (assistant, vec!["-i".to_owned(), NIC.to_owned()]),
-        _ => (online, online_arguments(&target.v4().to_string(), &assistant.v4().to_string())),
+        Role::Online => (online, online_arguments(&target.v4().to_string(), &assistant.v4().to_string())),
     };
     println!("on the lab's host {}: replayer {} {}", host.name(), role.name(), arguments.join(" "));
     match role {
         Role::Assistant => println!("in another terminal: cargo xtask run --role online"),
-        _ => println!(
+        Role::Online => println!(
             "in other terminals:\n\
              \x20 the assistant, if it does not run yet:  cargo xtask run --role assistant\n\
              \x20 a request to the online server:         cargo xtask lab shell client -- curl -i http://{}:{HTTP_PORT}/hello\n\
