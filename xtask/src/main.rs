@@ -2,7 +2,7 @@
 //!
 //! - [`deps`]: what the machine must have, installed or named
 //! - [`cargo`]: builds and test binaries; [`privilege`]: root, where a command needs it
-//! - [`ebpf`], [`lab`], [`run`], [`demo`], [`test`], [`bench`]: the commands
+//! - [`ebpf`], [`lab`], [`run`], [`demo`], [`test`], [`simulate`], [`bench`]: the commands
 //!
 //! This program itself needs nothing but Rust: it must not depend on a crate that builds C code, since it installs what
 //! such builds need. Builds run as the user who typed the command; only what works with namespaces runs as root.
@@ -15,6 +15,7 @@ mod ebpf;
 mod lab;
 mod privilege;
 mod run;
+mod simulate;
 mod test;
 
 use std::process::ExitCode;
@@ -46,6 +47,8 @@ enum Command {
     Demo(demo::Arguments),
     /// Run every test of the workspace.
     Test(test::Arguments),
+    /// Simulate lives of the engine with lossy networks and a TCP of somebody else: more seeds, or one of them again.
+    Simulate(simulate::Arguments),
     /// Measure: each figure beside what it is compared with in the same run.
     Bench(bench::Arguments),
 }
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Command::Ebpf(ebpf) => ebpf::run(ebpf.check),
         Command::Demo(demo) => demo::main(&demo, arguments.prepared),
         Command::Test(test) => test::main(&test),
+        Command::Simulate(simulate) => simulate::main(&simulate),
         Command::Bench(bench) => bench::main(&bench),
     };
     match result {

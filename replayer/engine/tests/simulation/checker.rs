@@ -214,12 +214,15 @@ impl Checker<'_> {
             return;
         }
         let window = 65_535 << session.offered.window_scale.unwrap_or(0).min(14);
-        if record.seq.wrapping_sub(session.told) as i32 > window {
+        let ahead = record.seq.wrapping_sub(session.told) as i32;
+        if ahead > window {
             // Of an older connection.
             return;
         }
         if record.flags & flags::RST != 0 {
-            session.target_reset = true;
+            // Far behind: of an older connection too (RFC 9293 section 3.10.7.4). A little behind: in answer to a segment of ours that
+            // was late.
+            session.target_reset |= ahead > -(1 << 16);
             return;
         }
         if record.flags & flags::SYN != 0 {

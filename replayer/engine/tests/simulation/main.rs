@@ -2,7 +2,8 @@
 //! paths, the engine, and a target with a TCP of its own. Every segment that the engine sends is held against the rules of TCP, and
 //! what arrived is compared with what was sent. Everything follows from a seed.
 //!
-//! `SEEDS=n` runs that many, `SEED=n` one of them; then `PCAP=file` writes what crossed its wires, and `TRACE=1` prints it.
+//! `cargo xtask simulate --seeds N` runs more of them, `--seed N` one again; then `--pcap FILE` writes what crossed its wires, and `--trace`
+//! prints it. (To the test these are the variables `SEEDS`, `SEED`, `PCAP` and `TRACE`.)
 //!
 //! - `network`: randomness, paths, events
 //! - `streams`: what must arrive, known independently of the engine
@@ -30,7 +31,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use world::{Outcome, World, run};
 
-const SEEDS: u64 = 3000;
+/// Seeds of a normal run: about half a minute on two cores.
+const SEEDS: u64 = 10_000;
 
 /// Seeds that fail until the rest is not tried any more.
 const MAX_FAILURES: usize = 20;
@@ -83,7 +85,8 @@ fn for_seeds(
     let failed = failed.into_inner().unwrap();
     if let Some(seed) = failed.first() {
         panic!(
-            "seeds {failed:?} failed; again: SEED={seed} PCAP=seed.pcap cargo test -p replayer-engine --test simulation {test}"
+            "seeds {failed:?} failed; the first again, with its packets in a file: \
+             cargo xtask simulate {test} --seed {seed} --pcap seed-{seed}.pcap"
         );
     }
     sum.into_inner().unwrap()
