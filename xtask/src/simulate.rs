@@ -12,6 +12,9 @@ use crate::cargo::cargo;
 pub(crate) struct Arguments {
     /// Only simulations whose names contain this.
     test: Option<String>,
+    /// Write the table of docs/simulation.md.
+    #[arg(long, conflicts_with_all = ["test", "seeds", "seed"])]
+    table: bool,
     /// How many seeds; without it as many as in the tests.
     #[arg(long, conflicts_with = "seed")]
     seeds: Option<u64>,
@@ -29,7 +32,11 @@ pub(crate) struct Arguments {
 pub(crate) fn main(arguments: &Arguments) -> Result<()> {
     let mut command = cargo();
     command.args(["test", "--quiet", "--package", "replayer-engine", "--test", "simulation"]);
-    command.arg("--").args(&arguments.test).arg("--nocapture");
+    let test = if arguments.table { Some("the_table") } else { arguments.test.as_deref() };
+    command.arg("--").args(test).arg("--nocapture");
+    if arguments.table {
+        command.env("TABLE", "1");
+    }
     for (variable, value) in [("SEEDS", arguments.seeds), ("SEED", arguments.seed)] {
         if let Some(value) = value {
             command.env(variable, value.to_string());

@@ -11,6 +11,7 @@
 //! - `target`: smoltcp and an application
 //! - `checker`: the rules of TCP
 //! - `world`: one life
+//! - `table`: loss, delay and reordering against how many streams arrive
 //! - `recording`: capture files
 
 #![allow(unreachable_pub, missing_docs, reason = "a test binary")]
@@ -22,6 +23,7 @@ mod lab;
 mod network;
 mod recording;
 mod streams;
+mod table;
 mod target;
 mod world;
 

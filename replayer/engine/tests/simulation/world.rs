@@ -36,6 +36,8 @@ pub struct World {
     pub waits: bool,
     /// The capture itself misses packets.
     pub misses: bool,
+    /// More is lost than the engine promises to make up for: it is counted how many streams arrive whole.
+    pub forgiving: bool,
     /// Bytes of room in a frame: captured packets may be that long.
     pub room: usize,
     /// Now and then there is no room in the transmit ring.
@@ -119,6 +121,7 @@ impl World {
             narrower: random.chance(100).then(|| (u64::from(random.below(400)) * MS, 1280)),
             waits: random.chance(900),
             misses: false,
+            forgiving: false,
             room: if offload { 65_700 } else { 2048 },
             full_per_mille: if random.chance(100) { 20 } else { 0 },
             // Some live through a wrap of the ticks, others of the milliseconds.
@@ -130,6 +133,62 @@ impl World {
             v6,
             link,
         }
+    }
+
+    /// A world that is the same on all four paths and has nothing else to it: for the table. Its seed makes the traffic and the luck.
+    pub fn plain(path: Path, seed: u64) -> (World, Vec<Stream>) {
+        let random = &mut Random::new(seed);
+        let world = World {
+            to_target: path,
+            to_assistant: path,
+            to_engine: path,
+            manners: Manners {
+                receive_buffer: 65_000,
+                read_at_most: 65_000,
+                read_every_ms: 0,
+                pause_ms: 0,
+                think_ms: 5,
+                other_sizes: false,
+                in_pieces: false,
+                silent_per_mille: 0,
+                closes: None,
+                resets: None,
+                lingers_ms: 0,
+                delayed_ack_ms: Some(10),
+                timestamps: true,
+                keep_alive: false,
+                mtu: 1500,
+                refuses_until_ms: 0,
+            },
+            v6: false,
+            copies: 1,
+            pool: 0,
+            link: link(),
+            narrower: None,
+            waits: true,
+            misses: false,
+            forgiving: true,
+            room: 2048,
+            full_per_mille: 0,
+            start: 1000 * S,
+        };
+        let shape = Shape {
+            server: endpoint(lab::ONLINE),
+            path: CapturePath { network: path, missed_per_mille: 0 },
+            offload: false,
+            tags: 0,
+            longest: 20_000,
+            requests: 12,
+        };
+        let streams = (0..4u32).map(|number| {
+            let client = Endpoint { ip: from_v4([10, 0, 0, 1 + number as u8]), port: 40_000 };
+            let begin = world.start + u64::from(random.below(50)) * MS;
+            let isn = (number << 28).wrapping_sub(random.below(40_000));
+            let habit = random.pick(&[Habit::Requests, Habit::Requests, Habit::Pipelined, Habit::Greeted]);
+            clients::make(client, isn, begin, habit, Ending::Fin, &shape, random)
+        });
+        let streams = streams.collect();
+        (world, streams)
     }
 
     fn clients(&self, capture: CapturePath, random: &mut Random) -> Vec<Stream> {
@@ -468,10 +527,14 @@ fn judge(
                 .count() as u32;
             outcome.sound += copies;
             outcome.equal += whole;
+            if world.forgiving {
+                continue;
+            }
             let fin = stream.end == Ending::Fin;
             assert_eq!(whole, copies, "stream {i} (FIN: {fin}): {theirs:?}\n{}", story(world, counters));
         }
-        for piece in &expected.pieces {
+        let pieces = if world.forgiving { &[][..] } else { &expected.pieces };
+        for piece in pieces {
             let missing = coverage[piece.clone()].iter().position(|times| *times != copies);
             if let Some(at) = missing {
                 panic!(
