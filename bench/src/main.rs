@@ -19,7 +19,7 @@ struct Arguments {
     /// Keep each result in this directory, as DATE-SUBJECT.json.
     #[arg(long)]
     save: Option<PathBuf>,
-    /// Run a fixed piece of work once and print nothing: for a profiler.
+    /// Run a fixed piece of work once, and no more: for a profiler.
     #[arg(long, hide = true)]
     work: Option<String>,
 }

@@ -5,14 +5,35 @@ use super::{LARGE, REQUESTS, SMALL};
 use crate::Options;
 use crate::report::Figure;
 use anyhow::{Context, Result, bail};
+use nix::time::{ClockId, clock_gettime};
 use std::process::Command;
+use std::time::Duration;
 
 const SESSIONS: u32 = 1_000;
 const ROUNDS: u32 = 16;
 const COPIES: u32 = 10;
 
-/// Runs the work `name` and nothing else; `name-opening` is only the opening of its sessions.
+/// Runs the work `name` and nothing else; `name-opening` is only the opening of its sessions. The works of a million sessions say how
+/// long each step took, in processor time: comparable with each other also on a machine that has other work.
 pub fn work(name: &str) -> Result<()> {
+    let sized = match name {
+        "million" => Some((1_000_000, 1)),
+        "ten" => Some((100_000, 10)),
+        "hundred" => Some((10_000, 100)),
+        _ => None,
+    };
+    if let Some((connections, copies)) = sized {
+        let mut bench = Bench::new(connections, copies);
+        bench.clock = processor_time;
+        let opening = bench.open(0..connections, SMALL);
+        bench.data(connections, SMALL, 1);
+        let (data, ack, timers) = bench.data(connections, SMALL, 4);
+        let [opening, data, ack, timers] = [opening, data, ack, timers].map(|per| per / f64::from(copies));
+        println!(
+            "ns a copy: opening {opening:.0}, data {data:.1}, acknowledgment {ack:.1}, timers {timers:.1}"
+        );
+        return Ok(());
+    }
     let (kind, rounds) = name.strip_suffix("-opening").map_or((name, ROUNDS), |kind| (kind, 0));
     let (load, copies) = match kind {
         "small" => (SMALL, 1),
@@ -25,6 +46,12 @@ pub fn work(name: &str) -> Result<()> {
     bench.open(0..SESSIONS / copies, load);
     bench.data(SESSIONS / copies, load, rounds);
     Ok(())
+}
+
+/// Processor time of this thread, ns.
+fn processor_time() -> u64 {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from);
+    time.unwrap_or_default().as_nanos() as u64
 }
 
 /// Instructions a packet (or a copy); the opening of the sessions is counted by itself and taken off.

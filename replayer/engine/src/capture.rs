@@ -31,7 +31,7 @@ impl Engine {
     /// Handles captured packets: each is `(frame, length)`, Ethernet first. The frames are taken: sent, or released. `frames` is
     /// empty afterwards and keeps its capacity.
     pub fn on_captured<O: Output>(&mut self, now_ns: u64, frames: &mut Vec<(O::Frame, usize)>, out: &mut O) {
-        // Two passes over each batch: the first only reads and hashes, so that the table's cache misses overlap.
+        // Several passes over each batch: the first only reads and hashes, the others read ahead what the last will use.
         let mut parsed = core::mem::take(&mut self.parsed);
         while !frames.is_empty() {
             let count = frames.len().min(BATCH);
@@ -41,14 +41,39 @@ impl Engine {
                 let segment = parse_tcp(&bytes).ok();
                 let hash = segment
                     .map_or(0, |s| pair_hash(self.config.seed, &s.src, s.src_port, &s.dst, s.dst_port));
-                core::hint::black_box(self.by_client.touch(hash));
                 parsed.push(Parsed { segment, hash });
             }
+            self.read_ahead(&parsed);
             for (parsed, (frame, len)) in parsed.drain(..).zip(frames.drain(..count)) {
                 self.on_packet(now_ns, &parsed, frame, len, out);
             }
         }
         self.parsed = parsed;
+    }
+
+    /// Reads what the batch's packets will need, one step of the way for all packets before the next step: with a million sessions each
+    /// step is a cache miss, and the misses of one short loop overlap.
+    fn read_ahead(&self, parsed: &[Parsed]) {
+        for packet in parsed {
+            core::hint::black_box(self.by_client.touch(packet.hash));
+        }
+        let mut places = [NONE; BATCH];
+        for (place, packet) in places.iter_mut().zip(parsed) {
+            if let Some(c) = self.by_client.guess(packet.hash) {
+                *place = c;
+                core::hint::black_box(self.connections[c].hash);
+                core::hint::black_box(self.connections[c].head);
+            }
+        }
+        for place in &mut places[..parsed.len()] {
+            if *place != NONE {
+                *place = self.connections[*place].first_session;
+                if *place != NONE {
+                    self.sessions[*place].touch();
+                    self.wheel.touch(*place);
+                }
+            }
+        }
     }
 
     /// A connection that was open before capture began and is between two turns: its next data starts one.

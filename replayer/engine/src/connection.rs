@@ -31,29 +31,30 @@ pub(crate) enum Phase {
     Forgotten,
 }
 
+/// Laid out by use: the first cache line is what a packet is compared with, the second what it changes.
 #[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
 pub(crate) struct Connection {
     pub(crate) client: Endpoint,
     pub(crate) server: Endpoint,
     pub(crate) hash: u32,
     pub(crate) phase: Phase,
-    pub(crate) end: End,
     /// A new SYN took its place in the table: only its sessions still need it.
     pub(crate) detached: bool,
     /// It began with a SYN that was captured.
     pub(crate) began_with_syn: bool,
     /// Data was appended.
     pub(crate) any_data: bool,
-    /// The number of the client's SYN.
-    pub(crate) isn: u32,
     /// Watching: the end of the last data seen. Following: the next byte in order.
     pub(crate) next_seq: u32,
     /// The highest ACK number on data (before data: on the handshake's last ACK).
     pub(crate) last_ack: u32,
-    pub(crate) ack_known: bool,
+    pub(crate) last_seen: Tick,
     /// Copies wanted of each of its services.
     pub(crate) copies: u16,
-    pub(crate) sessions: u32,
+    pub(crate) ack_known: bool,
+    pub(crate) sack_permitted: bool,
+
     pub(crate) first_session: u32,
     /// Held segments in order, oldest first, and those behind a hole, sorted.
     pub(crate) head: u32,
@@ -61,17 +62,19 @@ pub(crate) struct Connection {
     pub(crate) out_of_order: u32,
     pub(crate) out_of_order_tail: u32,
     pub(crate) held_bytes: u32,
+    pub(crate) sessions: u32,
+    pub(crate) end: End,
     /// A FIN behind a hole: its sequence number and ACK number.
     pub(crate) early_fin: Option<(u32, u32)>,
-    pub(crate) gap_since: Tick,
-    pub(crate) last_seen: Tick,
+    /// The number of the client's SYN.
+    pub(crate) isn: u32,
     /// What its SYN offered, for sessions opened later.
     pub(crate) mss: u16,
     pub(crate) window_scale: Option<u8>,
-    pub(crate) sack_permitted: bool,
     /// What makes a TSval of the engine's milliseconds: the same for all sessions of the connection, so that one that is opened again
     /// goes on where its predecessor was (RFC 7323 section 5, RFC 6191). `None`: the client sends no timestamps.
     pub(crate) ts_offset: Option<u32>,
+    pub(crate) gap_since: Tick,
 }
 
 impl Connection {

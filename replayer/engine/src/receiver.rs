@@ -30,6 +30,12 @@ impl Engine {
                     core::hint::black_box(self.by_identity.touch(*hash));
                 }
             }
+            for &hash in &hashes[..batch.len()] {
+                if let Some(s) = self.by_identity.guess(hash) {
+                    self.sessions[s].touch();
+                    self.wheel.touch(s);
+                }
+            }
             for (&hash, record) in hashes.iter().zip(batch) {
                 self.on_response(now_ns, hash, record, out);
             }

@@ -96,93 +96,98 @@ pub(crate) enum Gate {
     Wait(Tick),
 }
 
+/// Laid out by use: what a data packet reads and writes lies in the first two cache lines, what a response needs besides in the
+/// third.
 #[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
 pub(crate) struct Session {
-    pub(crate) identity: Endpoint,
-    pub(crate) service: u16,
     pub(crate) state: State,
+    /// Takes no further data; it closes when what it has, up to `last_segment`, is delivered, for `cut_reason`.
+    pub(crate) cut: bool,
+    /// Its first turn follows no other: it waits for nothing.
+    pub(crate) joined: bool,
+    /// In the list of sessions that this batch has touched.
+    pub(crate) dirty: bool,
+    pub(crate) service: u16,
+    pub(crate) mss: u16,
     /// The client connection that it copies, and the next copy of the same.
     pub(crate) connection: u32,
     pub(crate) next_copy: u32,
-    /// Number of the identity in the pool, or `NONE`.
-    pub(crate) pool_index: u32,
-    pub(crate) hash: u32,
-
-    /// In the list of sessions that this batch has touched.
-    pub(crate) dirty: bool,
-    /// Takes no further data; it closes when what it has, up to `last_segment`, is delivered, for `cut_reason`.
-    pub(crate) cut: bool,
-    pub(crate) last_segment: u32,
-    /// Its first turn follows no other: it waits for nothing.
-    pub(crate) joined: bool,
-    pub(crate) cut_reason: crate::counters::EndReason,
-    /// The target sent FIN before us.
-    pub(crate) target_closed_first: bool,
-
+    /// First segment not wholly acknowledged, and the place of `snd_nxt`; `NONE`: at the end of what is stored.
+    pub(crate) una_segment: u32,
+    pub(crate) next_segment: u32,
+    pub(crate) next_offset: u32,
     // Send side (RFC 9293 section 3.3.1).
-    pub(crate) iss: u32,
     pub(crate) snd_una: u32,
     pub(crate) snd_nxt: u32,
     /// The highest number ever sent, plus one: after a timeout `snd_nxt` goes back behind it.
     pub(crate) snd_max: u32,
     pub(crate) snd_wnd: u32,
-    pub(crate) snd_wscale: u8,
-    pub(crate) mss: u16,
-    /// First segment not wholly acknowledged, and the place of `snd_nxt`; `NONE`: at the end of what is stored.
-    pub(crate) una_segment: u32,
-    pub(crate) next_segment: u32,
-    pub(crate) next_offset: u32,
-
-    // Congestion (RFC 5681, RFC 6582) and timing (RFC 6298).
+    // Congestion (RFC 5681, RFC 6582).
     pub(crate) cwnd: u32,
-    pub(crate) ssthresh: u32,
-    pub(crate) recover: u32,
-    pub(crate) in_recovery: bool,
-    pub(crate) dup_acks: u8,
-    pub(crate) tries: u8,
-    pub(crate) srtt_us: u32,
-    pub(crate) rttvar_us: u32,
-    pub(crate) timing: bool,
-    pub(crate) timed_seq: u32,
-    pub(crate) timed_at_us: u32,
-
     // Receive side.
     pub(crate) rcv_nxt: u32,
-    pub(crate) ack_now: bool,
-    pub(crate) unacked_segments: u8,
-
-    // Timestamps (RFC 7323).
-    pub(crate) timestamps: bool,
-    pub(crate) ts_offset: u32,
-    pub(crate) ts_recent: u32,
-
-    // SYN options to offer.
-    pub(crate) offer_mss: u16,
-    pub(crate) offer_wscale: Option<u8>,
-    pub(crate) offer_sack: bool,
-
-    // Turns.
     /// Response bytes before this number belong to earlier turns.
     pub(crate) turn_base: u32,
-    pub(crate) marks: Marks,
+    // Deadlines; `None` when not wanted.
+    pub(crate) rto_at: Option<Tick>,
+
+    pub(crate) ack_at: Option<Tick>,
+    pub(crate) release_at: Option<Tick>,
+    pub(crate) identity: Endpoint,
+    // Timestamps (RFC 7323).
+    pub(crate) timestamps: bool,
+    /// A round trip is being measured (RFC 6298).
+    pub(crate) timing: bool,
+    pub(crate) ts_offset: u32,
+    pub(crate) ts_recent: u32,
+    pub(crate) timed_seq: u32,
+    pub(crate) timed_at_us: u32,
+    pub(crate) srtt_us: u32,
+    pub(crate) rttvar_us: u32,
+    pub(crate) tries: u8,
+    pub(crate) dup_acks: u8,
+    pub(crate) unacked_segments: u8,
+    pub(crate) ack_now: bool,
+    /// When the current turn's first byte was sent; its response has not begun.
+    pub(crate) awaiting_response: bool,
+    pub(crate) holding: bool,
     /// The last segment of the response ended a write of the target's server.
     pub(crate) response_ended: bool,
     /// It had PSH, but was full: more may follow.
     pub(crate) response_pushed: bool,
-    pub(crate) response_at: Tick,
-    pub(crate) holding: bool,
-    pub(crate) hold_since: Tick,
-    /// When the current turn's first byte was sent; its response has not begun.
-    pub(crate) awaiting_response: bool,
-    pub(crate) turn_sent_us: u32,
 
-    // Deadlines; `None` when not wanted.
-    pub(crate) rto_at: Option<Tick>,
-    pub(crate) ack_at: Option<Tick>,
-    pub(crate) release_at: Option<Tick>,
+    pub(crate) turn_sent_us: u32,
+    pub(crate) hold_since: Tick,
+    pub(crate) response_at: Tick,
+    pub(crate) marks: Marks,
+    pub(crate) snd_wscale: u8,
+    pub(crate) in_recovery: bool,
+    pub(crate) ssthresh: u32,
+    pub(crate) recover: u32,
+    pub(crate) iss: u32,
+    pub(crate) last_segment: u32,
+    pub(crate) hash: u32,
+    /// Number of the identity in the pool, or `NONE`.
+    pub(crate) pool_index: u32,
+    // SYN options to offer.
+    pub(crate) offer_mss: u16,
+    pub(crate) offer_wscale: Option<u8>,
+    pub(crate) offer_sack: bool,
+    pub(crate) cut_reason: crate::counters::EndReason,
+    /// The target sent FIN before us.
+    pub(crate) target_closed_first: bool,
 }
 
 impl Session {
+    /// Reads each of its cache lines, so that they are there when it is used.
+    #[inline]
+    pub(crate) fn touch(&self) {
+        core::hint::black_box(self.state);
+        core::hint::black_box(self.ts_recent);
+        core::hint::black_box(self.ssthresh);
+    }
+
     /// The retransmission timeout with its backoff, microseconds.
     pub(crate) fn rto_us(&self) -> u32 {
         if self.state == State::SynSent {

@@ -79,6 +79,12 @@ impl Wheel {
         self.link(timer, deadline);
     }
 
+    /// Reads what arming the timer reads, so that it is in the cache.
+    #[inline]
+    pub(crate) fn touch(&self, timer: u32) {
+        core::hint::black_box((self.nodes[timer as usize][SLOT], self.deadlines[timer as usize]));
+    }
+
     /// When the timer fires at the latest, if it is armed.
     #[cfg(debug_assertions)]
     pub(crate) fn stands_at(&self, timer: u32) -> Option<Tick> {
