@@ -60,6 +60,10 @@ pub struct Plan {
     pub mtu: u16,
     /// Whether NICs aggregate, segment and checksum in "hardware" (GRO, GSO, TSO, checksum offload).
     pub offloads: bool,
+    /// Whether the packets of online hosts are received by kernel threads of the switch instead of within the sender's system call, so that
+    /// the CPU time of a process is its own: for measuring it. Like a NIC, their `eth0` then has a ring that can be full and a queueing discipline.
+    #[serde(default)]
+    pub receive_threads: bool,
 }
 
 impl Default for Plan {
@@ -72,6 +76,7 @@ impl Default for Plan {
             assistants: 1,
             mtu: 1500,
             offloads: true,
+            receive_threads: false,
         }
     }
 }
@@ -289,6 +294,9 @@ impl Lab {
             host.namespace.ip(&addresses_and_routes(host, plan))?;
             set_offloads(&host.namespace, NIC, plan.offloads)?;
             set_offloads(&switch, &host.name, plan.offloads)?;
+            if plan.receive_threads && host.role == Role::Online {
+                deliver_by_own_thread(host, &switch)?;
+            }
         }
         Ok((hosts, switch))
     }
@@ -565,6 +573,24 @@ fn set_offloads(namespace: &Namespace, device: &str, on: bool) -> Result<()> {
         command.args([feature, value]);
     }
     run(&mut command)
+}
+
+/// Lets a kernel thread of the switch, and not the sender, do what happens to a packet after the host's NIC.
+///
+/// On veth the sender of a packet runs the whole receive path of the others within its own system call: bridge, IP and TCP of the target. On the
+/// online host that is charged to the process whose CPU time is measured, more than half of it, while on a NIC it is the work of other
+/// machines. So the switch's end of the cable receives by a thread of its own (threaded NAPI); veth uses NAPI only for packets of a
+/// device without TSO (`veth_skb_is_eligible_for_gro()` in drivers/net/veth.c). Between sender and thread lies a ring of 256 packets; like a NIC
+/// the device makes its sender wait instead of losing the packet, which veth does only where it has a queueing discipline
+/// (`veth_xmit()`, from Linux 6.17). Each such thread adds a wake-up to a packet's way, and an impaired cable ([`crate::servers::impair`]) is none for
+/// what it aggregates: other hosts and other labs do without.
+fn deliver_by_own_thread(host: &Host, switch: &Namespace) -> Result<()> {
+    run(host.namespace.command("ethtool").args(["-K", NIC, "tso", "off"]))?;
+    run(host.namespace.command("tc").args(["qdisc", "add", "dev", NIC, "root", "pfifo", "limit", "1000"]))?;
+    // NAPI runs only with GRO; a kernel before 5.12 has no such threads, and the lab works all the same.
+    run(switch.command("ethtool").args(["-K", &host.name, "gro", "on"]))?;
+    let threaded = format!("/sys/class/net/{}/threaded", host.name);
+    run(switch.command("sh").args(["-c", &format!("! test -e {threaded} || echo 1 > {threaded}")]))
 }
 
 #[cfg(test)]

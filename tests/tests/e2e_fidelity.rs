@@ -13,8 +13,8 @@ const CONNECTIONS: usize = 200;
 const REQUESTS: usize = CONNECTIONS * 20;
 
 /// Replays 200 connections of 20 requests and compares every stream.
-fn replay_large_requests(offloads: bool, target: &[&str]) -> Result<()> {
-    let lab = Lab::up(Plan { offloads, ..Plan::default() })?;
+fn replay_large_requests(plan: Plan, target: &[&str]) -> Result<()> {
+    let lab = Lab::up(plan)?;
     let mut streams = StreamPair::start_with(&lab, STREAM, &[], target)?;
     let replay = Replay::start(&lab, &[STREAM], &[])?;
     let load = format!(
@@ -33,16 +33,22 @@ fn replay_large_requests(offloads: bool, target: &[&str]) -> Result<()> {
 /// 116 MB as fast as the online server takes them; receive offload makes packets of up to 64 KB of them.
 #[test]
 fn b002_large_requests_with_offloads() -> Result<()> {
-    replay_large_requests(true, &[])
+    replay_large_requests(Plan::default(), &[])
 }
 
 #[test]
 fn b002_large_requests_without_offloads() -> Result<()> {
-    replay_large_requests(false, &[])
+    replay_large_requests(Plan { offloads: false, ..Plan::default() }, &[])
+}
+
+/// A transmit ring of 256 packets that can be full: what the device refuses is kept and sent again.
+#[test]
+fn b051_large_requests_through_a_device_that_makes_its_sender_wait() -> Result<()> {
+    replay_large_requests(Plan { offloads: false, receive_threads: true, ..Plan::default() }, &[])
 }
 
 /// Each response 50 ms later than online: nearly everything waits for its turn.
 #[test]
 fn b012_large_requests_to_a_slower_target() -> Result<()> {
-    replay_large_requests(true, &["--delay-ms", "50"])
+    replay_large_requests(Plan::default(), &["--delay-ms", "50"])
 }

@@ -40,6 +40,10 @@ enum Command {
         /// Switch the NICs' offloads off.
         #[arg(long)]
         no_offloads: bool,
+        /// Receive the online host's packets by a kernel thread of the switch instead of within its system calls, so that the CPU time of the
+        /// online role is its own: for measuring it.
+        #[arg(long)]
+        receive_threads: bool,
     },
     /// Take it down, with everything that runs in it.
     Down,
@@ -57,9 +61,10 @@ enum Command {
 
 pub(crate) fn main(arguments: &Arguments, prepared: bool) -> Result<()> {
     match &arguments.command {
-        &Command::Up { clients, client_addresses, mtu, no_offloads } => {
+        &Command::Up { clients, client_addresses, mtu, no_offloads, receive_threads } => {
             prepare(prepared)?;
-            let plan = Plan { clients, client_addresses, mtu, offloads: !no_offloads, ..Plan::default() };
+            let offloads = !no_offloads;
+            let plan = Plan { clients, client_addresses, mtu, offloads, receive_threads, ..Plan::default() };
             print_hosts(&up(plan)?);
             println!(
                 "\n`cargo xtask lab shell HOST` opens a shell there, `cargo xtask lab down` takes all down."
