@@ -162,15 +162,18 @@ pub enum PortError {
     },
     /// All queues have an AF_XDP socket of another UMEM.
     #[error(
-        "queues {queues:?} of {device} are all in use by AF_XDP sockets; \
-         give {device} more queues (`ethtool -L`, or `numtxqueues`/`numrxqueues` of a veth), \
-         use fewer workers, or stop the other user"
+        "all {busy} {side} queues of {device} are in use by AF_XDP sockets, of another replayer for example; give \
+         {device} one more by `ethtool -L {device} {side} {}` (`combined` where that is what `ethtool -l {device}` shows), \
+         use fewer workers, or stop the other user",
+        busy + 1
     )]
     Busy {
         /// The device.
         device: String,
-        /// The queues tried.
-        queues: Range<u32>,
+        /// Its queues that were tried.
+        busy: u32,
+        /// Which of its queues: `tx` or `rx`.
+        side: &'static str,
     },
     /// The device does not use that many queues.
     #[error("{device} has no queue {queue} (see `ethtool -l {device}`)")]
@@ -843,7 +846,7 @@ fn bind(
         .libxdp_flags(LibxdpFlags::XSK_LIBXDP_FLAGS_INHIBIT_PROG_LOAD)
         .bind_flags(flags)
         .build();
-    let mut busy = false;
+    let mut busy = 0;
     for queue in endpoint.queues.clone() {
         // SAFETY: libxdp loads no program, which is what the contract asks for.
         match unsafe { Socket::new(config, umem, &interface, queue) } {
@@ -852,10 +855,10 @@ fn bind(
             }
             Ok((_, _, None)) => return Err(PortError::Config("both sides on the same queue")),
             Err(error) => match os_error(&error) {
-                source if source.raw_os_error() == Some(libc::EBUSY) => busy = true,
+                source if source.raw_os_error() == Some(libc::EBUSY) => busy += 1,
                 source if source.raw_os_error() == Some(libc::EINVAL) => {
                     // Behind queues that are there but taken, taken is what matters.
-                    if busy {
+                    if busy > 0 {
                         break;
                     }
                     return Err(PortError::NoQueue { device, queue });
@@ -864,7 +867,7 @@ fn bind(
             },
         }
     }
-    Err(PortError::Busy { device, queues: endpoint.queues.clone() })
+    Err(PortError::Busy { device, busy, side: if tx_ring > rx_ring { "tx" } else { "rx" } })
 }
 
 /// The kernel's answer inside an error of xsk-rs.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -87,18 +88,31 @@ impl Role {
         assistant: IpAddr,
         arguments: &[&str],
     ) -> Result<Self> {
-        let (services, assistant) = (services.join(","), assistant.to_string());
-        let fixed = ["-x", &services, "-s", &assistant, "-i", NIC, "--stats", "1", "--stats-format", "json"];
+        Self::online_with(lab, host, services, &[assistant], arguments)
+    }
+
+    /// The same with several assistants.
+    pub fn online_with(
+        lab: &Lab,
+        host: &Host,
+        services: &[String],
+        assistants: &[IpAddr],
+        arguments: &[&str],
+    ) -> Result<Self> {
+        let services = services.join(",");
+        let assistants = assistants.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(",");
+        let fixed = ["-x", &services, "-s", &assistants, "-i", NIC, "--stats", "1", "--stats-format", "json"];
         Self::start(lab, host, "online", &fixed, arguments)
     }
 
     fn start(lab: &Lab, host: &Host, role: &str, fixed: &[&str], arguments: &[&str]) -> Result<Self> {
-        let report = lab.dir().join(format!("{}-{role}-report.json", host.name()));
-        // What a predecessor left must not be taken for this one's.
-        let _ = fs::remove_file(&report);
+        // A host may run several, at once or one after another: each has files of its own.
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        let name = format!("{role}-{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        let report = lab.dir().join(format!("{}-{name}-report.json", host.name()));
         let mut command = host.command(tool("replayer")?);
         command.arg(role).args(fixed).args(arguments).arg("--report").arg(&report);
-        let process = start(lab, host, role, &mut command)?;
+        let process = start(lab, host, &name, &mut command)?;
         let mut this = Self { process, report };
         this.process.wait_for_message("ready", READY_LIMIT)?;
         Ok(this)
@@ -115,6 +129,13 @@ impl Role {
     pub fn stop<R: DeserializeOwned>(&mut self) -> Result<R> {
         self.process.signal(nix::sys::signal::Signal::SIGTERM)?;
         self.ended_well()
+    }
+
+    /// Stops an online role and checks that its accounts are in order.
+    pub fn stop_online(&mut self) -> Result<Report> {
+        let report: Report = self.stop()?;
+        report.check_accounts()?;
+        Ok(report)
     }
 
     /// Waits for its end after a signal, which must be a good one, and reads its report.
@@ -166,10 +187,8 @@ impl Replay {
 
     /// Stops both and checks that the online role's accounts are in order; both reports.
     pub fn stop(mut self) -> Result<(Report, Value)> {
-        let online: Report = self.online.stop()?;
-        let assistant = self.assistant.stop()?;
-        online.check_accounts()?;
-        Ok((online, assistant))
+        let online = self.online.stop_online()?;
+        Ok((online, self.assistant.stop()?))
     }
 }
 

@@ -356,6 +356,36 @@ pub fn compare(online: &Record, target: &Record) -> Comparison {
     result
 }
 
+/// Compares streams whatever addresses they came from: each of the online server's must be at the target `copies` times.
+pub fn compare_copies(online: &Record, target: &Record, copies: usize) -> Comparison {
+    let mut result = Comparison { compared: online.connections.len() * copies, ..Comparison::default() };
+    let mut balance: BTreeMap<(&str, u64), (isize, &Connection)> = BTreeMap::new();
+    for connection in &online.connections {
+        balance.entry((&connection.hash, connection.bytes)).or_insert((0, connection)).0 += copies as isize;
+    }
+    for connection in &target.connections {
+        let (left, _) = balance.entry((&connection.hash, connection.bytes)).or_insert((0, connection));
+        result.equal += usize::from(*left > 0);
+        *left -= 1;
+    }
+    result.differences = balance
+        .into_values()
+        .filter(|(left, _)| *left != 0)
+        .map(|(left, stream)| {
+            let what = if left > 0 { "missing at the target" } else { "too many at the target" };
+            format!(
+                "{} of {} bytes, {} requests from {}: {} {what}",
+                stream.hash,
+                stream.bytes,
+                stream.ids.len(),
+                stream.peer,
+                left.unsigned_abs()
+            )
+        })
+        .collect();
+    result
+}
+
 fn difference(want: &Connection, got: &Connection) -> String {
     let cause = got.mismatch.clone().unwrap_or_else(|| {
         let same = want.ids.iter().zip(&got.ids).take_while(|(a, b)| a == b).count();
@@ -454,9 +484,8 @@ mod tests {
         assert_ne!(hash(8, &[0; 7]), hash(8, &[0; 8]));
     }
 
-    #[test]
-    fn a_comparison_pairs_connections_by_peer_and_order() {
-        let connection = |peer: &str, hash: &str| Connection {
+    fn connection(peer: &str, hash: &str) -> Connection {
+        Connection {
             peer: peer.into(),
             bytes: 10,
             hash: hash.into(),
@@ -467,7 +496,23 @@ mod tests {
             at_boundary: true,
             end: End::Fin,
             mismatch: None,
+        }
+    }
+
+    #[test]
+    fn copies_are_counted_by_their_bytes() {
+        let online = Record { connections: vec![connection("a", "1"), connection("b", "2")] };
+        let copies = |hashes: &[&str]| Record {
+            connections: hashes.iter().map(|hash| connection("c", hash)).collect(),
         };
+        let result = compare_copies(&online, &copies(&["1", "2", "2", "1"]), 2);
+        assert_eq!((result.compared, result.equal, result.differences.len()), (4, 4, 0));
+        let result = compare_copies(&online, &copies(&["1", "2", "2", "3"]), 2);
+        assert_eq!((result.compared, result.equal, result.differences.len()), (4, 3, 2));
+    }
+
+    #[test]
+    fn a_comparison_pairs_connections_by_peer_and_order() {
         let online =
             Record { connections: vec![connection("a", "1"), connection("b", "2"), connection("a", "3")] };
         assert_eq!(compare(&online, &online).equal, 3);
