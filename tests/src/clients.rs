@@ -57,6 +57,18 @@ pub fn output_of(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
+/// A counter of a host's kernel, from /proc/net/snmp (`Tcp:`) or /proc/net/netstat (`TcpExt:`, `IpExt:`, `MPTcpExt:`): lines of names, each
+/// followed by one of values.
+pub fn counter(host: &Host, group: &str, name: &str) -> Result<u64> {
+    let file = if group.ends_with("Ext:") { "/proc/net/netstat" } else { "/proc/net/snmp" };
+    let text = output_of(host.command("cat").arg(file))?;
+    let mut lines = text.lines().filter(|line| line.starts_with(group));
+    let (names, values) = (lines.next().context("names")?, lines.next().context("values")?);
+    let column =
+        names.split(' ').position(|column| column == name).with_context(|| format!("no counter {name}"))?;
+    Ok(values.split(' ').nth(column).context("too few values")?.parse()?)
+}
+
 /// Counters of packets that arrive at a host's NIC, before its kernel does anything with them.
 #[derive(Debug)]
 pub struct Watch<'a> {

@@ -4,7 +4,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, SocketAddrV4, TcpStream};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -30,11 +30,45 @@ pub struct Conversation {
     answers: std::collections::VecDeque<u64>,
 }
 
+/// What is special about a client's packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manner {
+    /// The first request's data is in the SYN (RFC 7413). Its host has to have `net.ipv4.tcp_fastopen` so.
+    FastOpen,
+    /// The SYN offers further paths (RFC 8684).
+    Multipath,
+    /// Every IP header has options: the one of a router alert (RFC 2113), which no router here heeds.
+    IpOptions,
+}
+
 impl Conversation {
     /// Connects from a host.
     pub fn open(host: &Host, server: SocketAddr) -> Result<Self> {
         let stream = host.namespace().enter(|| TcpStream::connect_timeout(&server, STEP_LIMIT))?;
         Self::over(stream.with_context(|| format!("connecting to {server}"))?)
+    }
+
+    /// Connects from a host in a special manner.
+    pub fn open_in_manner(host: &Host, server: SocketAddrV4, manner: Manner) -> Result<Self> {
+        const ROUTER_ALERT: [u8; 4] = [0x94, 0x04, 0, 0];
+        let stream = host.namespace().enter(|| -> Result<TcpStream> {
+            let protocol = if manner == Manner::Multipath { libc::IPPROTO_MPTCP } else { libc::IPPROTO_TCP };
+            // SAFETY: one system call with constant integers.
+            let socket =
+                unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, protocol) };
+            Errno::result(socket).context("making a socket")?;
+            // SAFETY: the descriptor was just made and belongs to nobody else.
+            let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+            match manner {
+                Manner::FastOpen => set_tcp(&socket, libc::TCP_FASTOPEN_CONNECT, 1)?,
+                Manner::Multipath => {}
+                Manner::IpOptions => set_option(&socket, libc::IPPROTO_IP, libc::IP_OPTIONS, &ROUTER_ALERT)?,
+            }
+            connect(socket.as_raw_fd(), &SockaddrStorage::from(server))
+                .with_context(|| format!("connecting to {server}"))?;
+            Ok(TcpStream::from(socket))
+        })??;
+        Self::over(stream)
     }
 
     /// Connects `count` times from a host, with sequence numbers that begin at `isn` and timestamps that begin at
@@ -144,15 +178,25 @@ const REPAIR_OFF_SILENTLY: libc::c_int = -1;
 const SEND_QUEUE: libc::c_int = 2;
 
 fn set_tcp(socket: &impl AsRawFd, option: libc::c_int, value: libc::c_int) -> Result<()> {
+    set_option(socket, libc::IPPROTO_TCP, option, &value)
+}
+
+/// Sets a socket option to a plain value: an integer, or an array of them.
+fn set_option<T: std::fmt::Debug>(
+    socket: &impl AsRawFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: &T,
+) -> Result<()> {
     // SAFETY: `value` lives through the call and its size is given.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
-            libc::IPPROTO_TCP,
+            level,
             option,
-            (&raw const value).cast(),
-            size_of_val(&value) as libc::socklen_t,
+            std::ptr::from_ref(value).cast(),
+            size_of_val(value) as libc::socklen_t,
         )
     };
-    Errno::result(result).map(drop).with_context(|| format!("TCP socket option {option} = {value}"))
+    Errno::result(result).map(drop).with_context(|| format!("socket option {level}/{option} = {value:?}"))
 }

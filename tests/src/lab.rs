@@ -136,6 +136,11 @@ impl Host {
         self.namespace.command(program)
     }
 
+    /// The MAC address of its NIC.
+    pub fn mac(&self) -> String {
+        mac(self.role, self.number)
+    }
+
     /// Its (first) IPv4 address.
     pub fn v4(&self) -> Ipv4Addr {
         v4(self.role, self.number, 0)

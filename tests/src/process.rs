@@ -166,6 +166,14 @@ impl Process {
         text[start..].to_owned()
     }
 
+    /// Resident memory, in KiB (`VmRSS` of proc_pid_status(5)).
+    pub fn resident_kib(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))
+            .with_context(|| format!("{} has ended", self.name))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        Ok(line.trim().trim_end_matches(" kB").parse()?)
+    }
+
     /// CPU time that it has used in all its threads, in seconds (`utime + stime` of proc_pid_stat(5)).
     pub fn cpu_seconds(&self) -> Result<f64> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))

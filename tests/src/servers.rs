@@ -285,6 +285,19 @@ pub fn impair(lab: &Lab, host: &Host, direction: Direction, arguments: &str) -> 
     Ok(process)
 }
 
+/// Gives a host another NIC, `aside`, with the MAC address of its first. What is put into the switch's end, whose name is returned, reaches
+/// the host's servers, and no capture on the first NIC sees it.
+pub fn second_entrance(lab: &Lab, host: &Host) -> Result<String> {
+    let (end, mtu) = (format!("aside-{}", host.name()), lab.plan().mtu);
+    lab.switch().ip(&format!(
+        "link add {end} mtu {mtu} up type veth peer name aside mtu {mtu} address {} netns {}\n",
+        host.mac(),
+        host.namespace().name()
+    ))?;
+    host.namespace().ip("link set aside up\n")?;
+    Ok(end)
+}
+
 /// Path of a binary of this workspace, from its release build: load tools and roles are run as users run them.
 ///
 /// `REPLAYER_BIN_DIR` overrides where they are looked for.

@@ -3,12 +3,11 @@
 //! Root only; each test has a lab of its own.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use replayer_tests::clients::{Load, Watch, output_of};
+use replayer_tests::clients::{Load, Watch, counter, output_of};
 use replayer_tests::lab::{Host, Lab, Plan};
 use replayer_tests::ledger;
 use replayer_tests::load::Summary;
@@ -135,8 +134,7 @@ fn b016_a_closed_port_is_asked_rarely_and_copying_resumes_when_it_opens() -> Res
     let syn = "tcp flags & (syn | ack) == syn";
     let watch = Watch::arriving(lab.target(), &[("syns", syn)])?;
     let replay = Replay::start(&lab, &[HTTP], &[])?;
-    let resident = || memory_kib(replay.online.process.pid().as_raw());
-    let before_kib = resident()?;
+    let before_kib = replay.online.process.resident_kib()?;
     let load = format!(
         "--connect {}:{HTTP} --protocol http --expect-server online --connections 20 --per-connection 1 --rate 1000 \
          --seconds 8",
@@ -147,7 +145,7 @@ fn b016_a_closed_port_is_asked_rarely_and_copying_resumes_when_it_opens() -> Res
     wait_for("3000 connections online", Duration::from_secs(10), || count() >= 3000)?;
     let syns = watch.packets()?["syns"];
     assert!(syns > 0 && syns <= 300, "{syns} SYNs for 3000 connections");
-    let grown_kib = resident()?.saturating_sub(before_kib);
+    let grown_kib = replay.online.process.resident_kib()?.saturating_sub(before_kib);
     assert!(grown_kib < 32 * 1024, "the online role has grown by {grown_kib} KiB");
 
     let target = Nginx::start(&lab, lab.target(), HTTP)?;
@@ -161,13 +159,6 @@ fn b016_a_closed_port_is_asked_rarely_and_copying_resumes_when_it_opens() -> Res
     assert!(difference.online > 1000 && difference.missing == 0, "{difference:?}");
     replay.stop()?;
     Ok(())
-}
-
-/// Resident memory of a process (`VmRSS` of proc_pid_status(5)).
-fn memory_kib(pid: i32) -> Result<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
 
 #[test]
@@ -264,17 +255,6 @@ fn b032_what_clients_send_twice_is_replayed_once() -> Result<()> {
     let own = report.counter("segments_retransmitted");
     assert!(repeated <= own, "the target got {repeated} segments twice, of which {own} are retransmissions");
     Ok(())
-}
-
-/// A counter of a host's kernel, from /proc/net/snmp or /proc/net/netstat: lines of names, each followed by one of values.
-fn counter(host: &Host, group: &str, name: &str) -> Result<u64> {
-    let file = if group == "TcpExt:" { "/proc/net/netstat" } else { "/proc/net/snmp" };
-    let text = output_of(host.command("cat").arg(file))?;
-    let mut lines = text.lines().filter(|line| line.starts_with(group));
-    let (names, values) = (lines.next().context("names")?, lines.next().context("values")?);
-    let column =
-        names.split(' ').position(|column| column == name).with_context(|| format!("no counter {name}"))?;
-    Ok(values.split(' ').nth(column).context("too few values")?.parse()?)
 }
 
 #[test]

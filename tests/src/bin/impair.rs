@@ -4,7 +4,7 @@
 //! For labs without offloads: a frame must fit the MTU and carry its whole checksum.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, HashMap};
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
@@ -43,6 +43,12 @@ struct Arguments {
     /// Lose only so many.
     #[arg(long, value_name = "COUNT", default_value_t = u64::MAX)]
     lose_at_most: u64,
+    /// Harm only the N-th segment with data of each connection, counted from 1.
+    #[arg(long, value_name = "N")]
+    nth_data: Option<u64>,
+    /// What is lost goes to this NIC instead: a host that has another end of it gets it past a capture on the first.
+    #[arg(long, value_name = "NIC")]
+    divert: Option<String>,
     /// Seed of what is chosen.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -79,8 +85,9 @@ fn main() -> Result<()> {
             Interest::READABLE,
         )?;
     }
+    let aside = arguments.divert.as_ref().map(|nic| PacketSocket::open(nic, Frames::Arriving)).transpose()?;
     eprintln!("impair: ready");
-    let mut harm = Harm { random: Random::new(arguments.seed), lost: 0, arguments };
+    let mut harm = Harm::new(arguments);
     // Frames to be passed on later: when, in which order, what.
     let mut later: BinaryHeap<Reverse<(Instant, u64, Vec<u8>)>> = BinaryHeap::new();
     let mut order = 0;
@@ -97,7 +104,11 @@ fn main() -> Result<()> {
         }
         while let Some(length) = sockets[0].receive(&mut buffer)? {
             let frame = &buffer[..length];
-            for delay in harm.decide(frame) {
+            let copies = harm.decide(frame);
+            if let Some(aside) = aside.as_ref().filter(|_| copies.is_empty()) {
+                pass(aside, frame);
+            }
+            for delay in copies {
                 if delay.is_zero() {
                     pass(&sockets[1], frame);
                 } else {
@@ -118,12 +129,18 @@ struct Harm {
     arguments: Arguments,
     random: Random,
     lost: u64,
+    /// Segments with data by source address and port, where that matters.
+    data_segments: HashMap<[u8; 6], u64>,
 }
 
 impl Harm {
+    fn new(arguments: Arguments) -> Self {
+        Self { random: Random::new(arguments.seed), lost: 0, data_segments: HashMap::new(), arguments }
+    }
+
     /// How much later each of the copies of a frame goes; none when it is lost.
     fn decide(&mut self, frame: &[u8]) -> Vec<Duration> {
-        if !is_meant(frame, self.arguments.only) {
+        if !is_meant(frame, self.arguments.only) || !self.is_nth(frame) {
             return vec![Duration::ZERO];
         }
         if self.lost < self.arguments.lose_at_most && self.draw(self.arguments.loss) {
@@ -135,6 +152,15 @@ impl Harm {
             delay += REORDER_DELAY;
         }
         vec![delay; if self.draw(self.arguments.duplicate) { 2 } else { 1 }]
+    }
+
+    /// Whether a segment is the one of its connection that is to be harmed.
+    fn is_nth(&mut self, frame: &[u8]) -> bool {
+        let Some(wanted) = self.arguments.nth_data else { return true };
+        let Some(sender) = sender_of_data(frame) else { return false };
+        let count = self.data_segments.entry(sender).or_default();
+        *count += 1;
+        *count == wanted
     }
 
     fn draw(&mut self, percent: f64) -> bool {
@@ -159,6 +185,19 @@ fn is_meant(frame: &[u8], only: Only) -> bool {
     }
 }
 
+/// Source address and port of a TCP segment over IPv4, if it carries data.
+fn sender_of_data(frame: &[u8]) -> Option<[u8; 6]> {
+    let ip = frame.get(14..)?;
+    let header_length = usize::from(ip.first()? & 0x0f) * 4;
+    let total = usize::from(u16::from_be_bytes(ip.get(2..4)?.try_into().ok()?));
+    let tcp = ip.get(header_length..)?;
+    let data_offset = usize::from(tcp.get(12)? >> 4) * 4;
+    let mut sender = [0; 6];
+    sender[..4].copy_from_slice(ip.get(12..16)?);
+    sender[4..].copy_from_slice(tcp.get(..2)?);
+    (total > header_length + data_offset).then_some(sender)
+}
+
 fn pass(socket: &PacketSocket, frame: &[u8]) {
     // What a cable cannot carry is lost, as on a cable.
     let _ = socket.send(frame);
@@ -172,9 +211,29 @@ mod tests {
         let mut frame = vec![0; 54];
         frame[12..14].copy_from_slice(&[0x08, 0x00]);
         frame[14] = 0x45;
+        frame[17] = 40;
         frame[23] = 6;
+        frame[46] = 0x50;
         frame[47] = flags;
         frame
+    }
+
+    #[test]
+    fn one_segment_of_each_connection_is_lost() {
+        let arguments = Arguments::parse_from(["impair", "--from=a", "--to=b", "--loss=100", "--nth-data=2"]);
+        let mut harm = Harm::new(arguments);
+        let from = |port: u8, data: u8| {
+            let mut frame = segment(0x10);
+            frame[17] += data;
+            frame[35] = port;
+            frame.resize(frame.len() + usize::from(data), 0);
+            frame
+        };
+        let passed = |frame: Vec<u8>, harm: &mut Harm| harm.decide(&frame).len();
+        let sent = [(1, 5), (1, 0), (2, 5), (1, 5), (1, 5), (2, 5)];
+        let copies: Vec<usize> =
+            sent.iter().map(|&(port, data)| passed(from(port, data), &mut harm)).collect();
+        assert_eq!(copies, [1, 1, 1, 0, 1, 0]);
     }
 
     #[test]
@@ -189,7 +248,7 @@ mod tests {
     fn shares_are_kept() {
         let arguments =
             Arguments::parse_from(["impair", "--from=a", "--to=b", "--loss=10", "--duplicate=50"]);
-        let mut harm = Harm { arguments, random: Random::new(1), lost: 0 };
+        let mut harm = Harm::new(arguments);
         let copies: Vec<usize> = (0..10_000).map(|_| harm.decide(&segment(0x10)).len()).collect();
         let count = |wanted| copies.iter().filter(|&&copies| copies == wanted).count();
         assert!((900..1100).contains(&count(0)), "{}", count(0));

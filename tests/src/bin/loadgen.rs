@@ -78,7 +78,8 @@ struct Arguments {
     /// Source addresses, used in turn.
     #[arg(long, value_delimiter = ',')]
     source: Vec<IpAddr>,
-    /// Source port of the first connection; the others count up from it. Without it the kernel chooses.
+    /// Source port of the first connection; the others count up from it, once all source addresses have had it. Without it
+    /// the kernel chooses.
     #[arg(long)]
     source_port: Option<u16>,
     /// How a connection that is done is closed.
@@ -399,7 +400,8 @@ impl<'a> Load<'a> {
                 true => unspecified.parse()?,
                 false => sources[self.opened as usize % sources.len()],
             };
-            let port = self.arguments.source_port.map_or(0, |first| first + index as u16);
+            let port =
+                self.arguments.source_port.map_or(0, |first| first + (index / sources.len().max(1)) as u16);
             setsockopt(&socket, sockopt::ReuseAddr, &true)?;
             if port == 0 {
                 // The port is chosen by connect(2), which knows the destination.

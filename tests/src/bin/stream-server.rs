@@ -8,6 +8,7 @@ use std::collections::{BinaryHeap, HashSet, VecDeque};
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -15,7 +16,8 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use mio::net::{TcpListener, TcpStream, UnixStream};
 use mio::{Events, Interest, Poll, Token};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::errno::Errno;
+use nix::sys::socket::{Backlog, SockaddrStorage, bind, setsockopt, sockopt};
 use replayer_tests::process::raise_file_limit;
 use replayer_tests::stream::{
     Connection, End, GREETING, Reader, Record, RequestHeader, StreamHash, append_body, response_header,
@@ -49,6 +51,12 @@ struct Arguments {
     /// Read no faster than this on each connection.
     #[arg(long, value_name = "BYTES_PER_SECOND")]
     slow_read: Option<u64>,
+    /// Accept further paths of a connection (MPTCP): clients that offer them put options into every segment.
+    #[arg(long)]
+    multipath: bool,
+    /// Probe an idle connection so often, and give it up when two probes in a row are not answered.
+    #[arg(long, value_name = "SECONDS")]
+    keepalive: Option<u32>,
     /// Receive buffer of each connection, instead of one that the kernel tunes.
     #[arg(long, value_name = "BYTES")]
     receive_buffer: Option<usize>,
@@ -67,6 +75,21 @@ fn main() -> Result<()> {
     raise_file_limit()?;
     let mut server = Server::new(&arguments)?;
     server.run()
+}
+
+fn listen(arguments: &Arguments) -> Result<std::net::TcpListener> {
+    if !arguments.multipath {
+        return Ok(std::net::TcpListener::bind(arguments.listen)?);
+    }
+    let family = if arguments.listen.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    // SAFETY: one system call with integers.
+    let socket = unsafe { libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, libc::IPPROTO_MPTCP) };
+    Errno::result(socket).context("an MPTCP socket")?;
+    // SAFETY: the descriptor was just made and belongs to nobody else.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(arguments.listen))?;
+    nix::sys::socket::listen(&socket, Backlog::MAXCONN)?;
+    Ok(socket.into())
 }
 
 struct Server<'a> {
@@ -102,7 +125,7 @@ struct Peer {
 
 impl<'a> Server<'a> {
     fn new(arguments: &'a Arguments) -> Result<Self> {
-        let listener = std::net::TcpListener::bind(arguments.listen)
+        let listener = listen(arguments)
             .with_context(|| format!("listening on {}: is another server there?", arguments.listen))?;
         if let Some(bytes) = arguments.receive_buffer {
             setsockopt(&listener, sockopt::RcvBuf, &bytes).context("setting the receive buffer")?;
@@ -176,6 +199,12 @@ impl<'a> Server<'a> {
                 Err(error) => return Err(error).context("accepting (too many open files?)"),
             };
             stream.set_nodelay(true)?;
+            if let Some(seconds) = self.arguments.keepalive {
+                setsockopt(&stream, sockopt::TcpKeepIdle, &seconds)?;
+                setsockopt(&stream, sockopt::TcpKeepInterval, &seconds)?;
+                setsockopt(&stream, sockopt::TcpKeepCount, &2)?;
+                setsockopt(&stream, sockopt::KeepAlive, &true)?;
+            }
             let index = self.peers.len();
             self.poll.registry().register(
                 &mut stream,
