@@ -102,6 +102,7 @@ counters! {
     TurnsReleasedByBytes "turns_released_by_bytes" "turns that went after as many response bytes as online",
     TurnsReleasedByQuiet "turns_released_by_quiet" "turns that went after a response of another size had ended",
     TurnsReleasedByHoldLimit "turns_released_by_hold_limit" "turns that went because the hold limit was reached",
+    TurnsReleasedEarly "turns_released_early" "turns released by bytes or quiet, after which the target still sent what it had begun before",
     ConnectionsJoined "connections_joined" "connections joined in the middle",
 
     // Segments sent and received.

@@ -118,6 +118,7 @@ impl Engine {
         session.rcv_nxt = record.seq.wrapping_add(1);
         session.turn_base = session.rcv_nxt;
         session.response_at = tick(now_ns);
+        session.response_began = session.response_at;
         // The window of a SYN is never scaled (RFC 7323 section 2.2).
         session.snd_wnd = u32::from(record.window);
         session.snd_wscale = if record.has(present::WINDOW_SCALE) && session.offer_wscale.is_some() {
@@ -203,13 +204,24 @@ impl Engine {
             return;
         }
         self.counters[Counter::ResponseBytes] += u64::from(end.wrapping_sub(session.rcv_nxt));
+        if session.rcv_nxt == session.turn_base {
+            session.response_began = tick(now_ns);
+        }
         session.rcv_nxt = end;
+        // What answers a turn acknowledges its first byte; what does not was sent before the turn arrived.
+        if seq_before(session.turn_seq, record.ack) {
+            if session.awaiting_response {
+                session.awaiting_response = false;
+                self.target_response.record(micros(now_ns).wrapping_sub(session.turn_sent_us));
+            }
+            session.watch_early = false;
+        } else if session.watch_early {
+            session.watch_early = false;
+            session.whole = 0;
+            self.counters[Counter::TurnsReleasedEarly] += 1;
+        }
         let (push, fin) = (record.flags & flags::PSH != 0, record.flags & flags::FIN != 0);
         session.note_response(record.payload_len, end, push, fin, tick(now_ns));
-        if session.awaiting_response {
-            session.awaiting_response = false;
-            self.target_response.record(micros(now_ns).wrapping_sub(session.turn_sent_us));
-        }
         // A record that was lost is made up for by the next: a segment says that all before it was sent.
         // RFC 9293 section 3.8.6.3: at least every second full segment at once, the rest within the delay.
         session.unacked_segments = session.unacked_segments.saturating_add(1);

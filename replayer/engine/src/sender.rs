@@ -335,6 +335,8 @@ impl Engine {
             session.joined = false;
             session.turn_base = session.rcv_nxt;
             session.holding = false;
+            session.turn_seq = session.snd_nxt;
+            session.watch_early = false;
             return true;
         }
         let opened_by = match session.gate(need, hold_limit, now) {
@@ -349,6 +351,8 @@ impl Engine {
         };
         session.holding = false;
         session.release_at = None;
+        session.turn_seq = session.snd_nxt;
+        session.watch_early = need > 0 && opened_by != Counter::TurnsReleasedByHoldLimit;
         if need > 0 {
             self.counters[opened_by] += 1;
         }

@@ -61,20 +61,26 @@ impl Marks {
         self.len += 1;
     }
 
-    /// The first boundary at or after `seq`; forgets those before it and itself.
-    fn take_from(&mut self, seq: u32) -> Option<u32> {
+    /// The first boundary at or after `seq`. When boundaries between the two were pushed out, where the response ended is not known, and
+    /// `seq` itself is the better guess.
+    fn first_from(&self, seq: u32) -> Option<u32> {
         let all = &self.ends[..usize::from(self.len)];
         let found = all.iter().position(|&end| !seq_before(end, seq))?;
-        let end = all[found];
-        if found == 0 && self.overflowed && end != seq {
-            // Boundaries between `seq` and the oldest known were pushed out: where the response ended is not known, and the byte
-            // count is the better guess.
-            return Some(seq);
-        }
-        self.ends.copy_within(found + 1.., 0);
-        self.len -= found as u8 + 1;
-        self.overflowed = false;
-        Some(end)
+        Some(if found == 0 && self.overflowed { seq } else { all[found] })
+    }
+
+    /// Whether `seq` is known to be a boundary.
+    fn has(&self, seq: u32) -> bool {
+        self.ends[..usize::from(self.len)].contains(&seq)
+    }
+
+    /// Forgets the boundaries up to `seq`.
+    fn forget_up_to(&mut self, seq: u32) {
+        let all = &self.ends[..usize::from(self.len)];
+        let passed = all.iter().filter(|&&end| !seq_before(seq, end)).count();
+        self.overflowed &= passed == 0;
+        self.ends.copy_within(passed.., 0);
+        self.len -= passed as u8;
     }
 
     fn clear(&mut self) {
@@ -160,9 +166,20 @@ pub(crate) struct Session {
     pub(crate) turn_sent_us: u32,
     pub(crate) hold_since: Tick,
     pub(crate) response_at: Tick,
-    pub(crate) marks: Marks,
+    /// When the first response byte after `turn_base` came.
+    pub(crate) response_began: Tick,
+    /// Responses of up to this many bytes end where their first write ends, as far as was seen of this target.
+    pub(crate) whole: u32,
+    /// The current turn's first byte, and whether a response that does not acknowledge it shows that the turn went too early.
+    pub(crate) turn_seq: u32,
+    pub(crate) watch_early: bool,
+    /// The target sends without being asked: its silences say nothing, only its byte count does.
+    pub(crate) flowing: bool,
     pub(crate) snd_wscale: u8,
     pub(crate) in_recovery: bool,
+    pub(crate) marks: Marks,
+    /// The shortest round trip measured.
+    pub(crate) rtt_min_us: u32,
     pub(crate) ssthresh: u32,
     pub(crate) recover: u32,
     pub(crate) iss: u32,
@@ -205,9 +222,11 @@ impl Session {
     pub(crate) fn round_trip(&mut self, rtt_us: u32) {
         let rtt = rtt_us.clamp(1, 60_000_000);
         if self.srtt_us == 0 {
+            self.rtt_min_us = rtt;
             self.srtt_us = rtt;
             self.rttvar_us = rtt / 2;
         } else {
+            self.rtt_min_us = self.rtt_min_us.min(rtt);
             self.rttvar_us = (3 * self.rttvar_us + self.srtt_us.abs_diff(rtt)) / 4;
             self.srtt_us = ((7 * u64::from(self.srtt_us) + u64::from(rtt)) / 8) as u32;
         }
@@ -244,33 +263,40 @@ impl Session {
         }
     }
 
-    /// How long the target must be silent for its response to count as ended, ticks. After a full segment it may only be waiting for
-    /// an acknowledgment.
+    /// How long the target must be silent for its response to count as ended, ticks: longer than it waits for an acknowledgment when its
+    /// congestion window is full, and as long as the response has lasted, for who sends slowly pauses longer. After a full segment more
+    /// is likely to follow.
     fn quiet_ticks(&self) -> u32 {
-        let quiet = 2 * self.srtt_us.min(1 << 24) + 4 * self.rttvar_us.min(1 << 24);
+        let round_trips = 2 * self.srtt_us.min(1 << 24) + 4 * self.rttvar_us.min(1 << 24);
+        let lasted = crate::timer::microseconds(self.response_at.wrapping_sub(self.response_began));
         let least = if self.response_ended { timing::QUIET_MIN_US } else { timing::QUIET_MAX_US };
-        crate::timer::ticks(u64::from(quiet.clamp(least, timing::QUIET_MAX_US)) * 1000)
+        // Delayed acknowledgments make the smoothed round trip longer than the path's, so it alone does not set the limit.
+        let most = timing::QUIET_MAX_US.max(2 * self.rtt_min_us.min(1 << 24));
+        crate::timer::ticks(u64::from(round_trips.max(lasted).clamp(least, most)) * 1000)
     }
 
     /// Whether the next turn may begin, given that online the client had read `need` response bytes since the turn before.
     ///
-    /// The count is exact where target and online server answer with the same sizes. Where they do not, the end of a response
-    /// is seen by a segment that ends a write, and by silence, and the next turn's count begins there: a longer or shorter response
-    /// shifts nothing that comes after it.
+    /// Where target and online server answer with the same sizes, a write of the target ends at the very count, and the turn goes at
+    /// once. Where they do not, the end of a response is seen by silence, and the next turn's count begins there: a longer or
+    /// shorter response shifts nothing that comes after it. Silence costs time, so responses no longer than one that was found to
+    /// have come in one write are taken to end with their first write, until one does not.
     pub(crate) fn gate(&mut self, need: u32, hold_limit: u32, now: Tick) -> Gate {
         let expected = self.turn_base.wrapping_add(need);
         let enough = !seq_before(self.rcv_nxt, expected);
         if enough && need == 0 {
             return Gate::Bytes;
         }
-        if enough && let Some(end) = self.marks.take_from(expected) {
-            self.turn_base = end;
-            return Gate::Bytes;
-        }
-        if enough && self.response_pushed && self.rcv_nxt == expected {
-            // Its last segment was a full one.
-            self.turn_base = expected;
-            return Gate::Bytes;
+        if enough {
+            // The last segment of a response may be a full one.
+            let exact = self.marks.has(expected) || self.response_pushed && self.rcv_nxt == expected;
+            let end = if exact { Some(expected) } else { self.marks.first_from(expected) };
+            let trusted = |end: u32| end != expected && end.wrapping_sub(self.turn_base) <= self.whole;
+            if let Some(end) = end.filter(|&end| exact || self.flowing || trusted(end)) {
+                self.turn_base = end;
+                self.marks.forget_up_to(end);
+                return Gate::Bytes;
+            }
         }
         if !self.holding {
             self.holding = true;
@@ -282,16 +308,27 @@ impl Session {
         let ended = something && (enough || self.response_pushed) && self.in_flight() == 0;
         let quiet_at = self.response_at.wrapping_add(self.quiet_ticks());
         if ended && !before(now, quiet_at) {
-            self.turn_base = self.rcv_nxt;
-            self.marks.clear();
+            if enough {
+                let in_one_write = self.marks.first_from(expected) == Some(self.rcv_nxt);
+                let length = self.rcv_nxt.wrapping_sub(self.turn_base);
+                self.whole = if in_one_write { self.whole.max(length) } else { 0 };
+            }
+            self.begin_count();
             return Gate::Quiet;
         }
         if !before(now, limit) {
-            self.turn_base = self.rcv_nxt;
-            self.marks.clear();
+            // All that was asked for has come, and silence never: it does not wait for us either.
+            self.flowing |= enough;
+            self.begin_count();
             return Gate::HoldLimit;
         }
         Gate::Wait(if ended && before(quiet_at, limit) { quiet_at } else { limit })
+    }
+
+    /// What was received belongs to earlier turns.
+    fn begin_count(&mut self) {
+        self.turn_base = self.rcv_nxt;
+        self.marks.clear();
     }
 
     /// The earliest deadline.
@@ -336,6 +373,7 @@ impl Session {
             tries: 0,
             srtt_us: 0,
             rttvar_us: 0,
+            rtt_min_us: 0,
             timing: false,
             timed_seq: 0,
             timed_at_us: 0,
@@ -353,6 +391,11 @@ impl Session {
             response_ended: false,
             response_pushed: false,
             response_at: 0,
+            response_began: 0,
+            whole: 0,
+            flowing: false,
+            turn_seq: iss,
+            watch_early: false,
             holding: false,
             hold_since: 0,
             awaiting_response: false,
@@ -372,11 +415,24 @@ mod tests {
         let mut s = Session::new(Endpoint { ip: [0; 16], port: 1 }, 0, 0, 0);
         s.state = State::Established;
         (s.rcv_nxt, s.turn_base) = (1000, 1000);
-        (s.srtt_us, s.rttvar_us) = (100, 10);
+        (s.srtt_us, s.rttvar_us, s.rtt_min_us) = (100, 10, 100);
         s
     }
 
+    /// The gate opens by silence, not before.
+    #[track_caller]
+    fn quiet(s: &mut Session, need: u32, now: Tick) -> Tick {
+        let Gate::Wait(at) = s.gate(need, 100_000, now) else { panic!("no wait") };
+        assert!(matches!(s.gate(need, 100_000, at - 1), Gate::Wait(_)));
+        assert_eq!(s.gate(need, 100_000, at), Gate::Quiet);
+        s.holding = false;
+        at
+    }
+
     fn response(s: &mut Session, bytes: u32, push: bool, now: Tick) {
+        if s.rcv_nxt == s.turn_base {
+            s.response_began = now;
+        }
         s.rcv_nxt = s.rcv_nxt.wrapping_add(bytes);
         s.note_response(bytes, s.rcv_nxt, push, false, now);
     }
@@ -397,20 +453,18 @@ mod tests {
         let mut s = session();
         // 50 bytes longer: the turn goes at its end, and the next one counts from there.
         response(&mut s, 350, true, 1);
-        assert_eq!(s.gate(300, 1000, 1), Gate::Bytes);
+        let at = quiet(&mut s, 300, 1);
+        assert!(at < 40, "{at}");
         assert!(
-            matches!(s.gate(300, 1000, 2), Gate::Wait(_)),
+            matches!(s.gate(300, 1000, at), Gate::Wait(_)),
             "the surplus does not count for the next turn"
         );
         s.holding = false;
         // Shorter: quiet after PSH.
-        response(&mut s, 100, true, 10);
-        let Gate::Wait(at) = s.gate(300, 1000, 10) else { panic!() };
-        assert!(at > 10 && at < 40, "{at}");
-        assert_eq!(s.gate(300, 1000, at), Gate::Quiet);
-        s.holding = false;
-        response(&mut s, 300, true, 50);
-        assert_eq!(s.gate(300, 1000, 50), Gate::Bytes);
+        response(&mut s, 100, true, at + 10);
+        let at = quiet(&mut s, 300, at + 10);
+        response(&mut s, 300, true, at + 10);
+        assert_eq!(s.gate(300, 1000, at + 10), Gate::Bytes);
     }
 
     #[test]
@@ -419,8 +473,58 @@ mod tests {
         response(&mut s, 400, false, 1);
         assert!(matches!(s.gate(300, 1000, 1), Gate::Wait(_)));
         response(&mut s, 400, true, 2);
-        assert_eq!(s.gate(300, 1000, 2), Gate::Bytes);
+        quiet(&mut s, 300, 2);
         assert_eq!(s.turn_base, 1800);
+    }
+
+    #[test]
+    fn b026_a_longer_response_in_several_writes_is_waited_for_to_its_end() {
+        let mut s = session();
+        let mut now = 0;
+        for write in 0..20 {
+            now += 10;
+            response(&mut s, 120, true, now);
+            assert!(matches!(s.gate(610, 1000, now), Gate::Wait(_)), "after {write} writes");
+        }
+        quiet(&mut s, 610, now);
+        assert_eq!(s.turn_base, 1000 + 20 * 120);
+    }
+
+    #[test]
+    fn b026_responses_that_are_written_at_once_cost_one_silence() {
+        let mut s = session();
+        response(&mut s, 350, true, 1);
+        let now = quiet(&mut s, 300, 1);
+        for length in [340, 350, 301] {
+            response(&mut s, length, true, now);
+            assert_eq!(s.gate(300, 1000, now), Gate::Bytes, "{length}");
+        }
+        // A longer one than was seen before: it may have more writes.
+        response(&mut s, 360, true, now);
+        response(&mut s, 10, true, now);
+        let now = quiet(&mut s, 300, now);
+        // It had: so may the others.
+        response(&mut s, 350, true, now);
+        quiet(&mut s, 300, now);
+    }
+
+    #[test]
+    fn b026_silence_is_as_long_as_the_path_and_the_response() {
+        let at_rest = |rtt_us: u32, lasted: Tick| {
+            let mut s = session();
+            (s.srtt_us, s.rttvar_us, s.rtt_min_us) = (rtt_us, 0, rtt_us);
+            response(&mut s, 1, true, 0);
+            response(&mut s, 349, true, lasted);
+            let Gate::Wait(at) = s.gate(300, 1_000_000, lasted) else { panic!() };
+            crate::timer::microseconds(at - lasted)
+        };
+        assert!((1_000..1_100).contains(&at_rest(100, 0)));
+        assert!((4_000..4_100).contains(&at_rest(2_000, 0)));
+        // Who is far away and waits for acknowledgments is silent for a round trip.
+        assert!((200_000..200_100).contains(&at_rest(100_000, 0)));
+        // Who needs 20 ms to send so much may pause as long.
+        assert!((20_000..20_100).contains(&at_rest(100, crate::timer::ticks(20_000_000))));
+        assert!((50_000..50_100).contains(&at_rest(100, crate::timer::ticks(900_000_000))));
     }
 
     #[test]
@@ -432,18 +536,16 @@ mod tests {
             assert!(matches!(s.gate(900, 1000, at), Gate::Wait(_)), "after {at} full segments");
         }
         response(&mut s, 100, true, 5);
-        assert_eq!(s.gate(900, 1000, 5), Gate::Bytes);
+        let now = quiet(&mut s, 900, 5);
         assert_eq!(s.turn_base, 3100);
-        s.holding = false;
         // Of the same size as online, the last segment full.
-        response(&mut s, 500, true, 10);
-        response(&mut s, 500, true, 10);
-        assert_eq!(s.gate(1000, 1000, 10), Gate::Bytes);
+        response(&mut s, 500, true, now);
+        response(&mut s, 500, true, now);
+        assert_eq!(s.gate(1000, 1000, now), Gate::Bytes);
         // Shorter, the last segment full: a longer silence.
-        response(&mut s, 500, true, 20);
-        let Gate::Wait(at) = s.gate(900, 10_000, 20) else { panic!() };
-        assert_eq!(at - 20, crate::timer::ticks(u64::from(timing::QUIET_MAX_US) * 1000));
-        assert_eq!(s.gate(900, 10_000, at), Gate::Quiet);
+        response(&mut s, 500, true, now);
+        let at = quiet(&mut s, 900, now);
+        assert_eq!(at - now, crate::timer::ticks(u64::from(timing::QUIET_MAX_US) * 1000));
     }
 
     #[test]
@@ -459,12 +561,33 @@ mod tests {
     #[test]
     fn b023_a_stream_that_runs_ahead_keeps_its_surplus() {
         let mut s = session();
-        for _ in 0..20 {
+        for _ in 0..4 {
             response(&mut s, 10, true, 1);
         }
-        for turn in 0..10 {
+        for turn in 0..2 {
             assert_eq!(s.gate(20, 1000, 1), Gate::Bytes, "turn {turn}");
         }
+    }
+
+    #[test]
+    fn b023_a_stream_that_is_never_silent_stalls_once() {
+        let mut s = session();
+        let mut stalls = 0;
+        let mut now = 1;
+        // Messages of 30 bytes, 20 online, one each tick: never silent, never at the count.
+        for _ in 0..50 {
+            loop {
+                response(&mut s, 30, true, now);
+                match s.gate(20, 500, now) {
+                    Gate::Wait(_) => now += 1,
+                    Gate::HoldLimit => break stalls += 1,
+                    Gate::Bytes => break,
+                    Gate::Quiet => panic!("silent"),
+                }
+            }
+            s.holding = false;
+        }
+        assert_eq!(stalls, 1);
     }
 
     #[test]

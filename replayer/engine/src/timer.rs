@@ -20,6 +20,11 @@ pub(crate) const fn ticks(duration_ns: u64) -> u32 {
     duration_ns.div_ceil(1 << 16) as u32
 }
 
+/// A duration in ticks as microseconds, saturating.
+pub(crate) fn microseconds(ticks: u32) -> u32 {
+    u32::try_from((u64::from(ticks) << 16) / 1000).unwrap_or(u32::MAX)
+}
+
 /// Whether `a` is before `b`.
 pub(crate) fn before(a: Tick, b: Tick) -> bool {
     (a.wrapping_sub(b) as i32) < 0

@@ -59,7 +59,52 @@ fn b026_a_longer_response_releases_at_its_end() {
     // Acknowledged, but the burst goes on.
     lab.expect(&["A 101 ack 2001"]);
     lab.target("PA 2001+5 ack 101");
+    lab.expect(&[]);
+    lab.pass(10 * MS);
     lab.expect(&["PA 101+100 ack 2006"]);
+    assert_eq!(lab.count(Counter::TurnsReleasedByQuiet), 1);
+}
+
+#[test]
+fn b026_a_longer_response_in_several_writes_is_waited_for_to_its_end() {
+    let mut lab = Lab::new();
+    lab.handshake();
+    lab.client("PA 1+100 ack 1");
+    lab.client("PA 101+100 ack 301");
+    lab.expect(&["PA 1+100 ack 1"]);
+    for write in 0..30u32 {
+        lab.target(&format!("PA {}+400 ack 101", 1 + write * 400));
+        lab.pass(MS / 2);
+        assert!(lab.sent().iter().all(|segment| segment.payload.is_empty()), "after {write} writes");
+    }
+    lab.pass(40 * MS);
+    let sent = lab.sent();
+    assert_eq!(lab.text(sent.last().unwrap()), "PA 101+100 ack 12001");
+    assert_eq!(lab.count(Counter::TurnsReleasedEarly), 0);
+}
+
+#[test]
+fn b026_a_turn_that_went_too_early_is_counted_and_not_trusted_again() {
+    let mut lab = Lab::new();
+    lab.handshake();
+    lab.client("PA 1+100 ack 1");
+    for turn in 1..5u32 {
+        lab.client(&format!("PA {}+100 ack {}", 1 + turn * 100, 1 + turn * 300));
+    }
+    lab.target("PA 1+400 ack 101");
+    lab.pass(10 * MS);
+    assert_eq!(lab.count(Counter::TurnsReleasedByQuiet), 1);
+    // The first response came in one write: so, it seems, does the second. It does not.
+    lab.target("PA 401+400 ack 201");
+    assert_eq!(lab.count(Counter::TurnsReleasedByBytes), 1);
+    lab.target("PA 801+400 ack 201");
+    assert_eq!(lab.count(Counter::TurnsReleasedEarly), 1);
+    lab.target("PA 1201+400 ack 301");
+    assert_eq!(lab.count(Counter::TurnsSent), 3, "the fourth request waits");
+    lab.target("PA 1601+400 ack 301");
+    lab.pass(10 * MS);
+    assert_eq!(lab.count(Counter::TurnsSent), 4);
+    assert_eq!(lab.count(Counter::TurnsReleasedEarly), 1);
 }
 
 #[test]
