@@ -1,11 +1,13 @@
 //! What captured packets do: find their connection, put the stream in order, find its turns, give it to the sessions.
 
+use crate::config::timing;
 use crate::connection::{Connection, End, Phase};
-use crate::counters::Counter;
+use crate::counters::{Counter, EndReason};
 use crate::engine::{BATCH, Engine};
 use crate::output::{InHand, Output};
+use crate::protocol::{self, Opening};
 use crate::sender::micros;
-use crate::session::seq_before;
+use crate::session::{State, seq_before};
 use crate::slab::NONE;
 use crate::timer::tick;
 use alloc::vec::Vec;
@@ -183,6 +185,7 @@ impl Engine {
         }
         match self.connections[c].phase {
             Phase::Following => self.on_stream(now_ns, c, segment, segment.seq, in_hand, out),
+            Phase::Encrypted => self.on_encrypted(c, segment),
             // A forgotten one is not in the table.
             Phase::Watching | Phase::BetweenTurns | Phase::Forgotten => {
                 self.on_watched(now_ns, c, segment, options, in_hand, out)
@@ -317,6 +320,11 @@ impl Engine {
             && (connection.phase == Phase::BetweenTurns
                 || (segment.seq == connection.next_seq && connection.ack_advances(segment.ack)));
         // With `-O`, connections that were open before are not in the table: one that is here was lost to a hole or a limit.
+        if starts_turn && protocol::tls_record(Self::payload(out, in_hand)) {
+            self.begin_encrypted(now_ns, c, out);
+            return self.on_encrypted(c, segment);
+        }
+        let connection = &mut self.connections[c];
         if starts_turn {
             connection.phase = Phase::Following;
             connection.next_seq = segment.seq;
@@ -339,6 +347,47 @@ impl Engine {
             self.forget_if_over(c);
         }
         Err((Counter::PacketsMidstream, Counter::BytesMidstream))
+    }
+
+    /// The connection is TLS: nothing of it is replayed, and the sessions that its SYN opened end.
+    fn begin_encrypted<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+        let (_, source) = self.services_of(&self.connections[c].server);
+        for service in self.services.iter_mut().filter(|service| service.online == source) {
+            service.tls = true;
+        }
+        self.counters[Counter::ConnectionsTls] += 1;
+        self.drop_out_of_order(c, Counter::BytesTls);
+        let connection = &mut self.connections[c];
+        connection.phase = Phase::Encrypted;
+        self.arm_connection(c, tick(now_ns).wrapping_add(timing::WATCHED_IDLE));
+        let connection = &mut self.connections[c];
+        if let Some((seq, _)) = connection.early_fin.take() {
+            connection.end = End::Fin { seq, need: 0 };
+        }
+        let mut s = connection.first_session;
+        while s != NONE {
+            let next = self.sessions[s].next_copy;
+            if self.sessions[s].state == State::SynSent {
+                // Not known at the target, or about to be: the reset takes it back.
+                self.send_reset(now_ns, s, out);
+                self.end_session(tick(now_ns), s, EndReason::Tls, out);
+            } else {
+                self.cut(s, EndReason::Tls);
+                self.output(now_ns, s, out, &mut None);
+            }
+            s = next;
+        }
+    }
+
+    fn on_encrypted(&mut self, c: u32, segment: &TcpSegment) -> Fate {
+        if segment.is_pure_ack() {
+            return Ok(Counter::PacketsAck);
+        }
+        if segment.flags & flags::FIN != 0 {
+            self.connections[c].end = End::Fin { seq: segment.seq, need: 0 };
+            self.forget_if_over(c);
+        }
+        Err((Counter::PacketsTls, Counter::BytesTls))
     }
 
     fn on_client_reset<O: Output>(&mut self, now_ns: u64, c: u32, segment: &TcpSegment, out: &mut O) -> Fate {
@@ -504,6 +553,22 @@ impl Engine {
         out: &mut O,
     ) -> Counter {
         let stored = self.store[segment];
+        if !self.connections[c].any_data && self.connections[c].began_with_syn {
+            let mut first = [0; protocol::LOOK];
+            let first = &mut first[..protocol::LOOK.min(stored.len as usize)];
+            self.store.copy_to(segment, 0, first);
+            match protocol::opening(first) {
+                Opening::Tls => {
+                    self.connections[c].held_bytes -= stored.len;
+                    self.store.remove(segment);
+                    self.counters[Counter::BytesTls] += u64::from(stored.len);
+                    self.begin_encrypted(now_ns, c, out);
+                    return Counter::PacketsTls;
+                }
+                Opening::Http2 => self.set_multiplexed(c),
+                Opening::Other => {}
+            }
+        }
         let connection = &mut self.connections[c];
         let answered = connection.ack_advances(stored.ack);
         let starts_turn = answered || !connection.any_data;
@@ -561,6 +626,15 @@ impl Engine {
             s = next;
         }
         Counter::PacketsData
+    }
+
+    fn set_multiplexed(&mut self, c: u32) {
+        self.connections[c].multiplexed = true;
+        let mut s = self.connections[c].first_session;
+        while s != NONE {
+            self.sessions[s].flowing = true;
+            s = self.sessions[s].next_copy;
+        }
     }
 
     /// Keeps a segment that lies behind a hole, in pieces between those that are there; bytes that are there already are not kept

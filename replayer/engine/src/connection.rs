@@ -27,6 +27,8 @@ pub(crate) enum Phase {
     BetweenTurns,
     /// In step with the client: `next_seq` is the next byte.
     Following,
+    /// TLS: seen, counted, not replayed.
+    Encrypted,
     /// Nothing: the connection is over and its place is free.
     Forgotten,
 }
@@ -75,6 +77,8 @@ pub(crate) struct Connection {
     /// goes on where its predecessor was (RFC 7323 section 5, RFC 6191). `None`: the client sends no timestamps.
     pub(crate) ts_offset: Option<u32>,
     pub(crate) gap_since: Tick,
+    /// HTTP/2: responses do not alternate with requests.
+    pub(crate) multiplexed: bool,
 }
 
 impl Connection {
@@ -88,6 +92,7 @@ impl Connection {
             detached: false,
             began_with_syn: false,
             any_data: false,
+            multiplexed: false,
             isn: 0,
             next_seq: 0,
             last_ack: 0,
@@ -124,7 +129,7 @@ impl Connection {
     /// How long nothing may be captured of it until it is forgotten, ticks.
     pub(crate) fn idle_limit(&self) -> u32 {
         match self.phase {
-            Phase::Watching if self.sessions == 0 => timing::WATCHED_IDLE,
+            Phase::Watching | Phase::Encrypted if self.sessions == 0 => timing::WATCHED_IDLE,
             Phase::Following if !self.ack_known && !self.any_data => timing::HALF_OPEN_IDLE,
             _ => timing::CONNECTION_IDLE,
         }

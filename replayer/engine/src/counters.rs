@@ -44,6 +44,7 @@ counters! {
     PacketsMidstream "packets_midstream" "not replayed: of a connection that was open before, not yet at the start of a turn, or left out by -O",
     PacketsNoConnection "packets_no_connection" "not replayed: FIN, RST or ACK of an unknown connection",
     PacketsAfterEnd "packets_after_end" "not replayed: after the connection's FIN or RST",
+    PacketsTls "packets_tls" "not replayed: of a TLS connection, which no other server can decrypt",
     PacketsOutOfWindow "packets_out_of_window" "not replayed: sequence number far from the stream",
     PacketsLimit "packets_limit" "not replayed: a limit on connections or held bytes was reached",
     PacketsNoSession "packets_no_session" "not replayed: the rest of a turn whose sessions had ended",
@@ -58,6 +59,7 @@ counters! {
     BytesSampledOut "bytes_sampled_out" "not replayed: outside the sample",
     BytesMidstream "bytes_midstream" "not replayed: before the first turn of a connection that was open before, or left out by -O",
     BytesAfterEnd "bytes_after_end" "not replayed: after the connection's FIN or RST",
+    BytesTls "bytes_tls" "not replayed: of a TLS connection, which no other server can decrypt",
     BytesOutOfWindow "bytes_out_of_window" "not replayed: sequence number far from the stream",
     BytesGap "bytes_gap" "not replayed: behind a hole in the capture that was not filled in time",
     BytesLimit "bytes_limit" "not replayed: a limit on connections or held bytes was reached",
@@ -75,6 +77,7 @@ counters! {
     LostClientReset "lost_bytes_client_reset" "bytes not delivered: the client reset its connection",
     LostGap "lost_bytes_gap" "bytes not delivered: a hole in the capture",
     LostLimit "lost_bytes_limit" "bytes not delivered: shed at a limit",
+    LostTls "lost_bytes_tls" "bytes not delivered: the connection turned out to be TLS",
     LostFinTimeout "lost_bytes_fin_timeout" "bytes not delivered: the target did not finish closing",
     LostStopped "lost_bytes_stopped" "bytes not delivered: the replayer was stopped",
 
@@ -94,6 +97,7 @@ counters! {
     SessionsClientReset "sessions_client_reset" "ended: the client reset its connection",
     SessionsGap "sessions_gap" "ended: a hole in the capture",
     SessionsLimit "sessions_limit" "ended: shed at a limit",
+    SessionsTls "sessions_tls" "ended: the connection turned out to be TLS, nothing was sent",
     SessionsFinTimeout "sessions_fin_timeout" "ended: the target did not finish closing",
     SessionsStopped "sessions_stopped" "ended: the replayer was stopped",
 
@@ -104,6 +108,7 @@ counters! {
     TurnsReleasedByHoldLimit "turns_released_by_hold_limit" "turns that went because the hold limit was reached",
     TurnsReleasedEarly "turns_released_early" "turns released by bytes or quiet, after which the target still sent what it had begun before",
     ConnectionsJoined "connections_joined" "connections joined in the middle",
+    ConnectionsTls "connections_tls" "connections that speak TLS: not replayed",
 
     // Segments sent and received.
     SegmentsSent "segments_sent" "segments sent to targets",
@@ -219,6 +224,8 @@ pub enum EndReason {
     Gap,
     /// Shed at a limit.
     Limit,
+    /// The client speaks TLS.
+    Tls,
     /// The target acknowledged our FIN but never sent its own.
     FinTimeout,
     /// The replayer was stopped.
@@ -238,6 +245,7 @@ impl EndReason {
             EndReason::ClientReset => Counter::SessionsClientReset,
             EndReason::Gap => Counter::SessionsGap,
             EndReason::Limit => Counter::SessionsLimit,
+            EndReason::Tls => Counter::SessionsTls,
             EndReason::FinTimeout => Counter::SessionsFinTimeout,
             EndReason::Stopped => Counter::SessionsStopped,
         }
@@ -254,6 +262,7 @@ impl EndReason {
             EndReason::ClientReset => Counter::LostClientReset,
             EndReason::Gap => Counter::LostGap,
             EndReason::Limit => Counter::LostLimit,
+            EndReason::Tls => Counter::LostTls,
             EndReason::FinTimeout => Counter::LostFinTimeout,
             EndReason::Stopped => Counter::LostStopped,
         }

@@ -40,6 +40,8 @@ pub(crate) struct ServiceState {
     /// Refuses or ignores SYNs: one goes out every `DOWN_PROBE`.
     pub(crate) down: bool,
     pub(crate) next_probe: Tick,
+    /// A client of this service spoke TLS.
+    pub(crate) tls: bool,
     /// The first SYN that was not answered yet.
     pub(crate) unanswered_since: Option<Tick>,
 }
@@ -116,6 +118,7 @@ impl Engine {
                 ip_id: 0,
                 down: false,
                 next_probe: now,
+                tls: false,
                 unanswered_since: None,
             })
             .collect();
@@ -164,6 +167,11 @@ impl Engine {
     /// response.
     pub fn histograms(&self) -> (&Histogram, &Histogram) {
         (&self.capture_to_transmit, &self.target_response)
+    }
+
+    /// For each service, whether a client of it spoke TLS, which cannot be replayed.
+    pub fn tls_seen(&self) -> impl Iterator<Item = bool> {
+        self.services.iter().map(|service| service.tls)
     }
 
     /// The delays from capture to transmission since the last call.
@@ -341,6 +349,7 @@ impl Engine {
         session.offer_sack = connection.sack_permitted;
         session.timestamps = connection.ts_offset.is_some();
         session.ts_offset = connection.ts_offset.unwrap_or(0);
+        session.flowing = connection.multiplexed;
         session.next_copy = connection.first_session;
         let Some(index) = self.sessions.insert(session) else {
             if let (Some(pool), true) = (&mut self.pool, pool_index != NONE) {

@@ -13,6 +13,7 @@
 //! - `receiver`: what a target's segments do
 //! - [`counters`], [`histogram`]: where everything ends
 //! - `identity`: source addresses and ports
+//! - `protocol`: what a stream's first bytes say of it
 //! - `store`: client data that is held
 //! - `timer`, `table`, `slab`: mechanism
 //! - `wire`: writing segments
@@ -34,6 +35,7 @@ mod engine;
 pub mod histogram;
 mod identity;
 pub mod output;
+mod protocol;
 mod receiver;
 mod sender;
 mod session;

@@ -7,6 +7,7 @@ mod ends;
 mod handshake;
 mod identities;
 mod limits;
+mod protocols;
 mod sending;
 mod stream;
 mod turns;

@@ -123,9 +123,21 @@ impl Lab {
         self.check();
     }
 
+    /// A segment of the client with bytes that are not [`byte`]'s: what is sent of them cannot be read by [`Lab::sent`].
+    #[track_caller]
+    pub fn client_bytes(&mut self, text: &str, payload: &[u8]) {
+        let frame = self.capture_bytes(&Typed::parse(text), payload.to_vec());
+        self.engine.on_captured(self.now, &mut vec![frame], &mut self.wire);
+        self.check();
+    }
+
     fn capture(&mut self, text: &str) -> (wire::Frame, usize) {
         let typed = Typed::parse(text);
-        let bytes: Vec<u8> = (0..typed.len).map(|i| byte(typed.seq.wrapping_add(i))).collect();
+        let bytes = (0..typed.len).map(|i| byte(typed.seq.wrapping_add(i))).collect();
+        self.capture_bytes(&typed, bytes)
+    }
+
+    fn capture_bytes(&mut self, typed: &Typed, payload: Vec<u8>) -> (wire::Frame, usize) {
         let segment = Segment {
             source: self.client,
             destination: endpoint(ONLINE),
@@ -137,7 +149,7 @@ impl Lab {
             window_scale: typed.scale,
             sack_permitted: typed.sack_permitted,
             timestamps: typed.timestamps,
-            payload: bytes,
+            payload,
         };
         self.wire.captured(&segment)
     }
