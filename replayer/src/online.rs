@@ -55,6 +55,7 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
     let ended = online.serve(args, &signals, started);
     // After an error too: the sessions end cleanly, and what was done until then is told.
     online.stop();
+    online.say_tls();
     let figures = online.figures();
     let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
     eprintln!("online: {}", figures.summary(seconds, cpu));
@@ -82,6 +83,9 @@ struct Online {
     /// Where it captures and where it sends.
     devices: [Device; 2],
     shared: Arc<Shared>,
+    services: Vec<Service>,
+    /// Services whose clients were said to speak TLS.
+    tls_said: BTreeSet<usize>,
     worker: Option<JoinHandle<()>>,
 }
 
@@ -188,6 +192,8 @@ impl Online {
             _monitor: monitor,
             devices: [capture, output],
             shared,
+            services,
+            tls_said: BTreeSet::new(),
             worker: Some(worker),
         })
     }
@@ -204,7 +210,7 @@ impl Online {
     }
 
     /// Prints a line now and then, until a signal comes or something is broken beyond repair.
-    fn serve(&self, args: &OnlineArgs, signals: &Signals, started: Instant) -> Result<()> {
+    fn serve(&mut self, args: &OnlineArgs, signals: &Signals, started: Instant) -> Result<()> {
         let mut before = Figures::default();
         let interval = Duration::from_secs(u64::from(args.stats.unwrap_or(1).max(1)));
         let mut next = Instant::now() + interval;
@@ -215,6 +221,7 @@ impl Online {
                 );
             }
             self.check_devices()?;
+            self.say_tls();
             if args.stats.is_some() && Instant::now() >= next {
                 let figures = self.figures();
                 match args.stats_format {
@@ -226,6 +233,20 @@ impl Online {
             next = Instant::now() + interval;
         }
         Ok(())
+    }
+
+    /// Says once of each service whose clients speak TLS that it cannot be replayed.
+    fn say_tls(&mut self) {
+        let snapshot = self.shared.snapshot.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for (index, service) in self.services.iter().enumerate() {
+            if snapshot.tls.get(index) == Some(&true) && self.tls_said.insert(index) {
+                eprintln!(
+                    "online: clients of {} speak TLS, which cannot be replayed: only the production server has the keys. \
+                     These connections are counted (packets_tls) and left out; to replay them, capture behind the TLS endpoint",
+                    online_name(service)
+                );
+            }
+        }
     }
 
     fn figures(&self) -> Figures {

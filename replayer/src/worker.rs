@@ -69,6 +69,8 @@ pub struct Snapshot {
     pub channels: Vec<ClientCounters>,
     /// Which of them are connected.
     pub connected: Vec<bool>,
+    /// For each service, whether a client of it spoke TLS.
+    pub tls: Vec<bool>,
     /// Only in the last one: what was still pending.
     pub pending: Option<Pending>,
 }
@@ -440,5 +442,7 @@ impl Worker {
         snapshot.channels.extend(self.surroundings.channels.iter().map(|channel| *channel.counters()));
         snapshot.connected.clear();
         snapshot.connected.extend(self.surroundings.channels.iter().map(Client::is_connected));
+        snapshot.tls.clear();
+        snapshot.tls.extend(self.engine.tls_seen());
     }
 }
