@@ -339,8 +339,10 @@ impl Engine {
         if !seq_before(end, connection.next_seq) {
             connection.next_seq = end;
         }
-        if connection.ack_advances(segment.ack) {
+        // Not known yet of one that was shed at the data in its SYN.
+        if connection.ack_advances(segment.ack) || !connection.ack_known {
             connection.last_ack = segment.ack;
+            connection.ack_known = true;
         }
         if segment.flags & flags::FIN != 0 {
             connection.end = End::Fin { seq: end, need: 0 };

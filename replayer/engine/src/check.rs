@@ -75,6 +75,12 @@ impl Engine {
         }
         assert_eq!(held, self.store.held_bytes(), "every held segment is in a list");
         assert_eq!(sessions as usize, self.sessions.len(), "every session is in its connection's list");
+        for (number, service) in self.services.iter().enumerate() {
+            let unanswered = (0..self.sessions.high_water())
+                .map(|s| &self.sessions[s])
+                .filter(|session| session.state == State::SynSent && usize::from(session.service) == number);
+            assert_eq!(unanswered.count() as u32, service.unanswered, "SYNs that wait for an answer");
+        }
         assert!(self.dirty.is_empty(), "no session is left over from a batch");
     }
 

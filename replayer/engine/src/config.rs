@@ -57,6 +57,9 @@ pub struct Limits {
     pub held_bytes_per_connection: u32,
     /// Identities of a pool that one worker uses.
     pub identities: usize,
+    /// Sessions of a service whose SYN the target has not answered. A target that answers within a second is asked for so many
+    /// connections a second.
+    pub unanswered_syns: u32,
 }
 
 impl Default for Limits {
@@ -67,6 +70,7 @@ impl Default for Limits {
             held_bytes: 512 << 20,
             held_bytes_per_connection: 64 << 20,
             identities: 1 << 22,
+            unanswered_syns: 1 << 14,
         }
     }
 }

@@ -79,6 +79,8 @@ pub(crate) struct Connection {
     pub(crate) gap_since: Tick,
     /// HTTP/2: responses do not alternate with requests.
     pub(crate) multiplexed: bool,
+    /// It was counted that its address does not fit a target's.
+    pub(crate) family_counted: bool,
 }
 
 impl Connection {
@@ -98,6 +100,7 @@ impl Connection {
             last_ack: 0,
             ack_known: false,
             copies: 0,
+            family_counted: false,
             sessions: 0,
             first_session: NONE,
             head: NONE,

@@ -40,10 +40,21 @@ pub(crate) struct ServiceState {
     /// Refuses or ignores SYNs: one goes out every `DOWN_PROBE`.
     pub(crate) down: bool,
     pub(crate) next_probe: Tick,
+    /// Sessions in SYN-SENT.
+    pub(crate) unanswered: u32,
     /// A client of this service spoke TLS.
     pub(crate) tls: bool,
     /// The first SYN that was not answered yet.
     pub(crate) unanswered_since: Option<Tick>,
+}
+
+impl ServiceState {
+    /// Whether a target that is down may be asked again.
+    pub(crate) fn probe_is_due(&self, now: Tick) -> bool {
+        // Also true when the last one was so long ago that ticks have wrapped.
+        let until_probe = self.next_probe.wrapping_sub(now);
+        until_probe == 0 || until_probe > timing::DOWN_PROBE
+    }
 }
 
 /// What a worker shows of itself besides its counters.
@@ -118,6 +129,7 @@ impl Engine {
                 ip_id: 0,
                 down: false,
                 next_probe: now,
+                unanswered: 0,
                 tls: false,
                 unanswered_since: None,
             })
@@ -269,7 +281,9 @@ impl Engine {
     pub(crate) fn has_all_sessions(&self, c: u32) -> bool {
         let connection = &self.connections[c];
         let (_, source) = self.services_of(&connection.server);
-        let services = self.services.iter().filter(|service| service.online == source).count() as u32;
+        let of_it =
+            |service: &&ServiceState| service.online == source && self.family_fits(connection, service);
+        let services = self.services.iter().filter(of_it).count() as u32;
         let mut open = 0;
         let mut s = connection.first_session;
         while s != NONE {
@@ -277,6 +291,11 @@ impl Engine {
             s = self.sessions[s].next_copy;
         }
         open >= services * u32::from(connection.copies)
+    }
+
+    /// Whether the connection's sessions have a source address for the service's target.
+    fn family_fits(&self, connection: &Connection, service: &ServiceState) -> bool {
+        self.pool.is_some() || is_v4(&connection.client.ip) == is_v4(&service.target.ip)
     }
 
     /// Opens the sessions that the connection wants and does not have; each begins with the byte after `iss`.
@@ -289,9 +308,19 @@ impl Engine {
         out: &mut O,
     ) {
         let wanted = self.connections[c].copies;
+        let mut family_refused = false;
         let (_, source) = self.services_of(&self.connections[c].server);
         for service in 0..self.services.len() as u16 {
             if self.services[usize::from(service)].online != source {
+                continue;
+            }
+            if !self.family_fits(&self.connections[c], &self.services[usize::from(service)]) {
+                // For each copy once, not at every turn.
+                if !self.connections[c].family_counted {
+                    self.counters[Counter::SessionsWanted] += u64::from(wanted);
+                    self.counters[Counter::SessionsRefusedFamily] += u64::from(wanted);
+                }
+                family_refused = true;
                 continue;
             }
             let mut live = 0;
@@ -307,6 +336,7 @@ impl Engine {
                 }
             }
         }
+        self.connections[c].family_counted |= family_refused;
     }
 
     pub(crate) fn open_session<O: Output>(
@@ -322,20 +352,18 @@ impl Engine {
         let now = tick(now_ns);
         let state = &mut self.services[usize::from(service)];
         if state.down {
-            // Also true when the last one was so long ago that ticks have wrapped.
-            let until_probe = state.next_probe.wrapping_sub(now);
-            if until_probe != 0 && until_probe <= timing::DOWN_PROBE {
+            if !state.probe_is_due(now) {
                 self.counters[Counter::SessionsRefusedTargetDown] += 1;
                 return None;
             }
             state.next_probe = now.wrapping_add(timing::DOWN_PROBE);
         }
-        let target = state.target;
-        let connection = self.connections[c];
-        if self.pool.is_none() && is_v4(&connection.client.ip) != is_v4(&target.ip) {
-            self.counters[Counter::SessionsRefusedFamily] += 1;
+        if state.unanswered >= self.config.limits.unanswered_syns {
+            self.counters[Counter::SessionsRefusedUnanswered] += 1;
             return None;
         }
+        let target = state.target;
+        let connection = self.connections[c];
         let Some((pool_index, identity)) = self.choose_identity(now, &connection, &target, copy) else {
             self.counters[Counter::SessionsRefusedPool] += 1;
             return None;
@@ -364,6 +392,7 @@ impl Engine {
         self.counters[Counter::SessionsOpened] += 1;
         let state = &mut self.services[usize::from(service)];
         state.unanswered_since.get_or_insert(now);
+        state.unanswered += 1;
         out.register(service, identity);
         self.send_syn(now_ns, index, out);
         Some(index)
@@ -412,6 +441,9 @@ impl Engine {
     pub(crate) fn end_session<O: Output>(&mut self, now: Tick, s: u32, reason: EndReason, out: &mut O) {
         let session = self.sessions[s];
         debug_assert_ne!(session.state, State::Closed);
+        if session.state == State::SynSent {
+            self.services[usize::from(session.service)].unanswered -= 1;
+        }
         let lost = self.undelivered(&session);
         self.counters[reason.lost_bytes()] += lost;
         self.counters[reason.sessions()] += 1;

@@ -114,6 +114,7 @@ impl Engine {
             return;
         }
         session.state = State::Established;
+        self.services[usize::from(session.service)].unanswered -= 1;
         session.snd_una = record.ack;
         session.rcv_nxt = record.seq.wrapping_add(1);
         session.turn_base = session.rcv_nxt;

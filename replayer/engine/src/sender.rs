@@ -439,6 +439,14 @@ impl Engine {
                 service.down = true;
                 service.next_probe = now;
             }
+            if service.down {
+                // The sessions that wait share the probes: a target that is away gets one SYN in `DOWN_PROBE`, not one from each.
+                if !service.probe_is_due(now) {
+                    session.rto_at = Some(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+                    return;
+                }
+                service.next_probe = now.wrapping_add(timing::DOWN_PROBE);
+            }
             self.send_syn(now_ns, s, out);
             return;
         }

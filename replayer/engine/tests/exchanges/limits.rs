@@ -1,6 +1,6 @@
 //! What is shed when a limit is reached, and that the rest goes on.
 
-use crate::lab::{Lab, S, config};
+use crate::lab::{Lab, MS, S, config, endpoint};
 use replayer_engine::counters::Counter;
 
 #[test]
@@ -91,4 +91,101 @@ fn b020_a_flood_of_syns_is_bounded_and_live_sessions_go_on() {
     lab.pass(70 * S);
     assert_eq!(lab.engine.gauges().connections_live, 1, "a SYN without its ACK is forgotten");
     lab.stop();
+}
+
+/// SYNs among what was sent.
+fn syns(lab: &mut Lab) -> usize {
+    lab.sent().iter().filter(|segment| segment.has(2)).count()
+}
+
+#[test]
+fn b020_a_silent_target_has_a_bounded_number_of_syns_to_answer() {
+    let mut config = config();
+    config.limits.unanswered_syns = 100;
+    let mut lab = Lab::with(config);
+    for port in 0..900 {
+        lab.client.port = 10_000 + port;
+        lab.client("S 0 mss 1460");
+    }
+    assert_eq!(syns(&mut lab), 100);
+    assert_eq!(lab.count(Counter::SessionsRefusedUnanswered), 800);
+    // An answer makes room for one more.
+    lab.client.port = 10_000;
+    lab.target("SA 0 ack 1 mss 1460");
+    for port in 0..2 {
+        lab.client.port = 20_000 + port;
+        lab.client("S 0 mss 1460");
+    }
+    assert_eq!(syns(&mut lab), 1);
+    lab.stop();
+}
+
+#[test]
+fn b037_a_target_that_is_gone_gets_one_syn_in_50_ms_from_all_sessions_together() {
+    let mut lab = Lab::new();
+    for port in 0..500 {
+        lab.client.port = 10_000 + port;
+        lab.client("S 0 mss 1460");
+    }
+    assert_eq!(syns(&mut lab), 500);
+    // After 1 s each asks again; after 3 s the target counts as down.
+    lab.pass(2500 * MS);
+    assert_eq!(syns(&mut lab), 500);
+    lab.pass(S);
+    syns(&mut lab);
+    for second in 0..10 {
+        lab.client.port = 20_000 + second;
+        lab.client("S 0 mss 1460");
+        lab.pass(S);
+        let syns = syns(&mut lab);
+        assert!(syns <= 21, "{syns} SYNs in a second");
+    }
+    // It is back: who still waits gets through within 4 s.
+    let waiting = lab.engine.gauges().sessions_live;
+    assert!(waiting >= 400, "{waiting}");
+    for _ in 0..50 {
+        lab.pass(100 * MS);
+        for segment in lab.sent() {
+            if segment.has(2) {
+                lab.target_to(segment.source, &["SA 0 ack 1 mss 1460"]);
+            }
+        }
+    }
+    lab.sent();
+    assert_eq!(lab.engine.gauges().sessions_live, waiting);
+    lab.pass(30 * S);
+    assert_eq!(syns(&mut lab), 0, "all were answered");
+}
+
+#[test]
+fn b045_a_target_of_another_address_family_is_counted_once_a_connection() {
+    let mut config = config();
+    let mut other = config.services[0];
+    other.target = endpoint("[fd00::1]:8080");
+    config.services.push(other);
+    let mut lab = Lab::with(config);
+    lab.handshake();
+    for turn in 0..10u32 {
+        lab.client(&format!("PA {}+10 ack {}", 1 + turn * 10, 1 + turn * 10));
+        lab.target(&format!("PA {}+10 ack {}", 1 + turn * 10, 11 + turn * 10));
+    }
+    assert_eq!(lab.count(Counter::SessionsRefusedFamily), 1);
+    assert_eq!(lab.count(Counter::SessionsWanted), 2);
+    assert_eq!(lab.count(Counter::TurnsSent), 10);
+}
+
+#[test]
+fn b019_a_connection_whose_fast_open_data_found_no_room_is_joined_at_its_next_turn() {
+    let mut config = config();
+    config.limits.held_bytes_per_connection = 1000;
+    let mut lab = Lab::with(config);
+    lab.client("S 0+1200 mss 1460");
+    assert_eq!(lab.count(Counter::BytesLimit), 1200);
+    lab.wire.take_sent();
+    // The SYN acknowledged nothing; this segment tells how far the client had read.
+    lab.client("PA 1201+10 ack 1");
+    lab.client("PA 1211+10 ack 301");
+    let sent = lab.wire.take_sent();
+    assert_eq!(sent.len(), 1);
+    assert_eq!(lab.text(&sent[0]), "S 1210");
 }

@@ -61,6 +61,7 @@ pub fn config() -> Config {
         held_bytes: 4 << 20,
         held_bytes_per_connection: 1 << 20,
         identities: 1 << 16,
+        unanswered_syns: 1 << 14,
     };
     config
 }
