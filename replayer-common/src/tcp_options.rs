@@ -45,14 +45,12 @@ pub fn parse(mut options: &[u8]) -> TcpOptions {
             (4, []) => found.sack_permitted = true,
             (5, blocks) => {
                 let (blocks, _) = blocks.as_chunks::<8>();
-                for block in blocks.iter().take(4) {
+                for block in blocks {
                     let [a, b, c, d, e, f, g, h] = *block;
-                    found.sack[usize::from(found.sack_count)] =
-                        (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]));
+                    // 40 bytes hold no more than four.
+                    let Some(place) = found.sack.get_mut(usize::from(found.sack_count)) else { break };
+                    *place = (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]));
                     found.sack_count += 1;
-                    if found.sack_count == 4 {
-                        break;
-                    }
                 }
             }
             (8, &[a, b, c, d, e, f, g, h]) => {

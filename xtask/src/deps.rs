@@ -31,10 +31,14 @@ const fn header(package: &'static str, path: &'static str, needed_by: &'static s
 const BUILD: &str = "building replayer (libxdp, which xsk-rs compiles)";
 const LAB: &str = "the lab";
 const BENCH: &str = "instruction counts in benchmarks";
+const FUZZING: &str = "fuzzing (libFuzzer, which libfuzzer-sys compiles)";
 const CLIENTS: &str = "the demo and the tests";
 
 /// What benchmarks need besides.
 pub(crate) const BENCHMARKS: &[Dependency] = &[program("valgrind", "valgrind", BENCH)];
+
+/// What fuzzing needs besides.
+pub(crate) const FUZZERS: &[Dependency] = &[program("g++", "g++", FUZZING)];
 
 /// Everything that builds, lab, demo and tests need.
 pub(crate) const ALL: &[Dependency] = &[

@@ -2,7 +2,7 @@
 //!
 //! - [`deps`]: what the machine must have, installed or named
 //! - [`cargo`]: builds and test binaries; [`privilege`]: root, where a command needs it
-//! - [`ebpf`], [`lab`], [`run`], [`demo`], [`test`], [`simulate`], [`bench`]: the commands
+//! - [`ebpf`], [`lab`], [`run`], [`demo`], [`test`], [`simulate`], [`fuzz`], [`bench`]: the commands
 //!
 //! This program itself needs nothing but Rust: it must not depend on a crate that builds C code, since it installs what
 //! such builds need. Builds run as the user who typed the command; only what works with namespaces runs as root.
@@ -12,6 +12,7 @@ mod cargo;
 mod demo;
 mod deps;
 mod ebpf;
+mod fuzz;
 mod lab;
 mod privilege;
 mod run;
@@ -49,6 +50,8 @@ enum Command {
     Test(test::Arguments),
     /// Simulate lives of the engine with lossy networks and a TCP of somebody else: more seeds, or one of them again.
     Simulate(simulate::Arguments),
+    /// Give hostile bytes to parsers, decoder and engine, for a bounded time.
+    Fuzz(fuzz::Arguments),
     /// Measure: each figure beside what it is compared with in the same run.
     Bench(bench::Arguments),
 }
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Command::Demo(demo) => demo::main(&demo, arguments.prepared),
         Command::Test(test) => test::main(&test),
         Command::Simulate(simulate) => simulate::main(&simulate),
+        Command::Fuzz(fuzz) => fuzz::main(&fuzz),
         Command::Bench(bench) => bench::main(&bench),
     };
     match result {

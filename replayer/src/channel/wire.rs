@@ -225,7 +225,7 @@ pub fn decode(bytes: &[u8]) -> Result<Option<(Message<'_>, usize)>, WireError> {
     if zero != 0 || length > MAX_BODY {
         return Err(WireError::Length);
     }
-    if kind == Kind::Hello && !MAGIC.starts_with(&rest[..rest.len().min(MAGIC.len())]) {
+    if kind == Kind::Hello && !MAGIC.starts_with(&rest[..rest.len().min(length).min(MAGIC.len())]) {
         // Said early: a stranger whose first bytes happen to look like framing is not waited for.
         return Err(WireError::Magic);
     }
