@@ -1,5 +1,6 @@
 //! The command line: what was typed, parsed into types. What it means is decided in the roles' own files.
 
+use crate::placement::{CpuList, Workers};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use replayer_common::addr::{ANY, Endpoint, from_std};
@@ -89,6 +90,15 @@ pub struct OnlineArgs {
     /// How long a hole in a captured stream may stay open, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     pub gap_timeout: f64,
+
+    /// Threads that replay, each with a share of the clients and a TX queue of the output interface: a number, or auto, which is one for
+    /// every two CPUs, or for each of --cpus, as far as there are queues [default: 1, or one for each of --cpus].
+    #[arg(long, value_name = "COUNT|auto")]
+    pub workers: Option<Workers>,
+
+    /// The CPUs that the workers are bound to, one each [default: several workers are bound to the last CPUs, a single one to none].
+    #[arg(long, value_name = "LIST")]
+    pub cpus: Option<CpuList>,
 
     /// The most sessions at once.
     #[arg(long, value_name = "COUNT", default_value_t = 1 << 20)]

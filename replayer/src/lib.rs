@@ -2,6 +2,7 @@
 //!
 //! - [`cli`]: the command line
 //! - [`online`]: the online role: puts the parts together
+//! - [`placement`]: how many workers there are, and where they run
 //! - [`worker`]: the thread that moves packets between mirror, engine, output device and return channels
 //! - [`assistant`]: the assistant role
 //! - [`channel`]: the return channel between them
@@ -25,6 +26,7 @@ pub mod moderation;
 pub mod net;
 pub mod netns;
 pub mod online;
+pub mod placement;
 pub mod privileges;
 pub mod programs;
 pub mod report;

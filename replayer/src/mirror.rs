@@ -42,7 +42,7 @@ const FAR: &str = "far";
 /// (drivers/net/veth.c, `veth_xdp_set`). Also below the data area of a 4096-byte frame.
 pub const MAX_MTU: u32 = 3498;
 
-/// Bytes that the near end's queue holds: half a second at 1 Gbit/s, and a bound on what clones can pin of the host's memory.
+/// Bytes that the near end's queues hold together: half a second at 1 Gbit/s, and a bound on what clones can pin of the host's memory.
 const QUEUE_BYTES: u32 = 64 << 20;
 
 /// Attribute `TCA_OPTIONS` (include/uapi/linux/rtnetlink.h): of a fifo the bare `struct tc_fifo_qopt`, a limit in bytes.
@@ -110,7 +110,8 @@ impl Mirror {
         // From here on dropping the namespace removes the pair.
         silence_ipv6(&mut netlink, &near).map_err(fail("switch IPv6 off on the mirror"))?;
         let near_index = set_up(&mut netlink, &near).map_err(fail("bring the mirror's near end up"))?;
-        add_queue(&mut netlink, near_index).map_err(fail("give the mirror's near end a queue"))?;
+        add_queues(&mut netlink, near_index, queues)
+            .map_err(fail("give the mirror's near end its queueing disciplines"))?;
         namespace
             .run(|| {
                 let mut netlink = Netlink::open::<RouteNetlinkMessage>()?;
@@ -212,15 +213,36 @@ fn create_pair(netlink: &mut Netlink, namespace: &Namespace, mtu: u32, queues: u
     Err(io::Error::from_raw_os_error(libc::EEXIST))
 }
 
-/// A queue in front of the near end, in bytes (net/sched/sch_fifo.c, `bfifo`).
-fn add_queue(netlink: &mut Netlink, index: u32) -> io::Result<()> {
+/// A queue in front of each of the near end's queues, in bytes (net/sched/sch_fifo.c, `bfifo`). Where there are several, `mq` is above
+/// them, so that CPUs which clone into different queues share no lock.
+fn add_queues(netlink: &mut Netlink, index: u32, queues: u32) -> io::Result<()> {
+    let limit = QUEUE_BYTES / queues.max(1);
+    let options = TcAttribute::Other(DefaultNla::new(TCA_OPTIONS, limit.to_ne_bytes().to_vec()));
+    let fifo = vec![TcAttribute::Kind("bfifo".to_owned()), options];
+    if queues <= 1 {
+        return add_discipline(netlink, index, TcHandle::ROOT, TcHandle::UNSPEC, fifo);
+    }
+    let mq = TcHandle { major: 1, minor: 0 };
+    add_discipline(netlink, index, TcHandle::ROOT, mq, vec![TcAttribute::Kind("mq".to_owned())])?;
+    for minor in 1..=u16::try_from(queues).map_err(io::Error::other)? {
+        let parent = TcHandle { minor, ..mq };
+        add_discipline(netlink, index, parent, TcHandle::UNSPEC, fifo.clone())?;
+    }
+    Ok(())
+}
+
+fn add_discipline(
+    netlink: &mut Netlink,
+    index: u32,
+    parent: TcHandle,
+    handle: TcHandle,
+    attributes: Vec<TcAttribute>,
+) -> io::Result<()> {
     let mut message = TcMessage::default();
     message.header.index = i32::try_from(index).map_err(io::Error::other)?;
-    message.header.parent = TcHandle::ROOT;
-    message.attributes = vec![
-        TcAttribute::Kind("bfifo".to_owned()),
-        TcAttribute::Other(DefaultNla::new(TCA_OPTIONS, QUEUE_BYTES.to_ne_bytes().to_vec())),
-    ];
+    message.header.parent = parent;
+    message.header.handle = handle;
+    message.attributes = attributes;
     let flags = NLM_F_CREATE | NLM_F_REPLACE;
     netlink.request(RouteNetlinkMessage::NewQueueDiscipline(message), flags).map(drop)
 }

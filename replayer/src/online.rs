@@ -4,7 +4,7 @@
 //! printed. The order matters twice: nothing is attached to the production interface before everything else stands, and it is the
 //! first thing to go.
 
-use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
+use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig, PortError};
 use crate::channel::client::{Client, ClientConfig};
 use crate::channel::random_instance;
 use crate::channel::wire::Entry;
@@ -13,16 +13,18 @@ use crate::clock;
 use crate::connections::{self, Connection};
 use crate::mirror::Mirror;
 use crate::net::{Device, Monitor, NetError, Network};
+use crate::placement::Placement;
 use crate::privileges;
 use crate::programs::{Program, Programs};
 use crate::report::Figures;
 use crate::signals::Signals;
 use crate::worker::{MAX_CHANNELS, Shared, Snapshot, Worker};
 use anyhow::{Context, Result, bail};
+use core_affinity::CoreId;
 use nix::net::if_::if_nameindex;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use replayer_common::addr::{ANY, Endpoint, is_v4, to_std};
-use replayer_common::hash::sample_threshold;
+use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
 use replayer_common::maps::CaptureConfig;
 use replayer_engine::Engine;
 use replayer_engine::config::{Config, Limits, Service};
@@ -36,9 +38,11 @@ use std::time::{Duration, Instant};
 
 /// How long a next hop may take to tell its address at the start.
 const NEXT_HOP_PATIENCE: Duration = Duration::from_secs(2);
-/// Frames of a worker's port, half of them for captured packets that wait for the worker: 128 MiB. Data that waits for the target is not
-/// held in them.
+/// Frames of all workers' ports together, half of them for captured packets that wait for a worker: 128 MiB. Data that waits for the
+/// target is not held in them.
 const FRAMES: u32 = 65_536;
+/// Frames of a worker's port at least, for its bursts.
+const FRAMES_MIN: u32 = 16_384;
 /// An Ethernet header with two VLAN tags.
 const ETHERNET_HEADER: u32 = 22;
 
@@ -82,11 +86,18 @@ struct Online {
     _monitor: Monitor,
     /// Where it captures and where it sends.
     devices: [Device; 2],
-    shared: Arc<Shared>,
     services: Vec<Service>,
     /// Services whose clients were said to speak TLS.
     tls_said: BTreeSet<usize>,
-    worker: Option<JoinHandle<()>>,
+    workers: Vec<Running>,
+}
+
+/// A worker's thread.
+struct Running {
+    shared: Arc<Shared>,
+    /// `None` once it has been waited for.
+    thread: Option<JoinHandle<()>>,
+    cpu: Option<usize>,
 }
 
 impl Online {
@@ -96,39 +107,33 @@ impl Online {
         let mut network = Network::open()?;
         let output = output_device(&mut network, args, &services)?;
         let capture = capture_device(&mut network, args, &services)?;
-        let channels = connect(args, &services)?;
+        let placement = Placement::choose(args.workers, args.cpus.as_ref())?;
+        let mut channels = connect(args, &services, placement.workers)?;
         let monitor = Monitor::start(
             services.iter().map(|service| to_std(&service.target.ip)).collect(),
             args.output_interface.clone(),
         )?;
 
-        let mirror = Mirror::create(capture.mtu, 1)?;
+        let mirror = Mirror::create(capture.mtu, placement.workers)?;
         let mut programs = Programs::load()?;
         let online: BTreeSet<_> =
             services.iter().map(|service| (service.online.ip, service.online.port)).collect();
         programs.set_services(&online)?;
         let threshold = sample_threshold(args.sample.0);
+        let capture_mode = programs.attach_capture(&mirror)?;
+        let ports = open_ports(&placement, &mirror, &capture, &output)?;
+        let workers = ports.len() as u32;
+        channels.truncate(ports.len());
+        for port in &ports {
+            let (queue, socket) =
+                port.rx_queue().zip(port.rx_fd()).context("the port has no capture side")?;
+            programs.set_socket(queue, socket)?;
+        }
         programs.set_capture(CaptureConfig {
             sample_threshold: threshold,
             mirror_ifindex: mirror.near_index(),
-            shards: 1,
+            shards: workers,
         })?;
-        let capture_mode = programs.attach_capture(&mirror)?;
-        let frame_size =
-            if capture.mtu.max(output.mtu) + ETHERNET_HEADER <= 2048 - 256 { 2048 } else { 4096 };
-        let port = Port::open(&PortConfig {
-            frames: FRAMES,
-            frame_size,
-            rx: Some(PortEndpoint::new(mirror.far(), 0).within(mirror.namespace().clone())),
-            tx: Some(PortEndpoint {
-                device: output.name.clone(),
-                queues: 0..output.tx_queues.max(1),
-                namespace: None,
-            }),
-            zero_copy: false,
-        })?;
-        let (queue, socket) = port.rx_queue().zip(port.rx_fd()).context("the port has no capture side")?;
-        programs.set_socket(queue, socket)?;
 
         let mut config = Config::new(services.clone());
         config.copies_millionths = args.copies.0;
@@ -138,22 +143,31 @@ impl Online {
         config.new_connections_only = args.new_connections_only;
         config.hold_limit_ns = seconds(args.hold_limit, "--hold-limit")?;
         config.gap_timeout_ns = seconds(args.gap_timeout, "--gap-timeout")?;
-        config.seed = random_instance();
-        config.frame_room = port.area() as u16;
+        config.workers = workers;
+        let sessions = args.max_sessions.div_ceil(ports.len());
         config.limits = Limits {
-            sessions: args.max_sessions,
-            connections: args.max_sessions,
-            held_bytes: args.max_held << 20,
+            sessions,
+            connections: sessions,
+            held_bytes: (args.max_held << 20).div_ceil(ports.len()),
             ..Limits::default()
         };
-        let port_mode = port.mode().to_owned();
-        let shared = Arc::new(Shared {
-            snapshot: Mutex::new(Snapshot::default()),
-            stop: AtomicBool::new(false),
-            wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).context("eventfd")?,
-        });
-        let engine = Engine::new(config, clock::now());
-        let mut worker = Worker::new(engine, port, channels, monitor.watch(), shared.clone());
+        let port_modes: Vec<String> = ports.iter().map(|port| port.mode().to_owned()).collect();
+        let mut made = Vec::new();
+        for (number, (port, channels)) in ports.into_iter().zip(channels).enumerate() {
+            let mut config = config.clone();
+            config.worker = number as u32;
+            config.seed = random_instance();
+            config.frame_room = port.area() as u16;
+            let shared = Arc::new(Shared {
+                snapshot: Mutex::new(Snapshot::default()),
+                stop: AtomicBool::new(false),
+                wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
+                    .context("eventfd")?,
+            });
+            let engine = Engine::new(config, clock::now());
+            let worker = Worker::new(engine, port, channels, monitor.watch(), shared.clone());
+            made.push((worker, shared));
+        }
 
         // Everything stands: now the production interface. What its open connections are at is looked up before and after.
         let ports: BTreeSet<u16> = services.iter().map(|service| service.online.port).collect();
@@ -162,19 +176,33 @@ impl Online {
         let mirror_mode = programs.attach_mirror(&capture.name)?;
         let later = open_connections(args, &ports);
         let (quiet, others) = between_turns(&earlier, &later);
-        worker.join(&quiet, &others);
-        let worker = std::thread::Builder::new()
-            .name("worker 0".into())
-            .spawn(move || worker.run())
-            .context("start a thread")?;
+        let mut online = Online {
+            programs,
+            verdicts: Value::Null,
+            mirror,
+            _monitor: monitor,
+            devices: [capture, output],
+            services,
+            tls_said: BTreeSet::new(),
+            workers: Vec::new(),
+        };
+        for (number, (mut worker, shared)) in (0..).zip(made) {
+            worker.join(&of_worker(number, workers, &quiet), &of_worker(number, workers, &others));
+            online.workers.push(Running::start(number, placement.cpu(number), worker, shared)?);
+        }
 
+        let [capture, output] = &online.devices;
         eprintln!(
-            "online: capturing on {} ({mirror_mode}), mirror {} ({capture_mode}), sending on {}: {port_mode}",
+            "online: capturing on {} ({mirror_mode}), mirror {} ({capture_mode}), sending on {}",
             capture.name,
-            mirror.near(),
+            online.mirror.near(),
             output.name
         );
-        for service in &services {
+        for (number, (mode, worker)) in port_modes.iter().zip(&online.workers).enumerate() {
+            let cpu = worker.cpu.map_or_else(String::new, |cpu| format!(" on CPU {cpu}"));
+            eprintln!("online: worker {number}{cpu}: {mode}");
+        }
+        for service in &online.services {
             eprintln!("online: {} is copied to {}", online_name(service), service.target);
         }
         if !later.is_empty() {
@@ -185,17 +213,7 @@ impl Online {
             );
         }
         eprintln!("online ready: stop with SIGTERM or Ctrl-C");
-        Ok(Online {
-            programs,
-            verdicts: Value::Null,
-            mirror,
-            _monitor: monitor,
-            devices: [capture, output],
-            shared,
-            services,
-            tls_said: BTreeSet::new(),
-            worker: Some(worker),
-        })
+        Ok(online)
     }
 
     /// A device that is down may come up again; one that is gone took programs and sockets along.
@@ -215,10 +233,8 @@ impl Online {
         let interval = Duration::from_secs(u64::from(args.stats.unwrap_or(1).max(1)));
         let mut next = Instant::now() + interval;
         while !signals.wait_until(next)? {
-            if self.worker.as_ref().is_none_or(JoinHandle::is_finished) {
-                bail!(
-                    "the worker died; this is a bug of the replayer, please report it with the lines above"
-                );
+            if self.workers.iter().any(|worker| worker.thread.as_ref().is_none_or(JoinHandle::is_finished)) {
+                bail!("a worker died; this is a bug of the replayer, please report it with the lines above");
             }
             self.check_devices()?;
             self.say_tls();
@@ -237,9 +253,15 @@ impl Online {
 
     /// Says once of each service whose clients speak TLS that it cannot be replayed.
     fn say_tls(&mut self) {
-        let snapshot = self.shared.snapshot.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let is_tls = |index| {
+            self.workers.iter().any(|worker| {
+                let snapshot =
+                    worker.shared.snapshot.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                snapshot.tls.get(index) == Some(&true)
+            })
+        };
         for (index, service) in self.services.iter().enumerate() {
-            if snapshot.tls.get(index) == Some(&true) && self.tls_said.insert(index) {
+            if is_tls(index) && self.tls_said.insert(index) {
                 eprintln!(
                     "online: clients of {} speak TLS, which cannot be replayed: only the production server has the keys. \
                      These connections are counted (packets_tls) and left out; to replay them, capture behind the TLS endpoint",
@@ -251,23 +273,30 @@ impl Online {
 
     fn figures(&self) -> Figures {
         let mut figures = Figures::default();
-        let mut snapshot = self.shared.snapshot.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        figures.add(&snapshot);
-        snapshot.lag_us = 0;
+        for worker in &self.workers {
+            let mut snapshot =
+                worker.shared.snapshot.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            figures.add(&snapshot, worker.cpu);
+            snapshot.lag_us = 0;
+        }
         figures
     }
 
-    /// Detaches from the production interface, lets the worker end its sessions, and waits for it.
+    /// Detaches from the production interface, lets the workers end their sessions, and waits for them.
     fn stop(&mut self) {
         self.programs.detach_mirror();
         self.verdicts = self.read_verdicts();
-        self.shared.stop.store(true, Ordering::Release);
-        // A full counter wakes the worker just as well.
-        let _ = self.shared.wake.write(1);
-        if let Some(worker) = self.worker.take()
-            && worker.join().is_err()
-        {
-            eprintln!("online: the worker died while stopping; some sessions may be open at the target");
+        for worker in &self.workers {
+            worker.shared.stop.store(true, Ordering::Release);
+            // A full counter wakes the worker just as well.
+            let _ = worker.shared.wake.write(1);
+        }
+        for worker in &mut self.workers {
+            if let Some(thread) = worker.thread.take()
+                && thread.join().is_err()
+            {
+                eprintln!("online: a worker died while stopping; some sessions may be open at the target");
+            }
         }
     }
 
@@ -310,10 +339,74 @@ impl Online {
 impl Drop for Online {
     fn drop(&mut self) {
         // After an error: nothing stays attached, no thread stays behind.
-        if self.worker.is_some() {
+        if self.workers.iter().any(|worker| worker.thread.is_some()) {
             self.stop();
         }
     }
+}
+
+impl Running {
+    /// Starts a worker's thread, on its CPU if it has one.
+    fn start(number: u32, cpu: Option<CoreId>, worker: Worker, shared: Arc<Shared>) -> Result<Running> {
+        let thread = std::thread::Builder::new()
+            .name(format!("worker {number}"))
+            .spawn(move || {
+                // The CPU is one that this process may use; it can only have been taken away since.
+                if let Some(cpu) = cpu.filter(|&cpu| !core_affinity::set_for_current(cpu)) {
+                    log::warn!("worker {number} could not be bound to CPU {} and runs anywhere", cpu.id);
+                }
+                worker.run();
+            })
+            .context("start a thread")?;
+        Ok(Running { shared, thread: Some(thread), cpu: cpu.map(|cpu| cpu.id) })
+    }
+}
+
+/// A port for each worker: its queue of the mirror, and a TX queue of the output device.
+fn open_ports(
+    placement: &Placement,
+    mirror: &Mirror,
+    capture: &Device,
+    output: &Device,
+) -> Result<Vec<Port>> {
+    let wanted = placement.workers;
+    let frame_size = if capture.mtu.max(output.mtu) + ETHERNET_HEADER <= 2048 - 256 { 2048 } else { 4096 };
+    let mut ports = Vec::new();
+    for worker in 0..wanted {
+        let port = Port::open(&PortConfig {
+            frames: (FRAMES / wanted.next_power_of_two()).max(FRAMES_MIN),
+            frame_size,
+            rx: Some(PortEndpoint::new(mirror.far(), worker).within(mirror.namespace().clone())),
+            tx: Some(PortEndpoint {
+                device: output.name.clone(),
+                queues: 0..output.tx_queues.max(1),
+                namespace: None,
+            }),
+            zero_copy: false,
+        });
+        match port {
+            Ok(port) => ports.push(port),
+            Err(PortError::Busy { device, .. } | PortError::NoQueue { device, .. })
+                if device == output.name && worker > 0 =>
+            {
+                let name = &output.name;
+                let remedy = format!(
+                    "each worker needs a TX queue of its own; `ethtool -L {name} combined {wanted}` gives {name} more where it can (a veth: `ethtool -L {name} rx {wanted} tx {wanted}`)"
+                );
+                if !placement.fewer_will_do {
+                    bail!(
+                        "--workers {wanted}: {name} has free TX queues for {worker} of them; {remedy}, or use fewer workers"
+                    );
+                }
+                eprintln!(
+                    "online: {worker} workers instead of {wanted}, one for each free TX queue of {name}; {remedy}"
+                );
+                break;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(ports)
 }
 
 fn online_name(service: &Service) -> String {
@@ -403,8 +496,8 @@ fn capture_device(network: &mut Network, args: &OnlineArgs, services: &[Service]
     Ok(device)
 }
 
-/// Connects to every assistant; the role does not start without them.
-fn connect(args: &OnlineArgs, services: &[Service]) -> Result<Vec<Client>> {
+/// Connects each worker to every assistant; the role does not start without them.
+fn connect(args: &OnlineArgs, services: &[Service], workers: u32) -> Result<Vec<Vec<Client>>> {
     let instance = random_instance();
     let entries: Vec<Entry> = services
         .iter()
@@ -412,24 +505,30 @@ fn connect(args: &OnlineArgs, services: &[Service]) -> Result<Vec<Client>> {
         .map(|(number, service)| Entry { service: number as u16, endpoint: service.target })
         .collect();
     let mut addresses: Vec<SocketAddr> = Vec::new();
-    let mut channels = Vec::new();
     for text in &args.assistants {
         let assistant = assistant_address(text, args.assistant_port)?;
         if addresses.contains(&assistant) {
             bail!("-s names {assistant} twice");
         }
         addresses.push(assistant);
-        let mut channel = Client::new(ClientConfig {
-            assistant,
-            key: args.key.clone().into_bytes(),
-            instance,
-            worker: 0,
-            services: entries.clone(),
-        })?;
-        channel.wait_until_up(clock::now)?;
-        channels.push(channel);
     }
-    Ok(channels)
+    let mut all = Vec::new();
+    for worker in 0..workers {
+        let mut channels = Vec::new();
+        for &assistant in &addresses {
+            let mut channel = Client::new(ClientConfig {
+                assistant,
+                key: args.key.clone().into_bytes(),
+                instance,
+                worker: worker as u16,
+                services: entries.clone(),
+            })?;
+            channel.wait_until_up(clock::now)?;
+            channels.push(channel);
+        }
+        all.push(channels);
+    }
+    Ok(all)
 }
 
 fn open_connections(args: &OnlineArgs, ports: &[u16]) -> Vec<Connection> {
@@ -445,6 +544,12 @@ fn open_connections(args: &OnlineArgs, ports: &[u16]) -> Vec<Connection> {
 }
 
 type Pairs = Vec<(Endpoint, Endpoint)>;
+
+/// Those of the connections whose packets capture gives to a worker.
+fn of_worker(worker: u32, workers: u32, connections: &Pairs) -> Pairs {
+    let is_its = |client: &Endpoint| flow_hash(FLOW_SEED, &client.ip, client.port) % workers == worker;
+    connections.iter().filter(|(client, _)| is_its(client)).copied().collect()
+}
 
 /// The connections whose next data starts a turn. The first have received nothing between the two looks, so whatever is captured of
 /// them is that next data. Of the others something arrived meanwhile, which may be the end of a request: what is captured of

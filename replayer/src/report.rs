@@ -5,6 +5,7 @@ use crate::channel::client::ClientCounters;
 use crate::worker::Snapshot;
 use replayer_engine::counters::{Counter, Counters, Pending};
 use replayer_engine::histogram::Histogram;
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
 
@@ -23,14 +24,28 @@ pub struct Figures {
     target_response: Histogram,
     port: PortCounters,
     sockets: Statistics,
+    /// One for each worker and assistant.
     channels: Vec<ClientCounters>,
+    /// By assistant: whether every worker is connected to it.
     connected: Vec<bool>,
     pending: Option<Pending>,
+    workers: Vec<Share>,
+}
+
+/// What one worker did.
+#[derive(Clone, Debug, Serialize)]
+struct Share {
+    /// The CPU that it is bound to.
+    cpu: Option<usize>,
+    packets_captured: u64,
+    sessions_opened: u64,
+    turns_sent: u64,
+    packets_transmitted: u64,
 }
 
 impl Figures {
-    /// Adds a worker's figures.
-    pub fn add(&mut self, worker: &Snapshot) {
+    /// Adds the figures of a worker, which is bound to `cpu` or to none.
+    pub fn add(&mut self, worker: &Snapshot, cpu: Option<usize>) {
         self.counters.add(&worker.counters);
         self.sessions_live += worker.gauges.sessions_live;
         self.held_bytes += worker.gauges.held_bytes;
@@ -57,7 +72,17 @@ impl Figures {
             mine.tx_ring_empty += theirs.tx_ring_empty;
         }
         self.channels.extend(&worker.channels);
-        self.connected.extend(&worker.connected);
+        self.connected.resize(self.connected.len().max(worker.connected.len()), true);
+        for (all, one) in self.connected.iter_mut().zip(&worker.connected) {
+            *all &= one;
+        }
+        self.workers.push(Share {
+            cpu,
+            packets_captured: worker.counters[Counter::PacketsCaptured],
+            sessions_opened: worker.counters[Counter::SessionsOpened],
+            turns_sent: worker.counters[Counter::TurnsSent],
+            packets_transmitted: worker.port.transmitted,
+        });
         if let Some(theirs) = worker.pending {
             let mine = self.pending.get_or_insert_default();
             mine.sessions += theirs.sessions;
@@ -154,6 +179,7 @@ impl Figures {
                 "transmit_socket": socket(&self.sockets.tx),
             },
             "return_channels": self.channels,
+            "workers": self.workers,
         })
     }
 

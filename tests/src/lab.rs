@@ -64,6 +64,13 @@ pub struct Plan {
     /// the CPU time of a process is its own: for measuring it. Like a NIC, their `eth0` then has a ring that can be full and a queueing discipline.
     #[serde(default)]
     pub receive_threads: bool,
+    /// Transmit and receive queues of an online host's NIC.
+    #[serde(default = "one")]
+    pub online_queues: u8,
+}
+
+fn one() -> u8 {
+    1
 }
 
 impl Default for Plan {
@@ -77,6 +84,7 @@ impl Default for Plan {
             mtu: 1500,
             offloads: true,
             receive_threads: false,
+            online_queues: 1,
         }
     }
 }
@@ -285,8 +293,10 @@ impl Lab {
             let name = host_name(role, number);
             let namespace = Namespace::create(&namespace_name(id, &name))?;
             tune(&namespace)?;
+            let queues = if role == Role::Online { plan.online_queues.max(1) } else { 1 };
             cables += &format!(
-                "link add {name} mtu {mtu} type veth peer name {NIC} mtu {mtu} address {mac} netns {peer}\n\
+                "link add {name} mtu {mtu} numtxqueues {queues} numrxqueues {queues} type veth \
+                 peer name {NIC} mtu {mtu} numtxqueues {queues} numrxqueues {queues} address {mac} netns {peer}\n\
                  link set {name} master br0 up\n",
                 mtu = plan.mtu,
                 mac = mac(role, number),

@@ -37,10 +37,25 @@ pub struct Report {
     pub counters: BTreeMap<String, u64>,
     /// Sums that must be equal.
     pub accounting: Vec<Identity>,
+    /// By worker.
+    pub workers: Vec<Share>,
     /// From a request's transmission to the first byte of the target's response.
     pub target_response_us: Percentiles,
     /// From a packet's capture to its first transmission.
     pub capture_to_transmit_us: Percentiles,
+}
+
+/// What one worker did.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Share {
+    /// The CPU that it was bound to, if any.
+    pub cpu: Option<usize>,
+    /// Packets that it got from the mirror.
+    pub packets_captured: u64,
+    /// Sessions that it opened.
+    pub sessions_opened: u64,
+    /// Packets that left by its queue.
+    pub packets_transmitted: u64,
 }
 
 /// Two sums of counters, each with what the other must come to.

@@ -44,6 +44,9 @@ enum Command {
         /// online role is its own: for measuring it.
         #[arg(long)]
         receive_threads: bool,
+        /// Queues of the online host's NIC: one for each worker of the online role.
+        #[arg(long, default_value_t = 1)]
+        online_queues: u8,
     },
     /// Take it down, with everything that runs in it.
     Down,
@@ -61,10 +64,17 @@ enum Command {
 
 pub(crate) fn main(arguments: &Arguments, prepared: bool) -> Result<()> {
     match &arguments.command {
-        &Command::Up { clients, client_addresses, mtu, no_offloads, receive_threads } => {
+        &Command::Up { clients, client_addresses, mtu, no_offloads, receive_threads, online_queues } => {
             prepare(prepared)?;
-            let offloads = !no_offloads;
-            let plan = Plan { clients, client_addresses, mtu, offloads, receive_threads, ..Plan::default() };
+            let plan = Plan {
+                clients,
+                client_addresses,
+                mtu,
+                offloads: !no_offloads,
+                receive_threads,
+                online_queues,
+                ..Plan::default()
+            };
             print_hosts(&up(plan)?);
             println!(
                 "\n`cargo xtask lab shell HOST` opens a shell there, `cargo xtask lab down` takes all down."

@@ -148,7 +148,7 @@ impl Engine {
             store: Store::new(limits.held_bytes),
             wheel: Wheel::new(limits.sessions + limits.connections, now),
             pool,
-            copies: Copies::new(config.copies_millionths),
+            copies: Copies::new(config.copies_millionths, config.worker, config.workers),
             ports: Ports::new(config.seed),
             dirty: Vec::with_capacity(4 * BATCH),
             parsed: Vec::with_capacity(BATCH),

@@ -106,8 +106,9 @@ pub(crate) struct Copies {
 }
 
 impl Copies {
-    pub(crate) fn new(millionths: u64) -> Copies {
-        Copies { rate: millionths, carried: 0 }
+    /// Each worker rounds at another time, so that all of them together are exact too.
+    pub(crate) fn new(millionths: u64, worker: u32, workers: u32) -> Copies {
+        Copies { rate: millionths, carried: u64::from(worker) * 1_000_000 / u64::from(workers.max(1)) }
     }
 
     /// The copies of the next connection.
@@ -174,9 +175,15 @@ mod tests {
 
     #[test]
     fn b041_fractional_copies_are_exact_over_time() {
-        let mut copies = Copies::new(2_500_000);
+        let mut copies = Copies::new(2_500_000, 0, 1);
         assert_eq!((0..1000).map(|_| u32::from(copies.next())).sum::<u32>(), 2500);
-        let mut copies = Copies::new(10_000);
+        let mut copies = Copies::new(10_000, 0, 1);
         assert_eq!((0..1000).map(|_| u32::from(copies.next())).sum::<u32>(), 10);
+        // Four workers with a few connections each, which are hundred in all.
+        let few = |worker| {
+            let mut copies = Copies::new(10_000, worker, 4);
+            (0..25).map(|_| u32::from(copies.next())).sum::<u32>()
+        };
+        assert_eq!((0..4).map(few).sum::<u32>(), 1);
     }
 }
