@@ -138,6 +138,8 @@ pub(crate) mod timing {
     /// Bounds of the quiet time after which a response counts as ended.
     pub(crate) const QUIET_MIN_US: u32 = 1_000;
     pub(crate) const QUIET_MAX_US: u32 = 50_000;
+    /// How long a narrower path that was found is believed in (RFC 4821 section 7.5 and RFC 8201 section 4: 10 minutes).
+    pub(crate) const PATH_MTU_AGE: u32 = ticks(600_000 * MS);
     /// How long the end of a session is remembered by its registration; shorter than the quarantine.
     pub(crate) const LINGER: u32 = ticks(1_500 * MS);
     /// On stop: sessions may finish closing for so long, then they are reset.

@@ -42,6 +42,10 @@ pub(crate) struct ServiceState {
     pub(crate) next_probe: Tick,
     /// Sessions in SYN-SENT.
     pub(crate) unanswered: u32,
+    /// When the target last sent anything.
+    pub(crate) heard_at: Tick,
+    /// An MTU that was found to be the path's, and when.
+    pub(crate) narrow_path: Option<(u16, Tick)>,
     /// A client of this service spoke TLS.
     pub(crate) tls: bool,
     /// The first SYN that was not answered yet.
@@ -130,6 +134,8 @@ impl Engine {
                 down: false,
                 next_probe: now,
                 unanswered: 0,
+                heard_at: now,
+                narrow_path: None,
                 tls: false,
                 unanswered_since: None,
             })

@@ -13,6 +13,7 @@
 //! - `receiver`: what a target's segments do
 //! - [`counters`], [`histogram`]: where everything ends
 //! - `identity`: source addresses and ports
+//! - `path`: the path's MTU where nobody tells it
 //! - `protocol`: what a stream's first bytes say of it
 //! - `store`: client data that is held
 //! - `timer`, `table`, `slab`: mechanism
@@ -35,6 +36,7 @@ mod engine;
 pub mod histogram;
 mod identity;
 pub mod output;
+mod path;
 mod protocol;
 mod receiver;
 mod sender;

@@ -78,6 +78,7 @@ impl Engine {
         };
         let service = &mut self.services[usize::from(record.service)];
         service.unanswered_since = None;
+        service.heard_at = tick(now_ns);
         if record.flags & flags::RST == 0 {
             service.down = false;
         }
@@ -137,7 +138,7 @@ impl Engine {
         session.rto_at = None;
         session.ack_now = true;
         let mss = if record.has(present::MSS) { record.mss } else { 536 };
-        self.begin_sending(s, mss);
+        self.begin_sending(tick(now_ns), s, mss);
     }
 
     fn on_segment<O: Output>(&mut self, now_ns: u64, s: u32, record: &ResponseHeader, out: &mut O) {
@@ -285,6 +286,10 @@ impl Engine {
         session.snd_wnd = window;
         session.dup_acks = 0;
         session.tries = 0;
+        if session.narrowed_to != 0 {
+            self.narrower_path_found(now, s);
+        }
+        let session = &mut self.sessions[s];
         if seq_before(session.snd_nxt, ack) {
             session.snd_nxt = ack;
         }

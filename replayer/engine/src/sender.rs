@@ -5,7 +5,7 @@ use crate::connection::End;
 use crate::counters::{Counter, EndReason};
 use crate::engine::Engine;
 use crate::output::{InHand, Output};
-use crate::session::{Gate, State, seq_before};
+use crate::session::{Gate, MIN_MSS, State, seq_before};
 use crate::slab::NONE;
 use crate::timer::{tick, ticks};
 use crate::wire::{Header, MAX_HEADER, SynOptions, payload_limit};
@@ -16,15 +16,12 @@ use replayer_common::response::{ResponseHeader, present};
 /// Initial congestion window, segments (RFC 6928).
 const INITIAL_WINDOW: u32 = 10;
 
-/// No MSS is believed to be smaller: Linux's `TCP_MIN_SND_MSS`.
-const MIN_MSS: u16 = 48;
-
 /// The window field of every segment: with the client's scale it never closes, for nothing is stored of a response.
 pub(crate) const WINDOW: u16 = u16::MAX;
 
 /// Bytes of a stored segment.
 #[derive(Clone, Copy)]
-struct Piece {
+pub(crate) struct Piece {
     segment: u32,
     offset: u32,
     len: u32,
@@ -90,7 +87,7 @@ impl Engine {
 
     /// Writes a segment and gives it to the output. With `in_hand`, a captured frame that holds just these bytes is rewritten in
     /// place; otherwise the bytes are copied from the store into a free frame.
-    fn send<O: Output>(
+    pub(crate) fn send<O: Output>(
         &mut self,
         now_ns: u64,
         s: u32,
@@ -220,10 +217,10 @@ impl Engine {
     }
 
     /// The handshake is done: sizes and windows are known.
-    pub(crate) fn begin_sending(&mut self, s: u32, target_mss: u16) {
+    pub(crate) fn begin_sending(&mut self, now: crate::timer::Tick, s: u32, target_mss: u16) {
+        let mtu = self.path_mtu(self.sessions[s].service, now).min(self.config.frame_room.saturating_sub(22));
         let session = &mut self.sessions[s];
         let service = &self.services[usize::from(session.service)];
-        let mtu = service.link.map_or(1500, |link| link.mtu).min(self.config.frame_room.saturating_sub(22));
         // RFC 6691: the MSS option does not count options, so what they take is taken off here.
         let options = if session.timestamps { 12 } else { 0 };
         session.mss = payload_limit(mtu, &service.target, session.timestamps)
@@ -474,6 +471,7 @@ impl Engine {
             if session.snd_wnd == 0 && session.una_segment != NONE {
                 self.send_window_probe(now_ns, s, out);
             } else {
+                self.suspect_path(now_ns, s, out);
                 self.output(now_ns, s, out, &mut None);
             }
             return;

@@ -35,6 +35,9 @@ impl State {
     }
 }
 
+/// No MSS is believed to be smaller: Linux's `TCP_MIN_SND_MSS`.
+pub(crate) const MIN_MSS: u16 = 48;
+
 /// Sequence number comparison (RFC 9293 section 3.4).
 #[inline]
 pub(crate) fn seq_before(a: u32, b: u32) -> bool {
@@ -180,6 +183,8 @@ pub(crate) struct Session {
     pub(crate) marks: Marks,
     /// The shortest round trip measured.
     pub(crate) rtt_min_us: u32,
+    /// The path's MTU that is being tried, and not acknowledged yet; else 0.
+    pub(crate) narrowed_to: u16,
     pub(crate) ssthresh: u32,
     pub(crate) recover: u32,
     pub(crate) iss: u32,
@@ -207,15 +212,20 @@ impl Session {
 
     /// The retransmission timeout with its backoff, microseconds.
     pub(crate) fn rto_us(&self) -> u32 {
+        self.rto_us_after(self.tries)
+    }
+
+    /// The same after so many timeouts.
+    pub(crate) fn rto_us_after(&self, tries: u8) -> u32 {
         if self.state == State::SynSent {
-            return (timing::SYN_TIMEOUT_US << self.tries.min(timing::SYN_TRIES)).min(timing::BACKOFF_MAX_US);
+            return (timing::SYN_TIMEOUT_US << tries.min(timing::SYN_TRIES)).min(timing::BACKOFF_MAX_US);
         }
         let base = if self.srtt_us == 0 {
             timing::SYN_TIMEOUT_US
         } else {
             (self.srtt_us + (4 * self.rttvar_us).max(1000)).clamp(timing::RTO_MIN_US, timing::RTO_MAX_US)
         };
-        base.saturating_mul(1 << self.tries.min(6)).min(base.max(timing::BACKOFF_MAX_US))
+        base.saturating_mul(1 << tries.min(6)).min(base.max(timing::BACKOFF_MAX_US))
     }
 
     /// Takes a round-trip time into the estimate (RFC 6298 section 2).
@@ -374,6 +384,7 @@ impl Session {
             srtt_us: 0,
             rttvar_us: 0,
             rtt_min_us: 0,
+            narrowed_to: 0,
             timing: false,
             timed_seq: 0,
             timed_at_us: 0,

@@ -369,3 +369,68 @@ fn targets_with_impossible_options_get_small_segments() {
     lab.client("PA 1+1000 ack 1");
     assert!(lab.sent().iter().all(|segment| segment.payload.len() <= 340));
 }
+
+/// What a path lets through and a target that acknowledges it all do; returns whether everything came.
+fn through_a_path_of(lab: &mut Lab, payload: usize, upto: u32, limit_ms: u64) -> bool {
+    let mut next = 1u32;
+    for _ in 0..limit_ms {
+        for segment in lab.sent() {
+            let at = segment.seq.wrapping_sub(lab.isns.client);
+            if segment.payload.len() <= payload && !segment.has(2) {
+                if at == next {
+                    next += segment.payload.len() as u32;
+                }
+                if !segment.payload.is_empty() || at.wrapping_sub(next) as i32 == -1 {
+                    lab.target(&format!("A 1 ack {next}"));
+                }
+            }
+        }
+        if next == upto {
+            return true;
+        }
+        lab.pass(MS);
+    }
+    false
+}
+
+#[test]
+fn b038_a_path_that_narrowed_without_a_word_is_found() {
+    for path in [1400, 700] {
+        let mut lab = established(60_000, 1460);
+        for i in 0..5 {
+            lab.client(&format!("A {}+1460 ack 1", 1 + i * 1460));
+        }
+        assert!(through_a_path_of(&mut lab, path - 40, 7301, 8000), "a path of {path}");
+        // The next session knows; nothing is lost.
+        lab.client.port += 1;
+        lab.client("S 0 mss 1460");
+        lab.target("SA 0 ack 1 mss 1460 win 60000");
+        lab.client("A 1+1460 ack 1");
+        let before = lab.count(Counter::SegmentsRetransmitted);
+        assert!(through_a_path_of(&mut lab, path - 40, 1461, 100));
+        assert_eq!(lab.count(Counter::SegmentsRetransmitted), before);
+        // After ten minutes it may have become wider again.
+        lab.pass(601 * S);
+        lab.sent();
+        lab.client.port += 1;
+        lab.client("S 0 mss 1460");
+        lab.target("SA 0 ack 1 mss 1460 win 60000");
+        lab.client("A 1+1460 ack 1");
+        let sent = lab.sent();
+        assert_eq!(lab.text(sent.last().unwrap()), "A 1+1460 ack 1");
+    }
+}
+
+#[test]
+fn b038_a_target_that_is_away_does_not_make_the_path_narrow() {
+    let mut lab = established(60_000, 1460);
+    lab.client("A 1+1460 ack 1");
+    lab.pass(10 * S);
+    lab.sent();
+    lab.pass(4 * S);
+    let sent = lab.sent();
+    assert!(sent.iter().any(|segment| segment.payload.len() == 1460), "{sent:?}");
+    lab.target("A 1 ack 1461");
+    lab.client("A 1461+1460 ack 1");
+    lab.expect(&["A 1461+1460 ack 1"]);
+}
