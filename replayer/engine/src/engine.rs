@@ -13,6 +13,7 @@ use crate::counters::{Counter, Counters, EndReason, Pending};
 use crate::histogram::Histogram;
 use crate::identity::{Copies, Pool, Ports};
 use crate::output::Output;
+use crate::sack::{Board, MAX_BOARDS};
 use crate::session::{Session, State};
 use crate::slab::{NONE, Slab};
 use crate::store::Store;
@@ -104,6 +105,7 @@ pub struct Engine {
     pub(crate) by_identity: Table,
     pub(crate) store: Store,
     pub(crate) wheel: Wheel,
+    pub(crate) boards: Slab<Board>,
     pool: Option<Pool>,
     copies: Copies,
     ports: Ports,
@@ -153,6 +155,7 @@ impl Engine {
             by_identity: Table::new(limits.sessions),
             store: Store::new(limits.held_bytes),
             wheel: Wheel::new(limits.sessions + limits.connections, now),
+            boards: Slab::new(limits.sessions.min(MAX_BOARDS)),
             pool,
             copies: Copies::new(config.copies_millionths, config.worker, config.workers),
             ports: Ports::new(config.seed),
@@ -460,6 +463,7 @@ impl Engine {
         }
         self.linger(now, session.service, session.identity, out);
         self.wheel.cancel(s);
+        self.forget_sack(s);
         let entry = &mut self.sessions[s];
         entry.state = State::Closed;
         entry.dirty = false;

@@ -10,6 +10,7 @@
 //! - `connection`: a client connection as it was captured
 //! - `session`: a connection replayed to a target; the turn gate
 //! - `sender`: what a session sends, and sends again
+//! - `sack`: what a target has beyond its acknowledgment
 //! - `receiver`: what a target's segments do
 //! - [`counters`], [`histogram`]: where everything ends
 //! - `identity`: source addresses and ports
@@ -39,6 +40,7 @@ pub mod output;
 mod path;
 mod protocol;
 mod receiver;
+mod sack;
 mod sender;
 mod session;
 mod slab;

@@ -264,16 +264,23 @@ impl Engine {
                 return;
             }
             session.dup_acks = session.dup_acks.saturating_add(1);
+            self.note_sack(s, record);
+            let sacked = self.sacked(s);
+            let session = &mut self.sessions[s];
+            // RFC 6675 section 5: acknowledgments may have been lost on their way to us.
+            let lost = session.dup_acks >= 3 || sacked > 2 * u32::from(session.mss);
             // After a timeout duplicates are answers to what the timeout sent again (RFC 6582 section 3.2, step 1).
             let timed_out = seq_before(ack, session.recover);
-            if session.dup_acks == 3 && !session.in_recovery && !timed_out {
+            if lost && !session.in_recovery && !timed_out {
                 session.in_recovery = true;
                 session.recover = session.snd_max;
                 let flight = session.snd_max.wrapping_sub(session.snd_una);
                 session.ssthresh = (flight / 2).max(2 * u32::from(session.mss));
                 session.cwnd = session.ssthresh + 3 * u32::from(session.mss);
+                self.begin_resending(s);
                 self.retransmit_first(now_ns, s, out);
-            } else if session.in_recovery {
+            } else if session.in_recovery && !self.retransmit_hole(now_ns, s, out) {
+                let session = &mut self.sessions[s];
                 session.cwnd = session.cwnd.saturating_add(u32::from(session.mss));
             }
             return;
@@ -320,8 +327,15 @@ impl Engine {
         let outstanding = session.snd_una != session.snd_max;
         session.rto_at = outstanding.then(|| now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
         self.acknowledge_segments(s);
+        if record.sack_count > 0 || self.sessions[s].board != NONE {
+            self.note_sack(s, record);
+        }
         if partial {
-            self.retransmit_first(now_ns, s, out);
+            if self.was_resent(s) {
+                self.retransmit_hole(now_ns, s, out);
+            } else {
+                self.retransmit_first(now_ns, s, out);
+            }
         }
         self.on_fin_acknowledged(now_ns, s, out);
     }

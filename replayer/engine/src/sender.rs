@@ -463,6 +463,8 @@ impl Engine {
             session.timing = false;
             session.snd_nxt = session.snd_una;
             session.next_segment = session.una_segment;
+            self.forget_sack(s);
+            let session = &mut self.sessions[s];
             session.next_offset = match session.una_segment {
                 NONE => 0,
                 segment => session.snd_una.wrapping_sub(self.store[segment].seq),
@@ -508,23 +510,46 @@ impl Engine {
 
     /// Sends the first unacknowledged segment again, without going back (fast retransmit, RFC 6582).
     pub(crate) fn retransmit_first<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
-        let session = &mut self.sessions[s];
-        session.timing = false;
-        let seq = session.snd_una;
-        self.counters[Counter::SegmentsRetransmitted] += 1;
-        if session.una_segment == NONE {
-            if session.state.fin_sent() {
-                self.send(now_ns, s, flags::FIN | flags::ACK, seq, None, out, &mut None);
-            }
+        let session = &self.sessions[s];
+        let (seq, sent) = (session.snd_una, session.snd_max.wrapping_sub(session.snd_una));
+        if self.retransmit_hole(now_ns, s, out) {
             return;
         }
-        let stored = self.store[session.una_segment];
+        self.retransmit(now_ns, s, seq, sent, out);
+    }
+
+    /// Sends bytes from `seq` on again, at most `limit` of them and one segment, without going back. Returns how many.
+    pub(crate) fn retransmit<O: Output>(
+        &mut self,
+        now_ns: u64,
+        s: u32,
+        seq: u32,
+        limit: u32,
+        out: &mut O,
+    ) -> u32 {
+        let session = &mut self.sessions[s];
+        session.timing = false;
+        let mut segment = session.una_segment;
+        while segment != NONE && !seq_before(seq, self.store[segment].end()) {
+            segment = session.segment_after(segment, self.store[segment].next);
+        }
+        if segment == NONE {
+            if !session.state.fin_sent() {
+                return 0;
+            }
+            self.counters[Counter::SegmentsRetransmitted] += 1;
+            self.send(now_ns, s, flags::FIN | flags::ACK, seq, None, out, &mut None);
+            return 1;
+        }
+        let stored = self.store[segment];
         let offset = seq.wrapping_sub(stored.seq);
         let sent = session.snd_max.wrapping_sub(seq);
-        let len = (stored.len - offset).min(u32::from(session.mss)).min(sent);
-        let piece = Piece { segment: session.una_segment, offset, len };
+        let len = (stored.len - offset).min(u32::from(session.mss)).min(sent).min(limit);
+        let piece = Piece { segment, offset, len };
         let push = if stored.push && offset + len == stored.len { flags::PSH } else { 0 };
+        self.counters[Counter::SegmentsRetransmitted] += 1;
         self.send(now_ns, s, flags::ACK | push, seq, Some(piece), out, &mut None);
+        len
     }
 
     /// The session takes no more data and closes when it has delivered what it was given.

@@ -188,6 +188,8 @@ pub(crate) struct Session {
     pub(crate) ssthresh: u32,
     pub(crate) recover: u32,
     pub(crate) iss: u32,
+    /// What the target has beyond its acknowledgment, or `NONE`.
+    pub(crate) board: u32,
     pub(crate) last_segment: u32,
     pub(crate) hash: u32,
     /// Number of the identity in the pool, or `NONE`.
@@ -366,6 +368,7 @@ impl Session {
             cut_reason: crate::counters::EndReason::Completed,
             target_closed_first: false,
             iss,
+            board: NONE,
             snd_una: iss,
             snd_nxt: iss,
             snd_max: iss,

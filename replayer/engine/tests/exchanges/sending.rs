@@ -434,3 +434,76 @@ fn b038_a_target_that_is_away_does_not_make_the_path_narrow() {
     lab.client("A 1461+1460 ack 1");
     lab.expect(&["A 1461+1460 ack 1"]);
 }
+
+#[test]
+fn b031_with_sack_each_loss_of_a_flight_is_made_up_for_in_one_round_trip() {
+    let mut lab = established(60_000, 1000);
+    for i in 0..10 {
+        lab.client(&format!("A {}+1000 ack 1", 1 + i * 1000));
+    }
+    assert_eq!(lab.sent().len(), 10);
+    // 1, 3001 and 6001 are lost.
+    lab.target("A 1 ack 1 sack 1001-2001");
+    lab.target("A 1 ack 1 sack 1001-3001");
+    lab.expect(&[]);
+    lab.target("A 1 ack 1 sack 4001-5001");
+    lab.expect(&["A 1+1000 ack 1"]);
+    lab.target("A 1 ack 1 sack 4001-6001");
+    // Nothing arrived after 6001 yet: it may still be on its way.
+    lab.expect(&["A 3001+1000 ack 1"]);
+    lab.target("A 1 ack 1 sack 7001-8001");
+    lab.expect(&["A 6001+1000 ack 1"]);
+    lab.target("A 1 ack 1 sack 7001-9001");
+    lab.target("A 1 ack 1 sack 7001-10001");
+    lab.expect(&[]);
+    // What was sent again arrives: nothing goes twice.
+    lab.target("A 1 ack 3001 sack 7001-10001");
+    lab.target("A 1 ack 6001 sack 7001-10001");
+    lab.target("A 1 ack 10001");
+    lab.pass(5 * S);
+    lab.expect(&[]);
+    assert_eq!(lab.count(Counter::SegmentsRetransmitted), 3);
+}
+
+#[test]
+fn b031_one_acknowledgment_with_enough_sack_is_enough() {
+    let mut lab = established(60_000, 1000);
+    for i in 0..6 {
+        lab.client(&format!("A {}+1000 ack 1", 1 + i * 1000));
+    }
+    lab.sent();
+    // The records of the others were lost.
+    lab.target("A 1 ack 1 sack 1001-5001");
+    lab.expect(&["A 1+1000 ack 1"]);
+}
+
+#[test]
+fn b031_after_a_timeout_sack_is_not_believed() {
+    let mut lab = established(60_000, 1000);
+    for i in 0..4 {
+        lab.client(&format!("A {}+1000 ack 1", 1 + i * 1000));
+    }
+    lab.sent();
+    lab.target("A 1 ack 1 sack 1001-2001");
+    lab.target("A 1 ack 1 sack 1001-3001");
+    lab.pass(230 * MS);
+    lab.expect(&["A 1+1000 ack 1"]);
+    lab.target("A 1 ack 1001");
+    let sent = lab.sent();
+    assert_eq!(lab.text(&sent[0]), "A 1001+1000 ack 1");
+}
+
+#[test]
+fn b039_sack_that_makes_no_sense_does_no_harm() {
+    let mut lab = established(60_000, 1000);
+    for i in 0..6 {
+        lab.client(&format!("A {}+1000 ack 1", 1 + i * 1000));
+    }
+    lab.sent();
+    for sack in ["0-1", "5001-4001", "1-1", "500000-600000", "1-6001", "2000000000-2000000001"] {
+        lab.target(&format!("A 1 ack 1 sack {sack}"));
+    }
+    lab.target("A 1 ack 6001");
+    lab.pass(S);
+    assert_eq!(lab.count(Counter::ReplayBytesDelivered), 6000);
+}

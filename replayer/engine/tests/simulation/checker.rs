@@ -537,7 +537,11 @@ impl Session {
         assert!(!before(segment.seq, self.una), "what is acknowledged is sent again: {segment:?} {self:?}");
         let in_flight = |mark: Option<u32>| mark.is_some_and(|mark| before(segment.seq, mark));
         if segment.seq != self.una {
-            let reason = in_flight(self.go_back_until) || in_flight(self.sacked) && self.dup_acks > 0;
+            // In a recovery with SACK each acknowledgment may bring the next hole again, a partial one too (RFC 6675).
+            let recovering = self.recovery_until.is_some_and(|mark| before(self.una, mark));
+            let partial = now == self.timer_since && recovering;
+            let reason =
+                in_flight(self.go_back_until) || in_flight(self.sacked) && (self.dup_acks > 0 || partial);
             assert!(reason, "sent again without a reason: {segment:?} {self:?}");
             return;
         }
