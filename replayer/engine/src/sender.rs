@@ -5,16 +5,13 @@ use crate::connection::End;
 use crate::counters::{Counter, EndReason};
 use crate::engine::Engine;
 use crate::output::{InHand, Output};
-use crate::session::{Gate, MIN_MSS, State, seq_before};
+use crate::session::{Gate, INITIAL_WINDOW, MIN_MSS, State, seq_before};
 use crate::slab::NONE;
 use crate::timer::{tick, ticks};
 use crate::wire::{Header, MAX_HEADER, SynOptions, payload_limit};
 use replayer_common::addr::Endpoint;
 use replayer_common::packet::flags;
 use replayer_common::response::{ResponseHeader, present};
-
-/// Initial congestion window, segments (RFC 6928).
-const INITIAL_WINDOW: u32 = 10;
 
 /// The window field of every segment: with the client's scale it never closes, for nothing is stored of a response.
 pub(crate) const WINDOW: u16 = u16::MAX;

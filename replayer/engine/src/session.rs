@@ -35,6 +35,9 @@ impl State {
     }
 }
 
+/// Initial congestion window, segments (RFC 6928).
+pub(crate) const INITIAL_WINDOW: u32 = 10;
+
 /// No MSS is believed to be smaller: Linux's `TCP_MIN_SND_MSS`.
 pub(crate) const MIN_MSS: u16 = 48;
 
@@ -291,8 +294,8 @@ impl Session {
     ///
     /// Where target and online server answer with the same sizes, a write of the target ends at the very count, and the turn goes at
     /// once. Where they do not, the end of a response is seen by silence, and the next turn's count begins there: a longer or
-    /// shorter response shifts nothing that comes after it. Silence costs time, so responses no longer than one that was found to
-    /// have come in one write are taken to end with their first write, until one does not.
+    /// shorter response shifts nothing that comes after it. Silence costs time, so responses of one flight that are no longer than one
+    /// that was found to have come in one write are taken to end with their first write, until one does not.
     pub(crate) fn gate(&mut self, need: u32, hold_limit: u32, now: Tick) -> Gate {
         let expected = self.turn_base.wrapping_add(need);
         let enough = !seq_before(self.rcv_nxt, expected);
@@ -323,7 +326,12 @@ impl Session {
             if enough {
                 let in_one_write = self.marks.first_from(expected) == Some(self.rcv_nxt);
                 let length = self.rcv_nxt.wrapping_sub(self.turn_base);
-                self.whole = if in_one_write { self.whole.max(length) } else { 0 };
+                // A longer one comes in several flights, with pauses and ends of writes where they fall.
+                if !in_one_write {
+                    self.whole = 0;
+                } else if length <= INITIAL_WINDOW * u32::from(self.mss) {
+                    self.whole = self.whole.max(length);
+                }
             }
             self.begin_count();
             return Gate::Quiet;
