@@ -26,6 +26,10 @@ pub enum Role {
     Online(Box<OnlineArgs>),
     /// On a spare host of the target's segment: take the target's responses off the wire and return their headers.
     Assistant(crate::assistant::AssistantArgs),
+    /// Replay capture files to the target.
+    Offline(Box<crate::offline::OfflineArgs>),
+    /// Say what capture files hold and what of it can be replayed.
+    Inspect(crate::inspect::InspectArgs),
 }
 
 /// Arguments of the online role.

@@ -3,6 +3,7 @@
 //! - [`cli`]: the command line
 //! - [`online`]: the online role: puts the parts together
 //! - [`placement`]: how many workers there are, and where they run
+//! - [`offline`]: the offline role: capture files instead of a live host
 //! - [`worker`]: the thread that moves packets between mirror, engine, output device and return channels
 //! - [`assistant`]: the assistant role
 //! - [`channel`]: the return channel between them
@@ -12,6 +13,8 @@
 //! - [`net`]: routes, neighbours, devices
 //! - [`connections`]: the connections that a server has
 //! - [`moderation`]: when to pause, so that one wake-up serves many packets
+//! - [`pcap`]: capture files
+//! - [`inspect`]: what capture files hold
 //! - [`report`]: the figures of a run
 //! - [`clock`], [`privileges`], [`signals`]: what every role needs of the system
 
@@ -21,11 +24,14 @@ pub mod channel;
 pub mod cli;
 pub mod clock;
 pub mod connections;
+pub mod inspect;
 pub mod mirror;
 pub mod moderation;
 pub mod net;
 pub mod netns;
+pub mod offline;
 pub mod online;
+pub mod pcap;
 pub mod placement;
 pub mod privileges;
 pub mod programs;

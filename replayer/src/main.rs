@@ -12,6 +12,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().role {
         Role::Online(args) => replayer::online::run(&args),
         Role::Assistant(args) => replayer::assistant::run(args),
+        Role::Offline(args) => replayer::offline::run(&args),
+        Role::Inspect(args) => replayer::inspect::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

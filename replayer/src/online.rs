@@ -105,10 +105,11 @@ impl Online {
         let services: Vec<Service> = args.services.iter().map(|service| service.0).collect();
         check_services(args, &services)?;
         let mut network = Network::open()?;
-        let output = output_device(&mut network, args, &services)?;
+        let output = output_device(&mut network, args.output_interface.as_deref(), &services)?;
         let capture = capture_device(&mut network, args, &services)?;
         let placement = Placement::choose(args.workers, args.cpus.as_ref())?;
-        let mut channels = connect(args, &services, placement.workers)?;
+        let mut channels =
+            connect(&args.assistants, args.assistant_port, &args.key, &services, placement.workers)?;
         let monitor = Monitor::start(
             services.iter().map(|service| to_std(&service.target.ip)).collect(),
             args.output_interface.clone(),
@@ -409,7 +410,8 @@ fn open_ports(
     Ok(ports)
 }
 
-fn online_name(service: &Service) -> String {
+/// A service's online side, for people.
+pub(crate) fn online_name(service: &Service) -> String {
     if service.online.ip == ANY {
         format!("port {}", service.online.port)
     } else {
@@ -445,15 +447,15 @@ fn check_services(args: &OnlineArgs, services: &[Service]) -> Result<()> {
     if args.max_held == 0 || args.max_held > 1 << 17 {
         bail!("--max-held {}: give 1 to {} MiB", args.max_held, 1 << 17);
     }
-    if args.assistants.len() > MAX_CHANNELS {
-        bail!("-s names {} assistants; at most {MAX_CHANNELS} are possible", args.assistants.len());
-    }
     Ok(())
 }
 
 /// The device that sends. A target whose next hop does not answer may come up later; one without a route is a mistake.
-fn output_device(network: &mut Network, args: &OnlineArgs, services: &[Service]) -> Result<Device> {
-    let output = args.output_interface.as_deref();
+pub(crate) fn output_device(
+    network: &mut Network,
+    output: Option<&str>,
+    services: &[Service],
+) -> Result<Device> {
     let mut chosen: Option<Device> = None;
     for service in services {
         let target = to_std(&service.target.ip);
@@ -497,7 +499,16 @@ fn capture_device(network: &mut Network, args: &OnlineArgs, services: &[Service]
 }
 
 /// Connects each worker to every assistant; the role does not start without them.
-fn connect(args: &OnlineArgs, services: &[Service], workers: u32) -> Result<Vec<Vec<Client>>> {
+pub(crate) fn connect(
+    assistants: &[String],
+    default_port: u16,
+    key: &str,
+    services: &[Service],
+    workers: u32,
+) -> Result<Vec<Vec<Client>>> {
+    if assistants.len() > MAX_CHANNELS {
+        bail!("-s names {} assistants; at most {MAX_CHANNELS} are possible", assistants.len());
+    }
     let instance = random_instance();
     let entries: Vec<Entry> = services
         .iter()
@@ -505,8 +516,8 @@ fn connect(args: &OnlineArgs, services: &[Service], workers: u32) -> Result<Vec<
         .map(|(number, service)| Entry { service: number as u16, endpoint: service.target })
         .collect();
     let mut addresses: Vec<SocketAddr> = Vec::new();
-    for text in &args.assistants {
-        let assistant = assistant_address(text, args.assistant_port)?;
+    for text in assistants {
+        let assistant = assistant_address(text, default_port)?;
         if addresses.contains(&assistant) {
             bail!("-s names {assistant} twice");
         }
@@ -518,7 +529,7 @@ fn connect(args: &OnlineArgs, services: &[Service], workers: u32) -> Result<Vec<
         for &assistant in &addresses {
             let mut channel = Client::new(ClientConfig {
                 assistant,
-                key: args.key.clone().into_bytes(),
+                key: key.as_bytes().to_vec(),
                 instance,
                 worker: worker as u16,
                 services: entries.clone(),

@@ -100,6 +100,14 @@ impl Figures {
             .filter(|&(_, value)| value > 0)
     }
 
+    /// The same, each with what it counts.
+    pub fn losses(&self) -> impl Iterator<Item = (&'static str, u64, &'static str)> {
+        Counter::ALL
+            .iter()
+            .filter(|counter| is_loss(**counter) && self.counters[**counter] > 0)
+            .map(|&counter| (counter.name(), self.counters[counter], counter.what()))
+    }
+
     /// Assistants connected, and how many there are.
     pub fn assistants(&self) -> (usize, usize) {
         (self.connected.iter().filter(|&&up| up).count(), self.connected.len())

@@ -19,12 +19,13 @@ use crate::channel::wire::Entry;
 use crate::clock;
 use crate::moderation::{Moderation, Next};
 use crate::net::Watch;
+use crate::offline::feed::{self, Feed};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::EventFd;
 use nix::sys::time::TimeSpec;
 use replayer_common::addr::Endpoint;
 use replayer_common::response::ResponseHeader;
-use replayer_engine::counters::{Counters, Pending};
+use replayer_engine::counters::{Counter, Counters, Pending};
 use replayer_engine::histogram::Histogram;
 use replayer_engine::{BATCH, Engine, Gauges, Lag, Link, Output};
 use std::os::fd::AsFd;
@@ -42,6 +43,10 @@ const READS_PER_TURN: usize = 4;
 const FULL_READ: usize = 512;
 /// Between packets that the kernel had no room for and the next try.
 const RETRY_TRANSMIT_NS: u64 = 200_000;
+/// Between two looks at a feed that has nothing ready.
+const FEED_AGAIN_NS: u64 = 200_000;
+/// After everything of a feed was given: the longest that sessions may go on receiving, however much comes.
+const FEED_END_LIMIT_NS: u64 = 60_000_000_000;
 /// On stop, the longest that sessions may take to end.
 const STOP_LIMIT_NS: u64 = 1_500_000_000;
 
@@ -100,6 +105,37 @@ pub struct Worker {
     moderation: Moderation,
     pace: Pace,
     retry_transmit: bool,
+    feed: Option<Feeding>,
+}
+
+/// Packets from files instead of a capture ring.
+struct Feeding {
+    feed: Feed,
+    /// After everything was given: how long the target may be silent until the sessions are ended.
+    patience_ns: u64,
+    /// Since when everything was given, when something came of it last, and how much that was.
+    over: Option<(u64, u64, u64)>,
+}
+
+impl Feeding {
+    /// Whether everything was given and there is nothing to wait for any more.
+    fn is_done(&mut self, now: u64, engine: &Engine) -> bool {
+        if !self.feed.is_over() {
+            return false;
+        }
+        let counters = engine.counters();
+        let done = [Counter::ReplayBytesDelivered, Counter::TurnsSent, Counter::ResponseBytes]
+            .map(|counter| counters[counter])
+            .iter()
+            .sum();
+        let (since, last, before) = self.over.get_or_insert((now, now, done));
+        if *before != done {
+            (*last, *before) = (now, done);
+        }
+        engine.gauges().sessions_live == 0
+            || now - *last > self.patience_ns
+            || now - *since > FEED_END_LIMIT_NS
+    }
 }
 
 /// The engine's surroundings: frames from the port, registrations to the channels.
@@ -225,7 +261,14 @@ impl Worker {
             moderation: Moderation::new(LONGEST_PAUSE_NS),
             pace: Pace::default(),
             retry_transmit: false,
+            feed: None,
         }
+    }
+
+    /// Takes packets from files instead of a capture ring. The worker stops when all were replayed and the sessions have ended, or nothing
+    /// came from the target for `patience_ns`.
+    pub fn feed(&mut self, feed: Feed, patience_ns: u64) {
+        self.feed = Some(Feeding { feed, patience_ns, over: None });
     }
 
     /// Connections that were open before capture began and are between two requests: `quiet` ones have sent nothing since before capture
@@ -252,9 +295,11 @@ impl Worker {
             self.update_links();
             let work = self.turn(now);
             self.keep_pace(now);
-            if stopping_since.is_none() && self.shared.stop.load(Ordering::Acquire) {
-                // What is in the ring already is still replayed; then the sessions end.
-                while self.capture(now) > 0 {}
+            let fed = self.feed.as_mut().is_some_and(|feeding| feeding.is_done(now, &self.engine));
+            if stopping_since.is_none() && (fed || self.shared.stop.load(Ordering::Acquire)) {
+                // What is in the ring already is still replayed; then the sessions end. Files end here.
+                while self.feed.is_none() && self.capture(now) > 0 {}
+                self.feed = None;
                 self.engine.stop(now, &mut self.surroundings);
                 self.surroundings.port.flush();
                 stopping_since = Some(now);
@@ -316,6 +361,9 @@ impl Worker {
     }
 
     fn capture(&mut self, now: u64) -> usize {
+        if let Some(feeding) = &mut self.feed {
+            return feeding.feed.give(now, &mut self.engine, &mut self.captured, &mut self.surroundings);
+        }
         let count = self.surroundings.port.receive(&mut self.received);
         if count > 0 {
             self.captured.extend(self.received.drain(..).map(|packet| (packet.frame, packet.len as usize)));
@@ -393,6 +441,12 @@ impl Worker {
         }
         if self.retry_transmit {
             until = until.min(now + RETRY_TRANSMIT_NS);
+        }
+        if let Some(feeding) = &mut self.feed {
+            until = until.min(match feeding.feed.ahead() {
+                feed::Next::At(due) => due.max(now),
+                feed::Next::Soon | feed::Next::Over => now + FEED_AGAIN_NS,
+            });
         }
         if stopping {
             until = until.min(now + 1_000_000);

@@ -59,6 +59,7 @@ pub(crate) const ALL: &[Dependency] = &[
     program("bpftool", "bpftool", CLIENTS),
     program("wrk", "wrk", CLIENTS),
     program("apache2-utils", "ab", CLIENTS),
+    program("tcpdump", "tcpdump", CLIENTS),
     program("redis-server", "redis-server", CLIENTS),
     program("redis-tools", "redis-cli", CLIENTS),
 ];

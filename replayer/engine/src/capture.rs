@@ -9,7 +9,7 @@ use crate::protocol::{self, Opening};
 use crate::sender::micros;
 use crate::session::{State, seq_before};
 use crate::slab::NONE;
-use crate::timer::tick;
+use crate::timer::{before, tick};
 use alloc::vec::Vec;
 use replayer_common::addr::Endpoint;
 use replayer_common::hash::pair_hash;
@@ -180,6 +180,16 @@ impl Engine {
             );
         };
         self.connections[c].last_seen = tick(now_ns);
+        if let Some(time) = self.capture_time
+            && self.connections[c].has_hole()
+            && !before(time, self.connections[c].gap_since.wrapping_add(self.gap_timeout))
+        {
+            // Its timer may be late by that clock.
+            self.give_up_hole(now_ns, c, out);
+            if self.connections[c].phase == Phase::Forgotten {
+                return Err((Counter::PacketsAfterEnd, Counter::BytesAfterEnd));
+            }
+        }
         if segment.flags & flags::RST != 0 {
             return self.on_client_reset(now_ns, c, segment, out);
         }
@@ -253,7 +263,7 @@ impl Engine {
     }
 
     /// The client uses the same port for a new connection: what the old one has is still delivered, then it closes.
-    fn replace<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+    pub(crate) fn replace<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
         self.drop_out_of_order(c, Counter::BytesGap);
         let connection = &mut self.connections[c];
         connection.early_fin = None;
@@ -737,9 +747,9 @@ impl Engine {
     }
 
     fn open_hole(&mut self, c: u32, now: crate::timer::Tick) {
-        self.connections[c].gap_since = now;
-        let at = now.wrapping_add(self.gap_timeout);
-        self.arm_connection(c, at);
+        self.connections[c].gap_since = self.capture_time.unwrap_or(now);
+        let wait = if self.capture_time.is_some() { timing::CAPTURE_CLOCK } else { self.gap_timeout };
+        self.arm_connection(c, now.wrapping_add(wait));
     }
 
     /// Appends what waited for the hole that was just filled.

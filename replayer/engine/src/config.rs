@@ -140,6 +140,8 @@ pub(crate) mod timing {
     pub(crate) const QUIET_MAX_US: u32 = 50_000;
     /// How long a narrower path that was found is believed in (RFC 4821 section 7.5 and RFC 8201 section 4: 10 minutes).
     pub(crate) const PATH_MTU_AGE: u32 = ticks(600_000 * MS);
+    /// Where holes are timed by a capture file's time: how often they are looked at.
+    pub(crate) const CAPTURE_CLOCK: u32 = ticks(50 * MS);
     /// How long the end of a session is remembered by its registration; shorter than the quarantine.
     pub(crate) const LINGER: u32 = ticks(1_500 * MS);
     /// On stop: sessions may finish closing for so long, then they are reset.

@@ -14,6 +14,7 @@ use crate::histogram::Histogram;
 use crate::identity::{Copies, Pool, Ports};
 use crate::output::Output;
 use crate::sack::{Board, MAX_BOARDS};
+use crate::sender::micros;
 use crate::session::{Session, State};
 use crate::slab::{NONE, Slab};
 use crate::store::Store;
@@ -118,6 +119,8 @@ pub struct Engine {
     pub(crate) target_response: Histogram,
     pub(crate) lag: Lag,
     pub(crate) stopping: Option<Tick>,
+    /// Where captured packets come from a file: the file's time.
+    pub(crate) capture_time: Option<Tick>,
 }
 
 impl Engine {
@@ -167,6 +170,7 @@ impl Engine {
             target_response: Histogram::default(),
             lag: Lag::default(),
             stopping: None,
+            capture_time: None,
             config,
         }
     }
@@ -652,9 +656,17 @@ impl Engine {
         let connection = &self.connections[c];
         if connection.has_hole() {
             let at = connection.gap_since.wrapping_add(self.gap_timeout);
-            if before(now, at) {
-                self.arm_connection(c, at);
-                return;
+            match self.capture_time {
+                // That clock may run at any speed: look again soon.
+                Some(time) if before(time, at) => {
+                    self.arm_connection(c, now.wrapping_add(timing::CAPTURE_CLOCK));
+                    return;
+                }
+                None if before(now, at) => {
+                    self.arm_connection(c, at);
+                    return;
+                }
+                _ => {}
             }
             self.give_up_hole(now_ns, c, out);
             return;
@@ -679,7 +691,7 @@ impl Engine {
     }
 
     /// A hole stayed open too long: the sessions end after what came before it, and join again at the next turn.
-    fn give_up_hole<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+    pub(crate) fn give_up_hole<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
         let mut segment = self.connections[c].out_of_order;
         while segment != NONE {
             let stored = self.store[segment];
@@ -709,6 +721,47 @@ impl Engine {
             self.arm_connection(c, tick(now_ns).wrapping_add(timing::WATCHED_IDLE));
             self.forget_if_over(c);
         }
+    }
+
+    // ---- capture files ----
+
+    /// Packets come from a file whose time is now `capture_ns`: how long holes stay open is measured by it, however fast the file is read.
+    /// To be told before each batch.
+    pub fn set_capture_time(&mut self, capture_ns: u64) {
+        self.capture_time = Some(tick(capture_ns));
+    }
+
+    /// No more packets of the connections that are there will come. Holes are given up; connections that did not end are closed after what
+    /// they have, and forgotten, so that packets of the same addresses that come later are of new connections.
+    pub fn end_of_capture<O: Output>(&mut self, now_ns: u64, out: &mut O) {
+        for c in 0..self.connections.high_water() {
+            if self.connections[c].phase == Phase::Forgotten || self.connections[c].detached {
+                continue;
+            }
+            if self.connections[c].has_hole() {
+                self.give_up_hole(now_ns, c, out);
+            }
+            let connection = &self.connections[c];
+            if connection.phase != Phase::Forgotten && !connection.detached {
+                self.replace(now_ns, c, out);
+            }
+        }
+    }
+
+    /// How many sessions have something to do that needs no further captured packet: connect, deliver, be answered (within the hold limit),
+    /// close. Walks all sessions: for looks now and then.
+    pub fn busy_sessions(&self, now_ns: u64) -> u64 {
+        let hold_limit_us = (self.config.hold_limit_ns / 1000) as u32;
+        let busy = |s: u32| {
+            let session = &self.sessions[s];
+            let waited_us = micros(now_ns).wrapping_sub(session.turn_sent_us);
+            session.state != State::Established
+                || session.una_segment != NONE
+                || session.awaiting_response && waited_us < hold_limit_us
+                || session.cut
+                || self.connections[session.connection].end != End::Open
+        };
+        self.live_sessions().filter(|&s| busy(s)).count() as u64
     }
 
     // ---- stopping ----

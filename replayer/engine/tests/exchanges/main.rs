@@ -4,6 +4,7 @@
 mod lab;
 
 mod ends;
+mod files;
 mod handshake;
 mod identities;
 mod limits;

@@ -1,0 +1,206 @@
+//! The arguments of the offline role.
+
+use crate::cli::{CopiesArg, PercentArg, PoolArg, ServiceArg, StatsFormat};
+use anyhow::{Result, anyhow, bail};
+use clap::Args;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use super::pace::Speed;
+
+/// Arguments of the offline role.
+#[derive(Debug, Args)]
+pub struct OfflineArgs {
+    /// Capture files (pcap or pcapng, also compressed by gzip, xz or zstd), or - for standard input; several are merged by time.
+    #[arg(short = 'f', long = "file", value_name = "FILE", required = true, value_delimiter = ',')]
+    pub files: Vec<PathBuf>,
+
+    /// Replay the files one after the other instead of merging them by time.
+    #[arg(long)]
+    pub sequential: bool,
+
+    /// What to copy to where: addresses and ports as in the file, then the target's; IPv6 addresses in brackets.
+    #[arg(
+        short = 'x',
+        long = "service",
+        value_name = "[SRC_IP:]SRC_PORT-DST_IP:DST_PORT",
+        required = true,
+        value_delimiter = ','
+    )]
+    pub services: Vec<ServiceArg>,
+
+    /// The assistants; the port is that of -p unless given.
+    #[arg(
+        short = 's',
+        long = "assistant",
+        value_name = "HOST[:PORT]",
+        required_unless_present_any = ["dry_run", "write"],
+        value_delimiter = ','
+    )]
+    pub assistants: Vec<String>,
+
+    /// Send on this interface [default: by the route to the target].
+    #[arg(short = 'o', long = "output-interface", value_name = "IFACE")]
+    pub output_interface: Option<String>,
+
+    /// Send nothing: run the engine against a target that answers at once, and say what would be sent.
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// Write the packets to this pcap file instead of sending them; as in a dry run.
+    #[arg(short = 'w', long = "write", value_name = "OUT.pcap")]
+    pub write: Option<PathBuf>,
+
+    /// So many times as fast as it was captured, or max: as fast as the target answers.
+    #[arg(long, value_name = "TIMES|max", default_value = "1", group = "pace")]
+    pub speed: SpeedArg,
+
+    /// Instead: so many packets of clients a second.
+    #[arg(long, value_name = "PACKETS", group = "pace")]
+    pub pps: Option<f64>,
+
+    /// Instead: so many megabits of clients' packets a second.
+    #[arg(long, value_name = "MBIT", group = "pace")]
+    pub mbps: Option<f64>,
+
+    /// Instead: so many new connections a second, each as fast as the target answers.
+    #[arg(long, value_name = "CONNECTIONS", group = "pace")]
+    pub cps: Option<f64>,
+
+    /// With --speed max and --cps: the most sessions that wait for the target at once.
+    #[arg(long, value_name = "COUNT", default_value_t = 1000)]
+    pub in_flight: u64,
+
+    /// Shorten pauses of the replay that are longer than this.
+    #[arg(long, value_name = "MILLISECONDS")]
+    pub max_gap: Option<f64>,
+
+    /// Leave out what is earlier, in seconds after the first packet.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
+    pub start: f64,
+
+    /// Leave out what is later, in seconds after the first packet.
+    #[arg(long, value_name = "SECONDS")]
+    pub stop: Option<f64>,
+
+    /// Replay the files so often; clients have other ports each time.
+    #[arg(long = "loop", value_name = "COUNT|forever", default_value = "1")]
+    pub loops: LoopArg,
+
+    /// End after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    pub duration: Option<f64>,
+
+    /// Use these source addresses, with ports 1024 to 65535, instead of the clients' own.
+    #[arg(short = 'c', long = "pool", value_name = "IP|CIDR|FIRST-LAST", value_delimiter = ',')]
+    pub pool: Vec<PoolArg>,
+
+    /// Copies of each connection; may be fractional.
+    #[arg(short = 'n', long = "copies", value_name = "COPIES", default_value = "1")]
+    pub copies: CopiesArg,
+
+    /// Share of connections to replay; always the same ones.
+    #[arg(short = 'r', long = "sample", value_name = "PERCENT", default_value = "100")]
+    pub sample: PercentArg,
+
+    /// The assistants' port.
+    #[arg(short = 'p', long = "assistant-port", value_name = "PORT", default_value_t = crate::channel::limits::DEFAULT_PORT)]
+    pub assistant_port: u16,
+
+    /// Leave out connections whose beginning is not in the file.
+    #[arg(short = 'O', long = "new-connections-only")]
+    pub new_connections_only: bool,
+
+    /// Send each request when it is due instead of waiting for the response to the one before.
+    #[arg(short = 'W', long = "no-wait")]
+    pub no_wait: bool,
+
+    /// The longest that a request waits for the response before it, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 2.0)]
+    pub hold_limit: f64,
+
+    /// How long a hole in a captured stream may stay open, in seconds of the file's time.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
+    pub gap_timeout: f64,
+
+    /// The most sessions at once.
+    #[arg(long, value_name = "COUNT", default_value_t = 1 << 20)]
+    pub max_sessions: usize,
+
+    /// The most client data held at once, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    pub max_held: usize,
+
+    /// The key that the assistants were started with.
+    #[arg(long, value_name = "KEY", default_value = "", hide_default_value = true)]
+    pub key: String,
+
+    /// Write all counters to this file as JSON at the end.
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+
+    /// Print a line of figures every so many seconds [default: 1 on a terminal].
+    #[arg(long, value_name = "SECONDS")]
+    pub stats: Option<u32>,
+
+    /// How that line looks.
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub stats_format: StatsFormat,
+}
+
+impl OfflineArgs {
+    /// How fast, from the arguments that say so.
+    ///
+    /// # Errors
+    /// When a rate is not one.
+    pub fn pace(&self) -> Result<Speed> {
+        let rate = |value: f64, flag: &str| {
+            if value.is_finite() && value > 0.0 {
+                Ok(value)
+            } else {
+                Err(anyhow!("{flag} {value}: give a rate above 0"))
+            }
+        };
+        Ok(match (self.pps, self.mbps, self.cps) {
+            (Some(pps), _, _) => Speed::PacketsPerSecond(rate(pps, "--pps")?),
+            (_, Some(mbps), _) => Speed::MegabitsPerSecond(rate(mbps, "--mbps")?),
+            (_, _, Some(cps)) => Speed::ConnectionsPerSecond(rate(cps, "--cps")?),
+            _ => self.speed.0,
+        })
+    }
+}
+
+/// `--speed`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SpeedArg(pub Speed);
+
+impl FromStr for SpeedArg {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<SpeedArg> {
+        if text == "max" {
+            return Ok(SpeedArg(Speed::Max));
+        }
+        match text.parse::<f64>() {
+            Ok(times) if (0.001..=1_000_000.0).contains(&times) => Ok(SpeedArg(Speed::Times(times))),
+            Ok(times) => bail!("{times} is out of range; give 0.001 to 1000000, or max"),
+            Err(_) => bail!("write a number such as 1, 10 or 0.5, or max"),
+        }
+    }
+}
+
+/// `--loop`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoopArg(pub Option<u64>);
+
+impl FromStr for LoopArg {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<LoopArg> {
+        match text.parse::<u64>() {
+            Ok(count) if count > 0 => Ok(LoopArg(Some(count))),
+            _ if text == "forever" => Ok(LoopArg(None)),
+            _ => bail!("write a number from 1 on, or forever"),
+        }
+    }
+}

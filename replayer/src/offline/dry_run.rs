@@ -1,0 +1,316 @@
+//! A dry run: the whole engine with a clock of its own and a target that answers at once. Nothing is sent; the packets may be written to a
+//! file.
+//!
+//! The clock jumps from one thing to do to the next, so an hour of traffic takes seconds, and what would be sent is the same in every run.
+
+use super::feed::{Feed, Next};
+use crate::pcap::writer::Writer;
+use hashbrown::HashTable;
+use replayer_common::addr::Endpoint;
+use replayer_common::hash::pair_hash;
+use replayer_common::packet::{TcpSegment, flags, parse_tcp};
+use replayer_common::response::{ResponseHeader, present};
+use replayer_engine::config::Service;
+use replayer_engine::counters::Counter;
+use replayer_engine::{BATCH, Engine, Link, Output};
+use std::fs::File;
+use std::io::{self, BufWriter};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// The links of a dry run: nobody has these addresses.
+pub const LINK: Link =
+    Link { source_mac: [2, 0, 0, 0, 0, 1], destination_mac: [2, 0, 0, 0, 0, 2], tags: [None; 2], mtu: 1500 };
+/// Bytes of a frame.
+pub const FRAME_ROOM: usize = 2048;
+/// The clock of a run begins here.
+pub const START_NS: u64 = 1_000_000_000_000;
+
+/// How long a packet takes, so that time goes on when all are due at once.
+const PACKET_NS: u64 = 100;
+/// The least that the clock goes on when there is nothing to do.
+const STEP_NS: u64 = 65_536;
+/// How long the reader is waited for at once.
+const READER_PATIENCE: Duration = Duration::from_millis(100);
+/// What the target answers: so many bytes, and then one more that ends the response. Longer than most responses, and within the window of a
+/// client without window scaling, so that the next request need not wait.
+const RESPONSE: u32 = 60_000;
+const TARGET_ISN: u32 = 1_000_000;
+const WINDOW_SCALE: u8 = 7;
+const MSS: u16 = 1460;
+
+/// Runs the engine until everything was given to it and its sessions have ended, or are silent for longer than `patience_ns`. The clock's
+/// last value.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn run(
+    engine: &mut Engine,
+    feed: &mut Feed,
+    out: &mut Memory,
+    patience_ns: u64,
+    stop: &AtomicBool,
+    mut watch: impl FnMut(&Engine),
+) -> io::Result<u64> {
+    let mut now = START_NS;
+    let mut batch = Vec::with_capacity(BATCH);
+    let mut ended: Option<(u64, u64)> = None;
+    let mut steps = 0u32;
+    loop {
+        out.now = now;
+        let given = feed.give(now, engine, &mut batch, out);
+        now += given as u64 * PACKET_NS;
+        while !out.target.answers.is_empty() {
+            std::mem::swap(&mut out.target.answers, &mut out.target.in_hand);
+            let answers = std::mem::take(&mut out.target.in_hand);
+            for answers in answers.chunks(BATCH) {
+                engine.on_responses(now, answers, out);
+            }
+            out.target.in_hand = answers;
+            out.target.in_hand.clear();
+        }
+        engine.on_timers(now, out);
+        if let Some(error) = out.error.take() {
+            return Err(error);
+        }
+        steps = steps.wrapping_add(1);
+        if steps.is_multiple_of(1 << 12) {
+            watch(engine);
+        }
+        if stop.load(Ordering::Relaxed) {
+            return finish(engine, out, now);
+        }
+        if given > 0 || !out.target.answers.is_empty() {
+            continue;
+        }
+        let timer = engine.next_deadline_ns(now).map(|ahead| now + ahead.max(STEP_NS));
+        match feed.ahead() {
+            Next::At(due) if due <= now => {}
+            Next::At(due) => now = timer.map_or(due, |timer| timer.min(due)),
+            Next::Soon => {
+                feed.wait(READER_PATIENCE);
+                if !matches!(feed.ahead(), Next::At(_) | Next::Over) {
+                    // The target is waited for.
+                    now = timer.unwrap_or(now + STEP_NS).min(now + 16 * STEP_NS);
+                }
+            }
+            Next::Over => {
+                let done = progress(engine);
+                let (since, before) = ended.get_or_insert((now, done));
+                if *before != done {
+                    (*since, *before) = (now, done);
+                }
+                if engine.gauges().sessions_live == 0 || now - *since > patience_ns {
+                    return finish(engine, out, now);
+                }
+                now = timer.unwrap_or(now + STEP_NS);
+            }
+        }
+    }
+}
+
+/// Goes on when anything does.
+fn progress(engine: &Engine) -> u64 {
+    let counters = engine.counters();
+    [Counter::ReplayBytesDelivered, Counter::TurnsSent, Counter::ResponsesReceived]
+        .map(|c| counters[c])
+        .iter()
+        .sum()
+}
+
+/// Ends what is left.
+fn finish(engine: &mut Engine, out: &mut Memory, mut now: u64) -> io::Result<u64> {
+    out.now = now;
+    engine.stop(now, out);
+    while !engine.stopped() {
+        now += STEP_NS;
+        out.now = now;
+        let answers = std::mem::take(&mut out.target.answers);
+        engine.on_responses(now, &answers, out);
+        engine.on_timers(now, out);
+    }
+    out.flush()?;
+    match out.error.take() {
+        Some(error) => Err(error),
+        None => Ok(now),
+    }
+}
+
+/// A frame in memory.
+pub type Frame = Box<[u8]>;
+
+/// The engine's output: frames in memory, what is sent goes to the target and to a file.
+#[derive(Debug)]
+pub struct Memory {
+    free: Vec<Frame>,
+    target: Target,
+    writer: Option<Writer<BufWriter<File>>>,
+    error: Option<io::Error>,
+    now: u64,
+    /// What makes a time since the epoch of the clock.
+    epoch_ns: u64,
+    bytes_sent: u64,
+}
+
+impl Memory {
+    /// `epoch_ns` is the time since the epoch at which the run begins, for the file.
+    pub fn new(
+        services: &[Service],
+        copies: usize,
+        writer: Option<Writer<BufWriter<File>>>,
+        epoch_ns: u64,
+        seed: u64,
+    ) -> Memory {
+        let frames = 4 * BATCH + 4 * copies;
+        Memory {
+            free: (0..frames).map(|_| vec![0; FRAME_ROOM].into_boxed_slice()).collect(),
+            target: Target {
+                services: services.iter().map(|service| service.target).collect(),
+                sessions: HashTable::new(),
+                answers: Vec::new(),
+                in_hand: Vec::new(),
+                seed,
+            },
+            writer,
+            error: None,
+            now: START_NS,
+            epoch_ns,
+            bytes_sent: 0,
+        }
+    }
+
+    /// Bytes of all frames that would have been sent.
+    pub fn bytes_sent(&self) -> u64 {
+        self.bytes_sent
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.writer.as_mut().map_or(Ok(()), Writer::flush)
+    }
+}
+
+impl Output for Memory {
+    type Frame = Frame;
+
+    fn allocate(&mut self) -> Option<Frame> {
+        self.free.pop()
+    }
+
+    fn bytes<'a>(&'a mut self, frame: &'a mut Frame) -> &'a mut [u8] {
+        frame
+    }
+
+    fn release(&mut self, frame: Frame) {
+        self.free.push(frame);
+    }
+
+    fn transmit(&mut self, frame: Frame, len: usize) -> bool {
+        let bytes = &frame[..len];
+        self.bytes_sent += len as u64;
+        if let Some(writer) = &mut self.writer
+            && self.error.is_none()
+            && let Err(error) = writer.packet(self.epoch_ns + (self.now - START_NS), bytes)
+        {
+            self.error = Some(error);
+        }
+        if let Ok(segment) = parse_tcp(&bytes) {
+            self.target.receive(&segment);
+        }
+        self.free.push(frame);
+        true
+    }
+
+    fn register(&mut self, _: u16, _: Endpoint) {}
+    fn unregister(&mut self, _: u16, _: Endpoint) {}
+}
+
+/// A target that acknowledges everything at once and answers whatever ends with PSH.
+#[derive(Debug)]
+struct Target {
+    /// By the services' numbers.
+    services: Vec<Endpoint>,
+    sessions: HashTable<TargetSession>,
+    answers: Vec<ResponseHeader>,
+    in_hand: Vec<ResponseHeader>,
+    seed: u64,
+}
+
+#[derive(Debug)]
+struct TargetSession {
+    client: Endpoint,
+    server: Endpoint,
+    receive_next: u32,
+    send_next: u32,
+}
+
+impl Target {
+    fn receive(&mut self, segment: &TcpSegment) {
+        let client = Endpoint { ip: segment.src, port: segment.src_port };
+        let server = Endpoint { ip: segment.dst, port: segment.dst_port };
+        let Some(service) = self.services.iter().position(|target| *target == server) else { return };
+        let hash = u64::from(pair_hash(self.seed, &client.ip, client.port, &server.ip, server.port));
+        let same = |session: &TargetSession| session.client == client && session.server == server;
+        let rehash = {
+            let seed = self.seed;
+            move |s: &TargetSession| {
+                u64::from(pair_hash(seed, &s.client.ip, s.client.port, &s.server.ip, s.server.port))
+            }
+        };
+        let answer = |session: &TargetSession, control: u8, payload_len: u32| ResponseHeader {
+            service: service as u16,
+            flags: control,
+            port: client.port,
+            addr: client.ip,
+            window: u16::MAX,
+            seq: session.send_next,
+            ack: session.receive_next,
+            payload_len,
+            ..ResponseHeader::default()
+        };
+        // The upper bits of the hash matter to the table: spread it.
+        let hash = hash.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let rehash = move |s: &TargetSession| rehash(s).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        if segment.flags & flags::SYN != 0 {
+            let mut session = TargetSession {
+                client,
+                server,
+                receive_next: segment.seq.wrapping_add(1),
+                send_next: TARGET_ISN,
+            };
+            let mut syn_ack = answer(&session, flags::SYN | flags::ACK, 0);
+            syn_ack.present = present::MSS | present::WINDOW_SCALE | present::SACK_PERMITTED;
+            (syn_ack.mss, syn_ack.window_scale) = (MSS, WINDOW_SCALE);
+            self.answers.push(syn_ack);
+            session.send_next = session.send_next.wrapping_add(1);
+            if let Ok(old) = self.sessions.find_entry(hash, same) {
+                old.remove();
+            }
+            self.sessions.insert_unique(hash, session, rehash);
+            return;
+        }
+        let Ok(mut entry) = self.sessions.find_entry(hash, same) else { return };
+        if segment.flags & flags::RST != 0 {
+            entry.remove();
+            return;
+        }
+        let session = entry.get_mut();
+        let fin = segment.flags & flags::FIN != 0;
+        if segment.seq != session.receive_next || segment.payload_len == 0 && !fin {
+            return;
+        }
+        session.receive_next =
+            session.receive_next.wrapping_add(segment.payload_len).wrapping_add(u32::from(fin));
+        if segment.flags & flags::PSH != 0 && segment.payload_len > 0 {
+            self.answers.push(answer(session, flags::ACK, RESPONSE));
+            session.send_next = session.send_next.wrapping_add(RESPONSE);
+            self.answers.push(answer(session, flags::ACK | flags::PSH, 1));
+            session.send_next = session.send_next.wrapping_add(1);
+        } else if !fin {
+            self.answers.push(answer(session, flags::ACK, 0));
+        }
+        if fin {
+            self.answers.push(answer(session, flags::ACK | flags::FIN, 0));
+            entry.remove();
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! The offline role with a network: a worker whose packets come from files, a port that only transmits, the assistants' channels.
+
+use super::{LAST_RESPONSE_NS, OfflineArgs, conclude, engine_config, nanoseconds, print_file, start_feed};
+use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
+use crate::cli::StatsFormat;
+use crate::clock;
+use crate::inspect::progress_line;
+use crate::net::{Monitor, Network};
+use crate::offline::feed::Shown;
+use crate::online::{connect, online_name, output_device};
+use crate::privileges;
+use crate::report::Figures;
+use crate::signals::Signals;
+use crate::worker::{Shared, Snapshot, Worker};
+use anyhow::{Context, Result, bail};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use replayer_common::addr::to_std;
+use replayer_engine::Engine;
+use replayer_engine::config::Service;
+use replayer_engine::counters::Counter;
+use std::io::IsTerminal;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Frames of the port: 64 MiB, all for packets to be sent.
+const FRAMES: u32 = 32_768;
+/// An Ethernet header with two VLAN tags.
+const ETHERNET_HEADER: u32 = 22;
+/// How often it is looked whether the worker has ended.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+pub(super) fn run(args: &OfflineArgs, services: &[Service]) -> Result<()> {
+    privileges::check()?;
+    let signals = Signals::install()?;
+    let mut network = Network::open()?;
+    let output = output_device(&mut network, args.output_interface.as_deref(), services)?;
+    let mut channels = connect(&args.assistants, args.assistant_port, &args.key, services, 1)?;
+    let channels = channels.pop().context("-s names no assistant")?;
+    let monitor = Monitor::start(
+        services.iter().map(|service| to_std(&service.target.ip)).collect(),
+        args.output_interface.clone(),
+    )?;
+    let port = Port::open(&PortConfig {
+        frames: FRAMES,
+        frame_size: if output.mtu + ETHERNET_HEADER <= 2048 - 256 { 2048 } else { 4096 },
+        rx: None,
+        tx: Some(PortEndpoint {
+            device: output.name.clone(),
+            queues: 0..output.tx_queues.max(1),
+            namespace: None,
+        }),
+        zero_copy: false,
+    })?;
+    let room = port.area();
+    let feed = start_feed(args, services, room, args.in_flight)?;
+    let shown = feed.shown();
+    let shared = Arc::new(Shared {
+        snapshot: Mutex::new(Snapshot::default()),
+        stop: AtomicBool::new(false),
+        wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).context("eventfd")?,
+    });
+    let port_mode = port.mode().to_owned();
+    let engine = Engine::new(engine_config(args, services, room as u16)?, clock::now());
+    let mut worker = Worker::new(engine, port, channels, monitor.watch(), shared.clone());
+    worker.feed(feed, nanoseconds(args.hold_limit, "--hold-limit", 0.001)? + LAST_RESPONSE_NS);
+    eprintln!("offline: sending on {}: {port_mode}", output.name);
+    for service in services {
+        eprintln!("offline: {} is copied to {}", online_name(service), service.target);
+    }
+    let started = Instant::now();
+    let worker = std::thread::Builder::new()
+        .name("worker 0".into())
+        .spawn(move || worker.run())
+        .context("start a thread")?;
+    let mut running = Running { shared, worker: Some(worker) };
+    eprintln!("offline ready: stop with SIGTERM or Ctrl-C");
+
+    let ended = running.serve(args, &signals, &shown, started);
+    running.stop()?;
+    let figures = running.figures();
+    let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
+    eprintln!("offline: {}", figures.summary(seconds, cpu));
+    let file = shown.figures();
+    eprintln!("  of {} packets in the files, {} went to the services", file.packets, file.packets_given);
+    print_file(&file);
+    conclude(args, services, &figures, &shown, seconds, cpu)?;
+    ended?;
+    let c = &figures.counters;
+    if c[Counter::BytesAccepted] > 0 && c[Counter::ReplayBytesDelivered] == 0 {
+        bail!("the target took nothing: {}", reasons(&figures));
+    }
+    Ok(())
+}
+
+fn reasons(figures: &Figures) -> String {
+    let reasons: Vec<String> =
+        figures.losses().map(|(name, value, what)| format!("{value} {name} ({what})")).collect();
+    if reasons.is_empty() { "it did not answer".to_owned() } else { reasons.join(", ") }
+}
+
+/// The worker's thread. Dropping it ends it.
+struct Running {
+    shared: Arc<Shared>,
+    worker: Option<JoinHandle<()>>,
+}
+
+impl Running {
+    /// Shows progress until the files are replayed, or a signal comes.
+    fn serve(&self, args: &OfflineArgs, signals: &Signals, shown: &Shown, started: Instant) -> Result<()> {
+        let terminal = std::io::stderr().is_terminal() && args.stats_format == StatsFormat::Text;
+        let interval = Duration::from_secs(u64::from(args.stats.unwrap_or(1).max(1)));
+        let mut next = Instant::now() + interval;
+        let mut before = Figures::default();
+        while !self.worker.as_ref().is_none_or(JoinHandle::is_finished) {
+            if signals.wait_until(Instant::now() + LOOK_INTERVAL)? {
+                break;
+            }
+            if Instant::now() < next {
+                continue;
+            }
+            next += interval;
+            if args.stats.is_none() && !terminal {
+                continue;
+            }
+            let figures = self.figures();
+            let line = figures.line_text(&before, interval.as_secs_f64());
+            let progress = progress_line(&shown.progress(), shown.figures().packets, started);
+            match args.stats_format {
+                StatsFormat::Json => {
+                    let mut line = figures.line_json(started.elapsed().as_secs_f64());
+                    line["file"] = serde_json::to_value(shown.figures())?;
+                    line["file_bytes_read"] = shown.progress().read().into();
+                    line["file_bytes"] = shown.progress().size().into();
+                    println!("{line}");
+                }
+                StatsFormat::Text if terminal => eprint!("\r\x1b[K{progress}; {line}"),
+                StatsFormat::Text => eprintln!("{progress}; {line}"),
+            }
+            before = figures;
+        }
+        if terminal {
+            eprint!("\r\x1b[K");
+        }
+        Ok(())
+    }
+
+    fn figures(&self) -> Figures {
+        let mut figures = Figures::default();
+        let mut snapshot = self.shared.snapshot.lock().unwrap_or_else(PoisonError::into_inner);
+        figures.add(&snapshot, None);
+        snapshot.lag_us = 0;
+        figures
+    }
+
+    /// Lets the worker end its sessions, and waits for it.
+    fn stop(&mut self) -> Result<()> {
+        self.shared.stop.store(true, Ordering::Release);
+        // A full counter wakes the worker just as well.
+        let _ = self.shared.wake.write(1);
+        if let Some(worker) = self.worker.take()
+            && worker.join().is_err()
+        {
+            bail!("the worker died; this is a bug of the replayer, please report it with the lines above");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // After an error: no thread stays behind. What went wrong is told already.
+        let _ = self.stop();
+    }
+}

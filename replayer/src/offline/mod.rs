@@ -1,0 +1,305 @@
+//! The offline role: replays capture files instead of what a live host receives.
+//!
+//! - [`args`]: its arguments
+//! - [`feed`]: from files to the engine, in the order and at the time that the arguments ask for
+//! - [`pace`]: when a packet is due
+//! - [`dry_run`]: the engine without a network
+//! - `live`: the engine with one
+
+pub mod args;
+pub mod dry_run;
+pub mod feed;
+mod live;
+pub mod pace;
+
+use crate::channel::random_instance;
+use crate::clock;
+use crate::inspect::{inspect, progress_line};
+use crate::pcap::input::STANDARD_INPUT;
+use crate::pcap::writer::Writer;
+use crate::pcap::{Files, Order};
+use crate::report::Figures;
+use crate::signals::Signals;
+use crate::worker::Snapshot;
+use anyhow::{Context, Result, bail};
+pub use args::OfflineArgs;
+use dry_run::Memory;
+use feed::{Feed, FeedConfig, FeedPace, Shown};
+use replayer_common::addr::{is_v4, to_std};
+use replayer_common::hash::sample_threshold;
+use replayer_engine::Engine;
+use replayer_engine::config::{Config, Limits, Service};
+use replayer_engine::counters::Counter;
+use std::io::IsTerminal;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+/// After the last packet was given: how much longer than the hold limit the target may be silent.
+const LAST_RESPONSE_NS: u64 = 1_000_000_000;
+/// How often progress is shown.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Runs the role until the files are replayed, or SIGTERM or SIGINT.
+///
+/// # Errors
+/// When the role cannot start, with the cause and the remedy; when a file cannot be read to its end, after what was before that was
+/// replayed; when nothing in the files is for a service.
+pub fn run(args: &OfflineArgs) -> Result<()> {
+    let services: Vec<Service> = args.services.iter().map(|service| service.0).collect();
+    check(args, &services)?;
+    if args.dry_run || args.write.is_some() {
+        return run_dry(args, &services);
+    }
+    live::run(args, &services)
+}
+
+/// What clap cannot see.
+fn check(args: &OfflineArgs, services: &[Service]) -> Result<()> {
+    for (at, service) in services.iter().enumerate() {
+        if services[..at].contains(service) {
+            bail!("-x names {} to {} twice; for more copies use -n", service.online, service.target);
+        }
+        if let Some(range) = args.pool.iter().find(|range| is_v4(&range.0.first) != is_v4(&service.target.ip))
+        {
+            bail!(
+                "-c {} and the target {} are not of one address family; give addresses of the target's",
+                to_std(&range.0.first),
+                service.target
+            );
+        }
+    }
+    if args.max_sessions == 0 || args.max_sessions > 1 << 24 {
+        bail!("--max-sessions {}: give 1 to {}", args.max_sessions, 1 << 24);
+    }
+    if args.max_held == 0 || args.max_held > 1 << 17 {
+        bail!("--max-held {}: give 1 to {} MiB", args.max_held, 1 << 17);
+    }
+    if args.loops.0 != Some(1) && args.files.iter().any(|file| file.as_os_str() == STANDARD_INPUT) {
+        bail!("--loop: standard input can be read only once; name a file");
+    }
+    if args.stop.is_some_and(|stop| stop <= args.start) {
+        bail!("--stop must be later than --start");
+    }
+    Ok(())
+}
+
+fn nanoseconds(value: f64, flag: &str, least: f64) -> Result<u64> {
+    if !(least..=1e9).contains(&value) {
+        bail!("{flag} {value}: give {least} to 1000000000 seconds");
+    }
+    Ok((value * 1e9) as u64)
+}
+
+fn order(args: &OfflineArgs) -> Order {
+    if args.sequential { Order::Sequential } else { Order::Merged }
+}
+
+fn engine_config(args: &OfflineArgs, services: &[Service], frame_room: u16) -> Result<Config> {
+    let mut config = Config::new(services.to_vec());
+    config.copies_millionths = args.copies.0;
+    // The feed chooses the sample, by the addresses in the file.
+    config.sample_threshold = 1 << 32;
+    config.pool = args.pool.iter().map(|range| range.0).collect();
+    config.wait_for_responses = !args.no_wait;
+    config.new_connections_only = args.new_connections_only;
+    config.hold_limit_ns = nanoseconds(args.hold_limit, "--hold-limit", 0.001)?;
+    config.gap_timeout_ns = nanoseconds(args.gap_timeout, "--gap-timeout", 0.001)?;
+    config.seed = random_instance();
+    config.frame_room = frame_room;
+    config.limits = Limits {
+        sessions: args.max_sessions,
+        connections: args.max_sessions,
+        held_bytes: args.max_held << 20,
+        ..Limits::default()
+    };
+    Ok(config)
+}
+
+fn start_feed(args: &OfflineArgs, services: &[Service], frame_room: usize, in_flight: u64) -> Result<Feed> {
+    let config = FeedConfig {
+        files: args.files.clone(),
+        order: order(args),
+        services: services.iter().map(|service| service.online).collect(),
+        sample_threshold: sample_threshold(args.sample.0),
+        loops: args.loops.0,
+        start_ns: nanoseconds(args.start, "--start", 0.0)?,
+        stop_ns: args.stop.map(|stop| nanoseconds(stop, "--stop", 0.0)).transpose()?,
+        frame_room,
+    };
+    let duration = args.duration.map(|seconds| nanoseconds(seconds, "--duration", 0.001)).transpose()?;
+    let max_gap = args.max_gap.map(|ms| nanoseconds(ms / 1000.0, "--max-gap", 0.0)).transpose()?;
+    Feed::start(
+        config,
+        FeedPace {
+            speed: args.pace()?,
+            max_gap: max_gap.map(Duration::from_nanos),
+            duration: duration.map(Duration::from_nanos),
+            in_flight,
+            copies: args.copies.0.div_ceil(1_000_000) * services.len() as u64,
+            hold_limit_ns: nanoseconds(args.hold_limit, "--hold-limit", 0.001)?,
+        },
+    )
+}
+
+fn run_dry(args: &OfflineArgs, services: &[Service]) -> Result<()> {
+    let started = Instant::now();
+    let mut engine =
+        Engine::new(engine_config(args, services, dry_run::FRAME_ROOM as u16)?, dry_run::START_NS);
+    for service in 0..services.len() {
+        engine.set_link(service, Some(dry_run::LINK));
+    }
+    let writer = match &args.write {
+        Some(path) => Some(
+            Writer::create(path)
+                .with_context(|| format!("cannot write to {}; choose a writable path", path.display()))?,
+        ),
+        None => None,
+    };
+    // The target answers at once: there is nothing to wait for.
+    let mut feed = start_feed(args, services, dry_run::FRAME_ROOM, u64::MAX)?;
+    let shown = feed.shown();
+    let epoch_ns = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64);
+    let copies = args.copies.0.div_ceil(1_000_000) as usize * services.len();
+    let mut out = Memory::new(services, copies, writer, epoch_ns, random_instance());
+    let signals = Signals::install()?;
+    let stop = AtomicBool::new(false);
+    let patience_ns = nanoseconds(args.hold_limit, "--hold-limit", 0.001)? + LAST_RESPONSE_NS;
+    let terminal = std::io::stderr().is_terminal();
+    let mut show_at = Instant::now() + PROGRESS_INTERVAL;
+    let mut signalled = false;
+    let now = dry_run::run(&mut engine, &mut feed, &mut out, patience_ns, &stop, |engine| {
+        if Instant::now() < show_at {
+            return;
+        }
+        show_at = Instant::now() + PROGRESS_INTERVAL;
+        signalled |= signals.wait_until(Instant::now()).unwrap_or(false);
+        stop.store(signalled, Ordering::Relaxed);
+        if terminal || args.stats.is_some() {
+            show(&shown, engine, started, terminal);
+        }
+    })
+    .with_context(|| match &args.write {
+        Some(path) => format!("cannot write to {}", path.display()),
+        None => "the dry run failed".to_owned(),
+    })?;
+    if terminal {
+        eprint!("\r\x1b[K");
+    }
+    let mut snapshot =
+        Snapshot { counters: *engine.counters(), pending: Some(engine.pending()), ..Snapshot::default() };
+    snapshot.gauges = engine.gauges();
+    let mut figures = Figures::default();
+    figures.add(&snapshot, None);
+    let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
+    print_summary(&figures, &shown, (now - dry_run::START_NS) as f64 / 1e9, seconds, out.bytes_sent());
+    if let Some(path) = &args.write {
+        eprintln!("  written to {}", path.display());
+    }
+    conclude(args, services, &figures, &shown, seconds, cpu)
+}
+
+fn show(shown: &Shown, engine: &Engine, started: Instant, terminal: bool) {
+    let line = progress_line(&shown.progress(), shown.figures().packets, started);
+    let counters = engine.counters();
+    let line = format!(
+        "{line}; {} requests in {} sessions, {} live",
+        counters[Counter::TurnsSent],
+        counters[Counter::SessionsOpened],
+        engine.gauges().sessions_live
+    );
+    if terminal { eprint!("\r\x1b[K{line}") } else { eprintln!("{line}") }
+}
+
+fn print_summary(figures: &Figures, shown: &Shown, replay_seconds: f64, seconds: f64, bytes_sent: u64) {
+    let file = shown.figures();
+    let c = &figures.counters;
+    eprintln!(
+        "offline: read {} packets in {seconds:.2} s ({:.0}/s), {} of them to the services",
+        file.packets,
+        file.packets as f64 / seconds.max(1e-9),
+        file.packets_given
+    );
+    eprintln!(
+        "would send {} requests in {} sessions: {} packets, {} bytes of clients' data, {bytes_sent} bytes with headers, in {replay_seconds:.3} s",
+        c[Counter::TurnsSent],
+        c[Counter::SessionsOpened],
+        c[Counter::SegmentsSent],
+        c[Counter::ReplayBytesDelivered],
+    );
+    for (name, value, what) in figures.losses() {
+        eprintln!("  {value} {name}: {what}");
+    }
+    print_file(&file);
+}
+
+/// What of the files was not given to the engine, for a person.
+fn print_file(file: &feed::FileFigures) {
+    if file.packets_truncated > 0 {
+        eprintln!(
+            "  {} packets to the services are cut short, the first is number {}: their requests cannot be replayed; capture with tcpdump -s 0",
+            file.packets_truncated, file.first_truncated
+        );
+    }
+    for (count, what) in [
+        (file.packets_link_type, "packets of link types that are not known"),
+        (file.packets_unparsable, "packets without whole TCP headers"),
+        (file.packets_sampled_out, "packets of connections outside the sample"),
+    ] {
+        if count > 0 {
+            eprintln!("  {count} {what}");
+        }
+    }
+}
+
+/// The report, and whether the run did what was asked.
+fn conclude(
+    args: &OfflineArgs,
+    services: &[Service],
+    figures: &Figures,
+    shown: &Shown,
+    seconds: f64,
+    cpu: f64,
+) -> Result<()> {
+    let file = shown.figures();
+    if let Some(path) = &args.report {
+        let mut report = figures.report(serde_json::Value::Null, seconds, cpu);
+        report["role"] = "offline".into();
+        report["file"] = serde_json::to_value(file)?;
+        std::fs::write(path, format!("{report:#}\n")).with_context(|| {
+            format!("cannot write the report to {}; choose a writable path", path.display())
+        })?;
+    }
+    let problems = shown.take_problems();
+    for problem in &problems {
+        eprintln!("offline: {problem}");
+    }
+    if file.packets_given == 0 && file.packets_sampled_out == 0 {
+        bail!("{}", nothing_matched(args, services, file.packets));
+    }
+    if let Some(first) = problems.first() {
+        bail!("{first}");
+    }
+    Ok(())
+}
+
+/// No packet was for a service: which services the files have instead.
+fn nothing_matched(args: &OfflineArgs, services: &[Service], packets: u64) -> String {
+    let wanted: Vec<String> = services.iter().map(crate::online::online_name).collect();
+    let mut text = format!("none of the {packets} packets goes to {}", wanted.join(" or to "));
+    if args.files.iter().any(|file| file.as_os_str() == STANDARD_INPUT) {
+        return text + "; `replayer inspect` says what is in a file";
+    }
+    let Ok(mut files) = Files::open(&args.files, order(args)) else { return text };
+    let report = inspect(&mut files, std::io::stderr().is_terminal());
+    if report.services.is_empty() {
+        return text + ", and no TCP connection is in the files";
+    }
+    text += "; these services are in the files (name one with -x):";
+    for service in report.services.iter().take(20) {
+        text += &format!(
+            "\n  {}: {} connections, {} requests",
+            service.server, service.connections, service.requests
+        );
+    }
+    text
+}

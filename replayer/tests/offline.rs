@@ -1,0 +1,475 @@
+//! Dry runs of the offline role: what it would send, compared byte by byte with what the clients sent according to a reassembly that
+//! shares no code with the replayer.
+
+use etherparse::{NetSlice, SlicedPacket, TransportSlice};
+use pcap_parser::{Block, PcapBlockOwned, PcapError, create_reader};
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const TARGET: &str = "198.51.100.7:80";
+const TARGET_V6: &str = "[2001:db8::7]:80";
+
+fn shared(name: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/pcaps").join(name);
+    if !path.exists() {
+        eprintln!("skipped: {} is not there", path.display());
+        return None;
+    }
+    Some(path)
+}
+
+fn scratch(name: &str) -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("offline");
+    std::fs::create_dir_all(&dir).unwrap();
+    dir.join(name)
+}
+
+fn replayer(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_replayer")).arg("offline").args(arguments).output().unwrap()
+}
+
+fn message(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A dry run that must end well; its report.
+fn dry_run(name: &str, arguments: &[&str]) -> (Value, String) {
+    let report = scratch(&format!("{name}.json"));
+    let output = replayer(&[&["--dry-run", "--report", report.to_str().unwrap()], arguments].concat());
+    assert!(output.status.success(), "{name}: {}", message(&output));
+    let report: Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
+    for sums in report["accounting"].as_array().unwrap() {
+        assert_eq!(sums["left"], sums["right"], "{name}: {sums}");
+    }
+    (report, message(&output))
+}
+
+fn counter(report: &Value, name: &str) -> u64 {
+    report["counters"][name].as_u64().unwrap_or_else(|| panic!("no counter {name}"))
+}
+
+// ---- the independent reassembly ----
+
+/// A segment of TCP.
+struct Segment {
+    time_ns: u64,
+    source: SocketAddr,
+    destination: SocketAddr,
+    seq: u32,
+    syn: bool,
+    ack: bool,
+    rst: bool,
+    payload: Vec<u8>,
+}
+
+fn segments(path: &Path) -> Vec<Segment> {
+    let mut reader = create_reader(1 << 20, File::open(path).unwrap()).unwrap();
+    let mut found = Vec::new();
+    let (mut link, mut unit) = (1, 1000);
+    loop {
+        match reader.next() {
+            Ok((used, block)) => {
+                let mut packet = |time_ns: u64, data: &[u8]| {
+                    let data = match link {
+                        0 => SlicedPacket::from_ip(&data[4..]),
+                        101 => SlicedPacket::from_ip(data),
+                        _ => SlicedPacket::from_ethernet(data),
+                    };
+                    found.extend(data.ok().and_then(|sliced| segment(time_ns, &sliced)));
+                };
+                match block {
+                    PcapBlockOwned::LegacyHeader(header) => {
+                        link = header.network.0;
+                        unit = if header.is_nanosecond_precision() { 1 } else { 1000 };
+                    }
+                    PcapBlockOwned::Legacy(record) => {
+                        let time =
+                            u64::from(record.ts_sec) * 1_000_000_000 + u64::from(record.ts_usec) * unit;
+                        packet(time, record.data);
+                    }
+                    PcapBlockOwned::NG(Block::EnhancedPacket(record)) => {
+                        packet(0, &record.data[..record.caplen as usize]);
+                    }
+                    PcapBlockOwned::NG(_) => {}
+                }
+                reader.consume(used);
+            }
+            Err(PcapError::Eof) => return found,
+            Err(PcapError::Incomplete(_)) => reader.refill().unwrap(),
+            Err(error) => panic!("{}: {error:?}", path.display()),
+        }
+    }
+}
+
+fn segment(time_ns: u64, packet: &SlicedPacket<'_>) -> Option<Segment> {
+    let Some(TransportSlice::Tcp(tcp)) = &packet.transport else { return None };
+    let (source, destination): (IpAddr, IpAddr) = match packet.net.as_ref()? {
+        NetSlice::Ipv4(v4) => (v4.header().source_addr().into(), v4.header().destination_addr().into()),
+        NetSlice::Ipv6(v6) => (v6.header().source_addr().into(), v6.header().destination_addr().into()),
+        NetSlice::Arp(_) => return None,
+    };
+    Some(Segment {
+        time_ns,
+        source: SocketAddr::new(source, tcp.source_port()),
+        destination: SocketAddr::new(destination, tcp.destination_port()),
+        seq: tcp.sequence_number(),
+        syn: tcp.syn(),
+        ack: tcp.ack(),
+        rst: tcp.rst(),
+        payload: tcp.payload().to_vec(),
+    })
+}
+
+/// What a client sent on a connection: bytes by their sequence number, from the SYN on.
+#[derive(Default)]
+struct Stream {
+    /// The number of the first byte, when a SYN says it.
+    first: Option<u32>,
+    bytes: BTreeMap<u32, u8>,
+}
+
+impl Stream {
+    fn add(&mut self, segment: &Segment) {
+        let seq = segment.seq.wrapping_add(u32::from(segment.syn));
+        if segment.syn {
+            self.first = Some(seq);
+        }
+        for (i, &byte) in segment.payload.iter().enumerate() {
+            // What came first counts.
+            self.bytes.entry(seq.wrapping_add(i as u32)).or_insert(byte);
+        }
+    }
+
+    /// From its first byte to the first that is missing.
+    fn contiguous(&self) -> Option<Vec<u8>> {
+        let first = self.first?;
+        Some((0u32..).map_while(|i| self.bytes.get(&first.wrapping_add(i)).copied()).collect())
+    }
+}
+
+/// The streams to a port, by client; a client that connects again has several.
+fn streams(segments: &[Segment], port: u16) -> BTreeMap<SocketAddr, Vec<Stream>> {
+    let mut all: BTreeMap<SocketAddr, Vec<Stream>> = BTreeMap::new();
+    for segment in segments.iter().filter(|segment| segment.destination.port() == port) {
+        if segment.rst {
+            continue;
+        }
+        let streams = all.entry(segment.source).or_default();
+        let opening = segment.syn && !segment.ack;
+        let same = streams.last().is_some_and(|last| {
+            !opening || last.first.is_none_or(|first| first == segment.seq.wrapping_add(1))
+        });
+        if !same {
+            streams.push(Stream::default());
+        }
+        if let Some(last) = streams.last_mut() {
+            last.add(segment);
+        }
+    }
+    all
+}
+
+// ---- tests ----
+
+/// Files whose clients' streams are whole from their SYN on: all of them must be sent, byte for byte.
+const WHOLE: &[(&str, u16)] = &[
+    ("trex/delay_10_http_browsing_0.pcap", 80),
+    ("trex/http_post.pcap", 80),
+    ("trex/tcp2_http_drop_c.pcap", 80),
+    ("trex/tcp2_http_ipv6_c.pcap", 80),
+    ("trex/tcp2_http_reorder_c.pcap", 80),
+    ("trex/tcp2_http_rst_middle_c.pcap", 80),
+    ("zeek/100-continue.pcap", 80),
+    ("zeek/206_example_b.pcap", 80),
+    ("zeek/bulk-loading.pcap", 6379),
+    ("zeek/get-without-fins.pcap", 80),
+    ("zeek/get.pcap", 80),
+    ("zeek/handshake-reorder.pcap", 80),
+    ("zeek/http-post-large.pcap", 80),
+    ("zeek/http-post-large.pcap", 5000),
+    ("zeek/http-vlan-0.pcap", 80),
+    ("zeek/miss_end_data.pcap", 80),
+    ("zeek/mysql.pcap", 3306),
+    ("zeek/payload-syn.pcap", 80),
+    ("zeek/pipelined-requests.pcap", 80),
+    ("zeek/rst-inject-rae.pcap", 6649),
+    ("zeek/tcp-fast-open.pcap", 80),
+];
+
+/// Others: what is sent must be what was captured, whatever is left out.
+const OTHERS: &[(&str, u16)] = &[
+    ("zeek/get_nosyn.pcap", 80),
+    ("zeek/missing-syn.pcap", 80),
+    ("zeek/no-handshake.pcap", 80),
+    ("zeek/reassembly.pcap", 80),
+    ("zeek/retransmit-fast009.pcap", 80),
+    ("zeek/retransmit-timeout.pcapng", 80),
+    ("zeek/tls1.2.pcap", 443),
+];
+
+fn run_and_reassemble(
+    path: &Path,
+    port: u16,
+    further: &[&str],
+) -> (BTreeMap<SocketAddr, Vec<Stream>>, BTreeMap<SocketAddr, Vec<Stream>>) {
+    let captured = streams(&segments(path), port);
+    let v6 = captured.keys().any(SocketAddr::is_ipv6);
+    let name = format!("{}-{port}-{}", path.file_name().unwrap().to_str().unwrap(), further.len());
+    let out = scratch(&format!("{name}.pcap"));
+    let service = format!("{port}-{}", if v6 { TARGET_V6 } else { TARGET });
+    let arguments =
+        [&["-f", path.to_str().unwrap(), "-x", &service, "-w", out.to_str().unwrap()], further].concat();
+    dry_run(&name, &arguments);
+    (captured, streams(&segments(&out), 80))
+}
+
+#[test]
+fn b061_every_stream_of_the_shared_captures_is_sent_byte_for_byte() {
+    for speed in ["1", "max"] {
+        for (name, port) in WHOLE {
+            let Some(path) = shared(name) else { continue };
+            let (captured, sent) = run_and_reassemble(&path, *port, &["--speed", speed]);
+            let mut compared = 0;
+            for (client, streams) in &captured {
+                let expected: Vec<Vec<u8>> = streams
+                    .iter()
+                    .map(|it| it.contiguous().expect("a SYN"))
+                    .filter(|it| !it.is_empty())
+                    .collect();
+                let found: Vec<Vec<u8>> = sent
+                    .get(client)
+                    .map(|streams| {
+                        streams.iter().filter_map(Stream::contiguous).filter(|it| !it.is_empty()).collect()
+                    })
+                    .unwrap_or_default();
+                assert!(found == expected, "{name} at speed {speed}: {client}");
+                compared += expected.len();
+            }
+            assert!(compared > 0, "{name}: nothing compared");
+        }
+    }
+}
+
+#[test]
+fn b061_nothing_is_sent_that_was_not_captured() {
+    for (name, port) in OTHERS {
+        let Some(path) = shared(name) else { continue };
+        let (captured, sent) = run_and_reassemble(&path, *port, &[]);
+        for (client, streams) in &sent {
+            for (seq, byte) in streams.iter().flat_map(|stream| &stream.bytes) {
+                let same = captured[client].iter().any(|stream| stream.bytes.get(seq) == Some(byte));
+                assert!(same, "{name}: byte {seq} of {client}");
+            }
+        }
+    }
+    // The SYN is missing, the SYN-ACK is not: all of the stream.
+    if let Some(path) = shared("zeek/missing-syn.pcap") {
+        let (captured, sent) = run_and_reassemble(&path, 80, &[]);
+        let all = |streams: &BTreeMap<SocketAddr, Vec<Stream>>| -> usize {
+            streams.values().flatten().map(|stream| stream.bytes.len()).sum()
+        };
+        assert_eq!(all(&sent), all(&captured));
+    }
+}
+
+#[test]
+fn b059_each_loop_sends_everything_once_more_from_other_ports() {
+    for name in ["zeek/get.pcap", "zeek/get-without-fins.pcap"] {
+        let Some(path) = shared(name) else { continue };
+        let (captured, sent) = run_and_reassemble(&path, 80, &["--loop", "3", "--speed", "max"]);
+        let expected = captured.values().next().unwrap()[0].contiguous().unwrap();
+        let found: Vec<Vec<u8>> = sent.values().flatten().filter_map(Stream::contiguous).collect();
+        assert_eq!(found, vec![expected; 3], "{name}");
+        assert_eq!(sent.keys().collect::<BTreeSet<_>>().len(), 3, "{name}: {:?}", sent.keys());
+    }
+}
+
+#[test]
+fn b060_the_same_packets_in_other_files_are_the_same_run() {
+    let Some(path) = shared("zeek/pipelined-requests.pcap") else { return };
+    let file = path.to_str().unwrap();
+    let service = format!("80-{TARGET}");
+    let (expected, _) = dry_run("plain", &["-f", file, "-x", &service]);
+    assert_eq!(counter(&expected, "turns_sent"), 5);
+
+    // Compressed, on standard input.
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    gzip.write_all(&std::fs::read(&path).unwrap()).unwrap();
+    let gzip = gzip.finish().unwrap();
+    let report = scratch("stdin.json");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_replayer"))
+        .args(["offline", "--dry-run", "-f", "-", "-x", &service, "--report", report.to_str().unwrap()])
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(&gzip).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", message(&output));
+    let found: Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
+    assert_eq!(found["counters"], expected["counters"]);
+
+    // Dealt out over two files by turns, and merged again.
+    let bytes = std::fs::read(&path).unwrap();
+    let mut halves = [bytes[..24].to_vec(), bytes[..24].to_vec()];
+    let (mut at, mut packet) = (24, 0);
+    while at < bytes.len() {
+        let len = 16 + u32::from_le_bytes(bytes[at + 8..at + 12].try_into().unwrap()) as usize;
+        halves[packet % 2].extend_from_slice(&bytes[at..at + len]);
+        (at, packet) = (at + len, packet + 1);
+    }
+    let paths = [scratch("half-0.pcap"), scratch("half-1.pcap")];
+    for (path, half) in paths.iter().zip(&halves) {
+        std::fs::write(path, half).unwrap();
+    }
+    let both = format!("{},{}", paths[0].display(), paths[1].display());
+    let (found, _) = dry_run("merged", &["-f", &both, "-x", &service]);
+    assert_eq!(found["counters"], expected["counters"]);
+
+    // Twice, one after the other.
+    let twice = format!("{file},{file}");
+    let (found, _) = dry_run("sequential", &["-f", &twice, "--sequential", "-x", &service]);
+    assert_eq!(counter(&found, "turns_sent"), 10);
+}
+
+#[test]
+fn b060_a_cut_file_is_replayed_as_far_as_it_goes_and_the_exit_code_tells() {
+    let Some(path) = shared("zeek/pipelined-requests.pcap") else { return };
+    let bytes = std::fs::read(&path).unwrap();
+    let cut = scratch("cut.pcap");
+    std::fs::write(&cut, &bytes[..bytes.len() - 10]).unwrap();
+    let report = scratch("cut.json");
+    let service = format!("80-{TARGET}");
+    let output = replayer(&[
+        "--dry-run",
+        "-f",
+        cut.to_str().unwrap(),
+        "-x",
+        &service,
+        "--report",
+        report.to_str().unwrap(),
+    ]);
+    let text = message(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(
+        text.contains("packet 49") && text.contains("offset") && text.contains("bytes are missing"),
+        "{text}"
+    );
+    let report: Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
+    assert_eq!(counter(&report, "turns_sent"), 5);
+}
+
+#[test]
+fn b062_a_service_that_is_not_there_is_answered_with_those_that_are() {
+    let Some(path) = shared("zeek/bulk-loading.pcap") else { return };
+    let output = replayer(&["--dry-run", "-f", path.to_str().unwrap(), "-x", &format!("80-{TARGET}")]);
+    let text = message(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("port 80") && text.contains("127.0.0.1:6379: 1 connections, 6 requests"), "{text}");
+}
+
+#[test]
+fn b058_the_times_of_the_packets_are_those_of_the_file_scaled_and_capped() {
+    let Some(path) = shared("zeek/pipelined-requests.pcap") else { return };
+    // From the first packet of the client to its last.
+    let span = |path: &Path| {
+        let times: Vec<u64> = segments(path)
+            .iter()
+            .filter(|segment| segment.destination.port() == 80)
+            .map(|segment| segment.time_ns)
+            .collect();
+        (times[times.len() - 1] - times[0]) as f64 / 1e9
+    };
+    let captured = span(&path);
+    let service = format!("80-{TARGET}");
+    let run = |arguments: &[&str]| {
+        let out = scratch(&format!("times{}.pcap", arguments.join("")));
+        let fixed = ["-f", path.to_str().unwrap(), "-x", &service, "-w", out.to_str().unwrap()];
+        dry_run("times", &[&fixed, arguments].concat());
+        span(&out)
+    };
+    assert!((run(&[]) / captured - 1.0).abs() < 0.001);
+    assert!((run(&["--speed", "10"]) / captured - 0.1).abs() < 0.0001);
+    assert!(run(&["--max-gap", "100"]) < captured / 2.0);
+    assert!(run(&["--speed", "max"]) < 0.01);
+}
+
+/// A file of `connections` connections of `requests` requests, each answered, written by this test.
+fn synthetic(path: &Path, connections: u32, requests: u32) -> u64 {
+    let mut out = std::io::BufWriter::new(File::create(path).unwrap());
+    out.write_all(&[0xd4, 0xc3, 0xb2, 0xa1, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 0, 1, 0, 0, 0])
+        .unwrap();
+    let mut packets = 0u64;
+    let mut frame = [0u8; 14 + 40 + 100];
+    let mut packet = |client: u32, seq: u32, ack: u32, flags: u8, len: usize| {
+        let (low, high) = (1024 + (client % 60_000) as u16, (client / 60_000) as u8);
+        frame[..14].copy_from_slice(&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0]);
+        frame[14..34]
+            .copy_from_slice(&[0x45, 0, 0, 0, 0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, high, 1, 192, 0, 2, 1]);
+        frame[16..18].copy_from_slice(&((40 + len) as u16).to_be_bytes());
+        frame[34..36].copy_from_slice(&low.to_be_bytes());
+        frame[36..38].copy_from_slice(&80u16.to_be_bytes());
+        frame[38..42].copy_from_slice(&seq.to_be_bytes());
+        frame[42..46].copy_from_slice(&ack.to_be_bytes());
+        frame[46..54].copy_from_slice(&[0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+        let time = packets / 100;
+        let size = (54 + len) as u32;
+        for word in [(time / 1_000_000) as u32, (time % 1_000_000) as u32, size, size] {
+            out.write_all(&word.to_le_bytes()).unwrap();
+        }
+        out.write_all(&frame[..54 + len]).unwrap();
+        packets += 1;
+    };
+    // A thousand connections at once.
+    for first in (0..connections).step_by(1000) {
+        let now = first..(first + 1000).min(connections);
+        now.clone().for_each(|client| packet(client, 1000, 0, 2, 0));
+        for request in 0..requests {
+            now.clone()
+                .for_each(|client| packet(client, 1001 + request * 100, 5001 + request * 50, 0x18, 100));
+        }
+        now.for_each(|client| packet(client, 1001 + requests * 100, 5001 + requests * 50, 0x11, 0));
+    }
+    packets
+}
+
+#[test]
+fn b062_a_dry_run_of_many_connections_accounts_for_every_one() {
+    let path = scratch("many.pcap");
+    let packets = synthetic(&path, 3000, 10);
+    let started = Instant::now();
+    let (report, _) =
+        dry_run("many", &["-f", path.to_str().unwrap(), "-x", &format!("80-{TARGET}"), "--speed", "max"]);
+    assert!(started.elapsed() < Duration::from_secs(30));
+    assert_eq!(report["file"]["packets"], packets);
+    assert_eq!(counter(&report, "sessions_opened"), 3000);
+    assert_eq!(counter(&report, "sessions_completed"), 3000);
+    assert_eq!(counter(&report, "turns_sent"), 30_000);
+    assert_eq!(counter(&report, "replay_bytes_delivered"), 3_000_000);
+    // Copies and samples.
+    let (report, _) = dry_run(
+        "copies",
+        &[
+            "-f",
+            path.to_str().unwrap(),
+            "-x",
+            &format!("80-{TARGET}"),
+            "--speed",
+            "max",
+            "-n",
+            "3",
+            "-r",
+            "20",
+        ],
+    );
+    let opened = counter(&report, "sessions_opened");
+    assert!((1500..2100).contains(&opened), "{opened} sessions: three copies of a fifth of 3000");
+    assert_eq!(counter(&report, "sessions_completed"), opened);
+    assert!(report["file"]["packets_sampled_out"].as_u64().unwrap() > 0);
+}

@@ -1,0 +1,331 @@
+//! Behaviours 58 to 62 with real servers: what tcpdump captured at the online host is replayed from its file.
+//!
+//! Root only; each test has a lab of its own. Dry runs are tested in `replayer/tests/offline.rs`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+use etherparse::{NetSlice, SlicedPacket, TransportSlice};
+use nix::sys::signal::Signal;
+use pcap_parser::{PcapBlockOwned, PcapError, create_reader};
+use replayer_tests::clients::Load;
+use replayer_tests::lab::{Host, Lab, Plan};
+use replayer_tests::ledger::{self, Ledger};
+use replayer_tests::pairs::{ARRIVAL, NginxPair};
+use replayer_tests::process::Process;
+use replayer_tests::replay::{Report, Role};
+use replayer_tests::servers::{start, tool};
+use replayer_tests::wait::settled;
+
+const HTTP: u16 = 8080;
+/// How long a replay of these tests may take.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A running tcpdump.
+struct Capture {
+    process: Process,
+    file: PathBuf,
+}
+
+impl Capture {
+    fn start(lab: &Lab, host: &Host, filter: &str) -> Result<Self> {
+        let file = lab.dir().join(format!("{}.pcap", host.name()));
+        let mut command = host.command("tcpdump");
+        command
+            .args(["-i", "eth0", "-s", "0", "-B", "65536", "--immediate-mode", "-Z", "root", "-w"])
+            .arg(&file);
+        let mut process = start(lab, host, "tcpdump", command.arg(filter))?;
+        process.wait_for_message("listening on", Duration::from_secs(10))?;
+        Ok(Self { process, file })
+    }
+
+    /// Ends it; its file, which must be whole.
+    fn stop(mut self) -> Result<PathBuf> {
+        self.process.signal(Signal::SIGINT)?;
+        self.process.wait(Duration::from_secs(10))?;
+        let text = self.process.errors();
+        ensure!(text.contains("\n0 packets dropped by kernel"), "tcpdump lost packets:\n{text}");
+        Ok(self.file)
+    }
+}
+
+/// A replay of a file that must end by itself, and well.
+struct Offline {
+    report: Report,
+    seconds: f64,
+    /// Seconds since the epoch.
+    ended: f64,
+}
+
+fn offline(lab: &Lab, file: &Path, services: &str, arguments: &[&str]) -> Result<Offline> {
+    let report = lab.dir().join("offline-report.json");
+    let _ = std::fs::remove_file(&report);
+    let assistant = lab.assistant().v4().to_string();
+    let mut command = lab.online().command(tool("replayer")?);
+    command.arg("offline").arg("-f").arg(file).args(["-x", services, "-s", &assistant]).args(arguments);
+    let begun = Instant::now();
+    let mut process = start(lab, lab.online(), "offline", command.arg("--report").arg(&report))?;
+    let status = process.wait(LIMIT)?;
+    let ended = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
+    ensure!(status.success(), "offline {arguments:?} ended with {status}:\n{}", process.errors());
+    let report: Report = serde_json::from_str(&std::fs::read_to_string(&report)?)?;
+    report.check_accounts()?;
+    Ok(Offline { report, seconds: begun.elapsed().as_secs_f64(), ended })
+}
+
+fn to_target(lab: &Lab) -> String {
+    format!("{HTTP}-{}:{HTTP}", lab.target().v4())
+}
+
+/// When each request of each client was captured, seconds; a packet that came again counts once.
+fn request_times(path: &Path) -> Result<BTreeMap<SocketAddr, Vec<f64>>> {
+    let mut reader = create_reader(1 << 20, File::open(path)?)?;
+    let mut times: BTreeMap<SocketAddr, Vec<f64>> = BTreeMap::new();
+    let mut seen = BTreeSet::new();
+    loop {
+        match reader.next() {
+            Ok((used, block)) => {
+                if let PcapBlockOwned::Legacy(record) = block
+                    && let Some((client, seq)) = request(record.data)
+                    && seen.insert((client, seq))
+                {
+                    let time = f64::from(record.ts_sec) + f64::from(record.ts_usec) / 1e6;
+                    times.entry(client).or_default().push(time);
+                }
+                reader.consume(used);
+            }
+            Err(PcapError::Eof) => return Ok(times),
+            Err(PcapError::Incomplete(_)) => reader.refill().map_err(|error| anyhow::anyhow!("{error:?}"))?,
+            Err(error) => anyhow::bail!("{}: {error:?}", path.display()),
+        }
+    }
+}
+
+/// The client of a packet with data to the service, and its sequence number.
+fn request(frame: &[u8]) -> Option<(SocketAddr, u32)> {
+    let packet = SlicedPacket::from_ethernet(frame).ok()?;
+    let Some(TransportSlice::Tcp(tcp)) = packet.transport else { return None };
+    let NetSlice::Ipv4(ip) = packet.net? else { return None };
+    let client = SocketAddr::new(ip.header().source_addr().into(), tcp.source_port());
+    (tcp.destination_port() == HTTP && !tcp.payload().is_empty()).then_some((client, tcp.sequence_number()))
+}
+
+/// From the first request to the last.
+fn span(times: &BTreeMap<SocketAddr, Vec<f64>>) -> f64 {
+    let all = || times.values().flatten().copied();
+    all().fold(f64::MIN, f64::max) - all().fold(f64::MAX, f64::min)
+}
+
+/// By how much the gaps between the requests of a connection differ, sorted.
+fn gap_errors(online: &BTreeMap<SocketAddr, Vec<f64>>, target: &BTreeMap<SocketAddr, Vec<f64>>) -> Vec<f64> {
+    let gaps = |times: &[f64]| -> Vec<f64> { times.windows(2).map(|pair| pair[1] - pair[0]).collect() };
+    let mut errors = Vec::new();
+    for (client, times) in online {
+        let Some(replayed) = target.get(client) else { continue };
+        errors.extend(gaps(times).iter().zip(gaps(replayed)).map(|(a, b)| (a - b).abs()));
+    }
+    errors.sort_by(f64::total_cmp);
+    errors
+}
+
+/// Requests of keep-alive connections at a steady rate, captured at the online host.
+fn captured_load(lab: &Lab, filter: &str, load: &str) -> Result<PathBuf> {
+    let capture = Capture::start(lab, lab.online(), filter)?;
+    let summary = Load::run(
+        lab,
+        "load",
+        &format!("--connect {}:{HTTP} --protocol http --expect-server online {load}", lab.online().v4()),
+    )?;
+    ensure!(summary.errors == 0, "{summary:?}");
+    capture.stop()
+}
+
+#[test]
+fn b058_gaps_are_kept_and_scaled() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let nginx = NginxPair::start(&lab, HTTP)?;
+    let both = format!("tcp port {HTTP}");
+    let file = captured_load(&lab, &both, "--connections 50 --rate 400 --requests 2000")?;
+    let online_ledger = nginx.online.settled_ledger(2000, ARRIVAL)?;
+    let online = request_times(&file)?;
+    assert_eq!(online.values().map(Vec::len).sum::<usize>(), 2000);
+    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+
+    let mut requests = 0;
+    for (arguments, scale) in [(&[][..], 1.0), (&["--speed", "10"][..], 0.1)] {
+        let capture = Capture::start(&lab, lab.target(), &both)?;
+        let run = offline(&lab, &file, &to_target(&lab), arguments)?;
+        let target = request_times(&capture.stop()?)?;
+        requests += 2000;
+        assert_eq!(run.report.counter("turns_sent"), 2000);
+        let ledger = nginx.target.settled_ledger(requests, ARRIVAL)?;
+        let this = Ledger { entries: ledger.entries[requests - 2000..].to_vec() };
+        let difference = ledger::compare(&online_ledger, &this);
+        assert_eq!((difference.missing, difference.extra), (0, 0), "{difference:?}");
+        let share = span(&target) / span(&online) / scale;
+        assert!((share - 1.0).abs() < 0.02, "{arguments:?}: {share:.3} of the time it should take");
+        if scale == 1.0 {
+            let errors = gap_errors(&online, &target);
+            assert_eq!(errors.len(), 1950);
+            let (median, p99) = (errors[errors.len() / 2], errors[errors.len() * 99 / 100]);
+            eprintln!("error of the gaps: median {:.3} ms, p99 {:.3} ms", median * 1e3, p99 * 1e3);
+            assert!(median < 0.001, "median error of a gap: {:.3} ms", median * 1e3);
+        }
+    }
+
+    // As fast as the target answers, and at given rates.
+    let run = offline(&lab, &file, &to_target(&lab), &["--speed", "max"])?;
+    assert_eq!(run.report.counter("turns_sent"), 2000);
+    assert!(run.seconds < span(&online) / 2.0, "{} s", run.seconds);
+    let capture = Capture::start(&lab, lab.target(), &both)?;
+    // SYN, ACK, 40 requests, FIN and the ACKs of the responses.
+    let packets = run.report.counter("packets_captured") as f64;
+    offline(&lab, &file, &to_target(&lab), &["--pps", &format!("{}", packets / 2.0)])?;
+    let taken = span(&request_times(&capture.stop()?)?);
+    assert!((1.5..2.1).contains(&taken), "{taken} s at half of all packets a second");
+    Ok(())
+}
+
+#[test]
+fn b059_three_loops_are_three_times_everything() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let nginx = NginxPair::start(&lab, HTTP)?;
+    // Only the clients' side, and no connection ends in the file.
+    let filter = format!("tcp dst port {HTTP} and tcp[tcpflags] & (tcp-fin|tcp-rst) == 0");
+    let file =
+        captured_load(&lab, &filter, "--connections 20 --rate 1000 --requests 1000 --per-connection 25")?;
+    let online = nginx.online.settled_ledger(1000, ARRIVAL)?;
+    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    let run = offline(&lab, &file, &to_target(&lab), &["--loop", "3"])?;
+    let target = nginx.target.settled_ledger(3000, ARRIVAL)?;
+    let thrice = Ledger { entries: [&online.entries[..], &online.entries, &online.entries].concat() };
+    let difference = ledger::compare_addresses(&thrice, &target);
+    assert_eq!((difference.missing, difference.extra), (0, 0), "{difference:?}\n{:?}", run.report.counters);
+    assert_eq!(target.connections().len(), 3 * online.connections().len(), "identities of their own");
+    let last = target.entries.iter().map(|entry| entry.time).fold(0.0, f64::max);
+    assert!(run.ended - last < 1.0, "it ended {:.2} s after the last response", run.ended - last);
+    Ok(())
+}
+
+#[test]
+fn b061_real_captures_arrive_whole() -> Result<()> {
+    let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/pcaps");
+    if !shared.exists() {
+        eprintln!("skipped: {} is not there", shared.display());
+        return Ok(());
+    }
+    let lab = Lab::up(Plan::default())?;
+    let recorder = Recorder::start(lab.target(), HTTP)?;
+    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    // Name, port, and bytes of each client's stream, as Wireshark's "follow" shows them.
+    let cases: &[(&str, u16, &[usize])] = &[
+        ("zeek/get.pcap", 80, &[136]),
+        ("zeek/get-without-fins.pcap", 80, &[136]),
+        ("zeek/handshake-reorder.pcap", 80, &[136]),
+        ("zeek/http-vlan-0.pcap", 80, &[136]),
+        ("zeek/http-post-large.pcap", 80, &[61_907]),
+        ("zeek/bulk-loading.pcap", 6379, &[38_823]),
+        ("zeek/mysql.pcap", 3306, &[659]),
+        ("zeek/tcp-fast-open.pcap", 80, &[]),
+        ("trex/tcp2_http_drop_c.pcap", 80, &[249]),
+        ("trex/tcp2_http_reorder_c.pcap", 80, &[249]),
+        ("trex/http_post.pcap", 80, &[10_332]),
+    ];
+    for (name, port, lengths) in cases {
+        let file = shared.join(name);
+        let service = format!("{port}-{}:{HTTP}", lab.target().v4());
+        let run = offline(&lab, &file, &service, &["--speed", "max", "-c", "172.29.0.0/24"])?;
+        let received = recorder.take();
+        let bytes: usize = received.iter().map(Vec::len).sum();
+        assert_eq!(bytes as u64, run.report.counter("bytes_accepted"), "{name}: {:?}", run.report.counters);
+        assert_eq!(bytes as u64, run.report.counter("replay_bytes_delivered"), "{name}");
+        let mut found: Vec<usize> = received.iter().map(Vec::len).filter(|&len| len > 0).collect();
+        found.sort_unstable();
+        if !lengths.is_empty() {
+            assert_eq!(found, *lengths, "{name}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn b060_a_damaged_file_is_replayed_as_far_as_it_goes() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let nginx = NginxPair::start(&lab, HTTP)?;
+    let filter = format!("tcp port {HTTP}");
+    let file = captured_load(&lab, &filter, "--connections 1 --requests 50 --per-connection 1")?;
+    let bytes = std::fs::read(&file)?;
+    let cut = lab.dir().join("cut.pcap");
+    std::fs::write(&cut, &bytes[..bytes.len() - 7])?;
+    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    let assistant = lab.assistant().v4().to_string();
+    let mut command = lab.online().command(tool("replayer")?);
+    command.arg("offline").arg("-f").arg(&cut).args(["-x", &to_target(&lab), "-s", &assistant]);
+    let mut process = start(&lab, lab.online(), "offline", &mut command)?;
+    let status = process.wait(LIMIT)?;
+    let text = process.errors();
+    assert_eq!(status.code(), Some(1), "{text}");
+    assert!(text.contains("bytes are missing") && text.contains("offset"), "{text}");
+    nginx.ensure_equal(50)?;
+
+    // A service that is not in the file: which are.
+    let mut command = lab.online().command(tool("replayer")?);
+    let wrong = format!("9999-{}:{HTTP}", lab.target().v4());
+    command.arg("offline").arg("-f").arg(&file).args(["-x", &wrong, "-s", &assistant]);
+    let mut process = start(&lab, lab.online(), "offline-wrong", &mut command)?;
+    assert_eq!(process.wait(LIMIT)?.code(), Some(1));
+    let text = process.errors();
+    assert!(text.contains(&format!("{}:{HTTP}: 50 connections, 50 requests", lab.online().v4())), "{text}");
+    Ok(())
+}
+
+/// What a connection received so far.
+type Received = Arc<Mutex<Vec<u8>>>;
+
+/// A server that takes whatever comes, answers a little, and remembers the bytes of each connection.
+struct Recorder {
+    received: Arc<Mutex<Vec<Received>>>,
+}
+
+impl Recorder {
+    fn start(host: &Host, port: u16) -> Result<Self> {
+        let listener =
+            host.namespace().enter(|| TcpListener::bind(("0.0.0.0", port)))?.context("listening")?;
+        let received: Arc<Mutex<Vec<Received>>> = Arc::default();
+        let all = received.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let Ok(mut stream) = stream else { return };
+                let bytes = Received::default();
+                all.lock().unwrap().push(bytes.clone());
+                std::thread::spawn(move || {
+                    let mut buffer = vec![0; 1 << 16];
+                    while let Ok(count @ 1..) = stream.read(&mut buffer) {
+                        bytes.lock().unwrap().extend_from_slice(&buffer[..count]);
+                        if stream.write_all(b"ok").is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+        });
+        Ok(Self { received })
+    }
+
+    /// What the connections since the last call received, once nothing more comes.
+    fn take(&self) -> Vec<Vec<u8>> {
+        let bytes = || -> Vec<Vec<u8>> {
+            self.received.lock().unwrap().iter().map(|bytes| bytes.lock().unwrap().clone()).collect()
+        };
+        settled(Duration::from_millis(100), ARRIVAL, || bytes().iter().map(Vec::len).sum::<usize>());
+        let found = bytes();
+        self.received.lock().unwrap().clear();
+        found
+    }
+}
