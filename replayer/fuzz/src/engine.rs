@@ -191,7 +191,7 @@ impl World {
             client.isn = client.next.wrapping_add(1 << 20);
             client.next = client.isn;
         }
-        let offset = i32::from(seq as i8) * 50 * [1, 1, 100, 1 << 20][usize::from(far % 4)];
+        let offset = (i32::from(seq as i8) * 50).wrapping_mul([1, 1, 100, 1 << 20][usize::from(far % 4)]);
         let seq = client.next.wrapping_add(offset as u32);
         let len = usize::from(len) * if more & 2 != 0 { 1 } else { 6 };
         client.read = client.read.wrapping_add(u32::from(ack) * 10);

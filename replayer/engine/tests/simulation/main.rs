@@ -7,7 +7,8 @@
 //!
 //! - `network`: randomness, paths, events
 //! - `streams`: what must arrive, known independently of the engine
-//! - `clients`: where traffic comes from
+//! - `clients`: traffic that is made up
+//! - `captures`: traffic out of capture files
 //! - `target`: smoltcp and an application
 //! - `checker`: the rules of TCP
 //! - `world`: one life
@@ -16,6 +17,7 @@
 
 #![allow(unreachable_pub, missing_docs, reason = "a test binary")]
 
+mod captures;
 mod checker;
 mod clients;
 #[path = "../lab/mod.rs"]

@@ -110,6 +110,11 @@ impl Stream {
         offset == 0 || self.turns.iter().any(|turn| turn.offset == offset)
     }
 
+    /// Whether it begins with a TLS ClientHello (RFC 8446 section 4.1.2 in a record of section 5.1).
+    pub fn is_encrypted(&self) -> bool {
+        matches!(self.bytes[..], [Some(22), Some(3), _, _, _, Some(1), ..])
+    }
+
     /// Whether each turn has one answer.
     pub fn answers_one_by_one(&self) -> bool {
         let in_turn = |from: usize, upto: usize| {

@@ -35,7 +35,7 @@ fn the_table_of_losses_is_what_the_engine_does() {
     let sums = Mutex::new(vec![(0, 0); cells]);
     for_seeds("the_table", 0..cells as u64 * LIVES, |seed, recording| {
         let cell = (seed / LIVES) as usize;
-        let (world, streams) = World::plain(path(cell), seed);
+        let (world, streams) = World::of_table(path(cell), seed);
         let outcome = run(&world, &streams, seed, recording);
         let (equal, sound) = &mut sums.lock().unwrap()[cell];
         *equal += outcome.equal;
