@@ -72,8 +72,12 @@ impl Engine {
                 *place = self.connections[*place].first_session;
                 if *place != NONE {
                     self.sessions[*place].touch();
-                    self.wheel.touch(*place);
                 }
+            }
+        }
+        for &place in &places[..parsed.len()] {
+            if place != NONE && self.sessions[place].armed_at.is_none() {
+                self.wheel.touch(place);
             }
         }
     }
@@ -110,7 +114,7 @@ impl Engine {
         out: &mut O,
     ) {
         self.counters[Counter::PacketsCaptured] += 1;
-        let Some(segment) = parsed.segment else {
+        let Some(segment) = &parsed.segment else {
             self.counters[Counter::PacketsUnparsable] += 1;
             out.release(frame);
             return;
@@ -118,20 +122,26 @@ impl Engine {
         self.counters[Counter::BytesCaptured] += u64::from(segment.payload_len);
         let payload_offset = usize::from(segment.payload_offset);
         let payload_len = segment.payload_len as usize;
+        if payload_len > 0
+            && segment.flags & (flags::SYN | flags::FIN | flags::RST) == 0
+            && payload_offset + payload_len <= len
+        {
+            let client = Endpoint { ip: segment.src, port: segment.src_port };
+            let server = Endpoint { ip: segment.dst, port: segment.dst_port };
+            if let Some(c) = self.find_connection(parsed.hash, &client, &server) {
+                frame = match self.on_usual(now_ns, c, segment, frame, out) {
+                    Ok(()) => return,
+                    Err(frame) => frame,
+                };
+            }
+        }
         let bytes = out.bytes(&mut frame);
         let fate = if payload_offset + payload_len > len.min(bytes.len()) {
             out.release(frame);
             Err((Counter::PacketsUnparsable, Counter::BytesUnparsable))
         } else {
-            let options = if segment.flags & flags::SYN != 0 || payload_len > 0 {
-                tcp_options::parse(
-                    bytes.get(usize::from(segment.tcp_offset) + 20..payload_offset).unwrap_or(&[]),
-                )
-            } else {
-                TcpOptions::default()
-            };
             let mut in_hand = Some(InHand { frame, payload_offset, payload_len, segment: NONE });
-            let fate = self.on_segment_captured(now_ns, parsed.hash, &segment, &options, &mut in_hand, out);
+            let fate = self.on_segment_captured(now_ns, parsed.hash, segment, &mut in_hand, out);
             if let Some(hand) = in_hand {
                 out.release(hand.frame);
             }
@@ -151,7 +161,6 @@ impl Engine {
         now_ns: u64,
         hash: u32,
         segment: &TcpSegment,
-        options: &TcpOptions,
         in_hand: &mut Option<InHand<O::Frame>>,
         out: &mut O,
     ) -> Fate {
@@ -167,6 +176,7 @@ impl Engine {
             return Err((Counter::PacketsSampledOut, Counter::BytesSampledOut));
         }
         let found = self.find_connection(hash, &client, &server);
+        let options = &Self::options(segment, out, in_hand);
         if segment.is_opening() {
             let connection = Connection::new(client, server, hash, Phase::Following, tick(now_ns));
             return self.on_client_syn(now_ns, found, connection, segment, options, in_hand, out);
@@ -201,6 +211,17 @@ impl Engine {
                 self.on_watched(now_ns, c, segment, options, in_hand, out)
             }
         }
+    }
+
+    /// The options of the packet in hand.
+    fn options<O: Output>(
+        segment: &TcpSegment,
+        out: &mut O,
+        in_hand: &mut Option<InHand<O::Frame>>,
+    ) -> TcpOptions {
+        let range = usize::from(segment.tcp_offset) + 20..usize::from(segment.payload_offset);
+        let bytes = in_hand.as_mut().and_then(|hand| out.bytes(&mut hand.frame).get(range));
+        tcp_options::parse(bytes.unwrap_or(&[]))
     }
 
     fn on_client_syn<O: Output>(

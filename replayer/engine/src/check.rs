@@ -109,6 +109,7 @@ impl Engine {
             session.snd_una == session.snd_max || session.rto_at.is_some(),
             "what is in flight has a timer: {session:?}"
         );
+        assert_eq!(session.armed_at, self.wheel.stands_at(s), "a session knows where its timer stands");
         if let Some(deadline) = session.deadline() {
             let stands = self.wheel.stands_at(s).expect("a session with a deadline has its timer armed");
             assert!(!before(deadline, stands), "the timer fires when it must, or earlier");

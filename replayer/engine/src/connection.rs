@@ -54,6 +54,8 @@ pub(crate) struct Connection {
     pub(crate) last_seen: Tick,
     /// Copies wanted of each of its services.
     pub(crate) copies: u16,
+    /// Sessions wanted: its copies, of all services.
+    pub(crate) wanted: u32,
     pub(crate) ack_known: bool,
     pub(crate) sack_permitted: bool,
 
@@ -101,6 +103,7 @@ impl Connection {
             ack_known: false,
             copies: 0,
             family_counted: false,
+            wanted: 0,
             sessions: 0,
             first_session: NONE,
             head: NONE,

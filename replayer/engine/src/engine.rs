@@ -14,13 +14,13 @@ use crate::histogram::Histogram;
 use crate::identity::{Copies, Pool, Ports};
 use crate::output::Output;
 use crate::sack::{Board, MAX_BOARDS};
-use crate::sender::micros;
+use crate::sender::{WINDOW, micros};
 use crate::session::{Session, State};
 use crate::slab::{NONE, Slab};
 use crate::store::Store;
 use crate::table::Table;
 use crate::timer::{Tick, Wheel, before, tick, ticks};
-use crate::wire::Link;
+use crate::wire::{Link, Template};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use replayer_common::addr::{ANY, Endpoint, is_v4};
@@ -37,7 +37,8 @@ const MAX_LINGERING: usize = 1 << 16;
 pub(crate) struct ServiceState {
     pub(crate) online: Endpoint,
     pub(crate) target: Endpoint,
-    pub(crate) link: Option<Link>,
+    /// What packets to it begin with; `None`: they cannot leave.
+    pub(crate) template: Option<Template>,
     pub(crate) ip_id: u16,
     /// Refuses or ignores SYNs: one goes out every `DOWN_PROBE`.
     pub(crate) down: bool,
@@ -121,6 +122,9 @@ pub struct Engine {
     pub(crate) stopping: Option<Tick>,
     /// Where captured packets come from a file: the file's time.
     pub(crate) capture_time: Option<Tick>,
+    /// Takes no packet as usual: for the comparison of both ways.
+    #[cfg(test)]
+    pub(crate) step_by_step: bool,
 }
 
 impl Engine {
@@ -134,7 +138,7 @@ impl Engine {
             .map(|service| ServiceState {
                 online: service.online,
                 target: service.target,
-                link: None,
+                template: None,
                 ip_id: 0,
                 down: false,
                 next_probe: now,
@@ -171,13 +175,16 @@ impl Engine {
             lag: Lag::default(),
             stopping: None,
             capture_time: None,
+            #[cfg(test)]
+            step_by_step: false,
             config,
         }
     }
 
     /// Says how packets to a service's target leave, or that they cannot (no route, next hop unresolved).
     pub fn set_link(&mut self, service: usize, link: Option<Link>) {
-        self.services[service].link = link;
+        let state = &mut self.services[service];
+        state.template = link.map(|link| Template::new(&link, &state.target, WINDOW));
         if let Some(link) = link {
             self.narrow(service as u16, link.mtu);
         }
@@ -282,7 +289,12 @@ impl Engine {
     }
 
     /// Makes a connection and puts it in the client table.
-    pub(crate) fn new_connection(&mut self, connection: Connection, now: Tick) -> Option<u32> {
+    pub(crate) fn new_connection(&mut self, mut connection: Connection, now: Tick) -> Option<u32> {
+        let (_, source) = self.services_of(&connection.server);
+        let of_it =
+            |service: &&ServiceState| service.online == source && self.family_fits(&connection, service);
+        let services = self.services.iter().filter(of_it).count() as u32;
+        connection.wanted = services * u32::from(connection.copies);
         let hash = connection.hash;
         let index = self.connections.insert(connection)?;
         self.by_client.insert(hash, index);
@@ -293,17 +305,7 @@ impl Engine {
     /// Whether every copy of the connection has a session that takes its data.
     pub(crate) fn has_all_sessions(&self, c: u32) -> bool {
         let connection = &self.connections[c];
-        let (_, source) = self.services_of(&connection.server);
-        let of_it =
-            |service: &&ServiceState| service.online == source && self.family_fits(connection, service);
-        let services = self.services.iter().filter(of_it).count() as u32;
-        let mut open = 0;
-        let mut s = connection.first_session;
-        while s != NONE {
-            open += u32::from(!self.sessions[s].cut);
-            s = self.sessions[s].next_copy;
-        }
-        open >= services * u32::from(connection.copies)
+        self.takers(connection.first_session) >= connection.wanted
     }
 
     /// Whether the connection's sessions have a source address for the service's target.
@@ -466,7 +468,9 @@ impl Engine {
             pool.release(session.pool_index, now);
         }
         self.linger(now, session.service, session.identity, out);
-        self.wheel.cancel(s);
+        if session.armed_at.is_some() {
+            self.wheel.cancel(s);
+        }
         self.forget_sack(s);
         let entry = &mut self.sessions[s];
         entry.state = State::Closed;
@@ -604,9 +608,14 @@ impl Engine {
         self.wheel.arm(self.connection_timer(c), at);
     }
 
-    /// Puts the session's earliest deadline into the wheel.
+    /// Puts the session's earliest deadline into the wheel, unless its timer fires earlier already.
+    #[inline]
     pub(crate) fn arm_session(&mut self, s: u32) {
-        if let Some(deadline) = self.sessions[s].deadline() {
+        let session = &mut self.sessions[s];
+        if let Some(deadline) = session.deadline()
+            && session.armed_at.is_none_or(|at| before(deadline, at))
+        {
+            session.armed_at = Some(deadline);
             self.wheel.arm(s, deadline);
         }
     }
@@ -616,6 +625,7 @@ impl Engine {
         let now = tick(now_ns);
         while let Some(timer) = self.wheel.expired(now) {
             if timer < self.config.limits.sessions as u32 {
+                self.sessions[timer].armed_at = None;
                 if self.sessions[timer].state != State::Closed {
                     self.on_session_timer(now_ns, timer, out);
                 }

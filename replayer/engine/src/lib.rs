@@ -13,6 +13,7 @@
 //! - `sack`: what a target has beyond its acknowledgment
 //! - `receiver`: what a target's segments do
 //! - [`counters`], [`histogram`]: where everything ends
+//! - `usual`: the packet that nearly all are, in one piece
 //! - `identity`: source addresses and ports
 //! - `path`: the path's MTU where nobody tells it
 //! - `protocol`: what a stream's first bytes say of it
@@ -47,6 +48,7 @@ mod slab;
 mod store;
 mod table;
 mod timer;
+mod usual;
 mod wire;
 
 pub use engine::{BATCH, Engine, Gauges, Lag};

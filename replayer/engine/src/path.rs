@@ -23,7 +23,7 @@ impl Engine {
     /// The largest IP packet to the service's target, as far as is known.
     pub(crate) fn path_mtu(&self, service: u16, now: Tick) -> u16 {
         let service = &self.services[usize::from(service)];
-        let link = service.link.map_or(1500, |link| link.mtu);
+        let link = service.template.as_ref().map_or(1500, |template| template.mtu);
         match service.narrow_path {
             Some((mtu, since)) if now.wrapping_sub(since) < timing::PATH_MTU_AGE => link.min(mtu),
             _ => link,

@@ -30,10 +30,16 @@ impl Engine {
                     core::hint::black_box(self.by_identity.touch(*hash));
                 }
             }
-            for &hash in &hashes[..batch.len()] {
+            let mut places = [NONE; BATCH];
+            for (place, &hash) in places.iter_mut().zip(&hashes[..batch.len()]) {
                 if let Some(s) = self.by_identity.guess(hash) {
+                    *place = s;
                     self.sessions[s].touch();
-                    self.wheel.touch(s);
+                }
+            }
+            for &place in &places[..batch.len()] {
+                if place != NONE {
+                    core::hint::black_box(self.connections[self.sessions[place].connection].head);
                 }
             }
             for (&hash, record) in hashes.iter().zip(batch) {

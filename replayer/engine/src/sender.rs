@@ -8,7 +8,7 @@ use crate::output::{InHand, Output};
 use crate::session::{Gate, INITIAL_WINDOW, MIN_MSS, State, seq_before};
 use crate::slab::NONE;
 use crate::timer::{tick, ticks};
-use crate::wire::{Header, MAX_HEADER, SynOptions, payload_limit};
+use crate::wire::{self, Header, MAX_HEADER, SynOptions, payload_limit};
 use replayer_common::addr::Endpoint;
 use replayer_common::packet::flags;
 use replayer_common::response::{ResponseHeader, present};
@@ -19,9 +19,9 @@ pub(crate) const WINDOW: u16 = u16::MAX;
 /// Bytes of a stored segment.
 #[derive(Clone, Copy)]
 pub(crate) struct Piece {
-    segment: u32,
-    offset: u32,
-    len: u32,
+    pub(crate) segment: u32,
+    pub(crate) offset: u32,
+    pub(crate) len: u32,
 }
 
 /// Microseconds, wrapping: for durations under an hour.
@@ -44,7 +44,7 @@ impl Engine {
         out: &mut O,
     ) {
         let Some(service) = self.services.get_mut(usize::from(record.service)) else { return };
-        let Some(link) = service.link else { return };
+        let Some(template) = &service.template else { return };
         let acknowledges = record.flags & (flags::FIN | flags::SYN) == flags::FIN;
         if record.flags & flags::RST != 0 || record.flags & flags::ACK == 0 {
             return;
@@ -55,11 +55,9 @@ impl Engine {
         service.ip_id = service.ip_id.wrapping_add(1);
         let header = Header {
             source: identity,
-            destination: service.target,
             seq: record.ack,
             ack: if acknowledges { record.seq.wrapping_add(record.payload_len).wrapping_add(1) } else { 0 },
             flags: if acknowledges { flags::ACK } else { flags::RST },
-            window: WINDOW,
             // The target's own clock keeps PAWS content (RFC 7323 section 5): it echoed ours last.
             timestamps: record.has(present::TIMESTAMPS).then_some((record.ts_ecr, record.ts_val)),
             syn: None,
@@ -69,13 +67,13 @@ impl Engine {
             self.counters[Counter::SegmentsNoFrame] += 1;
             return;
         };
-        let len = header.len(&link);
+        let len = header.len(template);
         let bytes = out.bytes(&mut frame);
         if bytes.len() < MAX_HEADER {
             out.release(frame);
             return;
         }
-        header.write(&link, &mut bytes[..len], 0);
+        header.write(template, &mut bytes[..len], 0, 0);
         self.counters[Counter::SegmentsSent] += 1;
         if !out.transmit(frame, len) {
             self.counters[Counter::SegmentsNoFrame] += 1;
@@ -84,6 +82,7 @@ impl Engine {
 
     /// Writes a segment and gives it to the output. With `in_hand`, a captured frame that holds just these bytes is rewritten in
     /// place; otherwise the bytes are copied from the store into a free frame.
+    #[inline]
     pub(crate) fn send<O: Output>(
         &mut self,
         now_ns: u64,
@@ -104,18 +103,16 @@ impl Engine {
             session.unacked_segments = 0;
             session.ack_at = None;
         }
-        let Some(link) = service.link else {
+        let Some(template) = &service.template else {
             self.counters[Counter::SegmentsNoLink] += 1;
             return;
         };
         service.ip_id = service.ip_id.wrapping_add(1);
         let header = Header {
             source: session.identity,
-            destination: service.target,
             seq,
             ack: if acknowledges { session.rcv_nxt } else { 0 },
             flags: control,
-            window: WINDOW,
             // No timestamp on a reset before the handshake: it is for an older connection, whose clock may have been ahead, and in
             // TIME-WAIT Linux applies PAWS to resets too.
             timestamps: (session.timestamps && (session.state != State::SynSent || syn))
@@ -127,7 +124,7 @@ impl Engine {
             }),
             ip_id: service.ip_id,
         };
-        let start = header.len(&link);
+        let start = header.len(template);
         let len = piece.map_or(0, |piece| piece.len as usize);
         let same = in_hand.take_if(|hand| {
             piece.is_some_and(|piece| {
@@ -162,7 +159,10 @@ impl Engine {
             }
             frame
         };
-        header.write(&link, &mut out.bytes(&mut frame)[..start + len], len);
+        let bytes = &mut out.bytes(&mut frame)[..start + len];
+        let known = piece.map_or(Some(0), |piece| self.store.sum(piece.segment, piece.offset, piece.len));
+        let payload_sum = known.unwrap_or_else(|| wire::sum(&bytes[start..]));
+        header.write(template, bytes, len, payload_sum);
         self.counters[Counter::SegmentsSent] += 1;
         if !out.transmit(frame, start + len) {
             self.counters[Counter::SegmentsNoFrame] += 1;
@@ -277,13 +277,9 @@ impl Engine {
                 len = usable;
             }
             if !again && session.next_offset == 0 && stored.starts_turn {
-                if !self.turn_may_begin(now_ns, s, stored.need) {
+                if !self.begin_turn(now_ns, s, stored.need) {
                     return;
                 }
-                let session = &mut self.sessions[s];
-                session.awaiting_response = true;
-                session.turn_sent_us = micros(now_ns);
-                self.counters[Counter::TurnsSent] += 1;
             }
             let session = &mut self.sessions[s];
             let piece = Piece { segment: session.next_segment, offset: session.next_offset, len };
@@ -318,6 +314,18 @@ impl Engine {
             self.arm_session(s);
         }
         self.output_end(now_ns, s, out);
+    }
+
+    /// Passes the turn gate with the first byte of a turn, if it is open.
+    pub(crate) fn begin_turn(&mut self, now_ns: u64, s: u32, need: u32) -> bool {
+        if !self.turn_may_begin(now_ns, s, need) {
+            return false;
+        }
+        let session = &mut self.sessions[s];
+        session.awaiting_response = true;
+        session.turn_sent_us = micros(now_ns);
+        self.counters[Counter::TurnsSent] += 1;
+        true
     }
 
     /// Whether the turn gate is open; arms the time to look again when it is not.

@@ -144,6 +144,8 @@ pub(crate) struct Session {
     // Deadlines; `None` when not wanted.
     pub(crate) rto_at: Option<Tick>,
 
+    /// When the timer in the wheel fires, at the latest; so that the wheel need not be looked at.
+    pub(crate) armed_at: Option<Tick>,
     pub(crate) ack_at: Option<Tick>,
     pub(crate) release_at: Option<Tick>,
     pub(crate) identity: Endpoint,
@@ -423,6 +425,7 @@ impl Session {
             awaiting_response: false,
             turn_sent_us: 0,
             rto_at: None,
+            armed_at: None,
             ack_at: None,
             release_at: None,
         }

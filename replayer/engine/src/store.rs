@@ -6,6 +6,7 @@
 //! again first, so the memory that is touched is what was held at the worst moment.
 
 use crate::slab::NONE;
+use crate::wire;
 use alloc::{vec, vec::Vec};
 
 /// Bytes of payload in a block. A small request is one block, a full Ethernet segment six.
@@ -30,6 +31,8 @@ pub(crate) struct Segment {
     pub(crate) captured_us: u32,
     /// Bytes.
     pub(crate) len: u32,
+    /// The checksum's sum of all its bytes (see [`wire::sum`]); not kept up when some are trimmed off.
+    sum: u16,
     /// Sessions that still need it.
     pub(crate) references: u16,
     /// Whether it starts a turn.
@@ -158,6 +161,7 @@ impl Store {
             need: 0,
             captured_us,
             len: payload.len() as u32,
+            sum: wire::sum(payload),
             references: 0,
             starts_turn: false,
             push,
@@ -192,6 +196,13 @@ impl Store {
         segment.len -= count;
         segment.seq = segment.seq.wrapping_add(count);
         self.held_bytes -= u64::from(count);
+    }
+
+    /// The checksum's sum of `len` bytes from `offset` on, if it is known: of a whole segment.
+    #[inline]
+    pub(crate) fn sum(&self, index: u32, offset: u32, len: u32) -> Option<u16> {
+        let segment = &self.segments[index as usize];
+        (offset == 0 && len == segment.len && segment.skip == 0).then_some(segment.sum)
     }
 
     /// Copies `out.len()` bytes of a segment, from its byte `offset` on. The range lies in the segment.

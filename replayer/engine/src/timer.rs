@@ -84,7 +84,7 @@ impl Wheel {
         self.link(timer, deadline);
     }
 
-    /// Reads what arming the timer reads, so that it is in the cache.
+    /// Reads what arming the timer changes, so that it is in the cache.
     #[inline]
     pub(crate) fn touch(&self, timer: u32) {
         core::hint::black_box((self.nodes[timer as usize][SLOT], self.deadlines[timer as usize]));

@@ -1,7 +1,7 @@
 //! Writing segments: Ethernet (802.1Q when asked), IPv4 or IPv6, TCP. Every checksum is computed from the bytes that are
 //! sent: a captured one may be partial (a packet from a local veth carries only the pseudo header's sum).
 
-use replayer_common::addr::{Endpoint, is_v4, v4_octets};
+use replayer_common::addr::{Endpoint, Ip, is_v4, v4_octets};
 
 /// How packets leave towards a target: the first hop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,23 +24,76 @@ pub(crate) struct SynOptions {
     pub(crate) sack_permitted: bool,
 }
 
-/// A segment to write; the payload is in the frame already.
+/// A segment to write; the payload is in the frame already. The rest of its header is the same for all segments of a service.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Header {
     pub(crate) source: Endpoint,
-    pub(crate) destination: Endpoint,
     pub(crate) seq: u32,
     pub(crate) ack: u32,
     pub(crate) flags: u8,
-    pub(crate) window: u16,
     pub(crate) timestamps: Option<(u32, u32)>,
     pub(crate) syn: Option<SynOptions>,
     /// IPv4 identification.
     pub(crate) ip_id: u16,
 }
 
-/// The longest header that is written: Ethernet with two tags, IPv6, TCP with the options of a SYN.
-pub(crate) const MAX_HEADER: usize = 22 + 40 + 20 + 24;
+/// Ethernet with two tags, IPv6, TCP without options.
+const MAX_TEMPLATE: usize = 22 + 40 + 20;
+
+/// The longest header that is written: with the options of a SYN.
+pub(crate) const MAX_HEADER: usize = MAX_TEMPLATE + 24;
+
+/// What the headers of all segments to a service's target have in common, and its part of their checksums.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Template {
+    /// Ethernet, IP, TCP without options; zero where a segment says something of its own.
+    bytes: [u8; MAX_TEMPLATE],
+    ip_at: usize,
+    tcp_at: usize,
+    v4: bool,
+    /// Sum of the IPv4 header, see [`sum`].
+    ip_sum: u64,
+    /// Sum of TCP's header with its pseudo header.
+    tcp_sum: u64,
+    /// Largest IP packet, bytes.
+    pub(crate) mtu: u16,
+}
+
+impl Template {
+    /// For packets to `target` by `link`, all with the same window.
+    pub(crate) fn new(link: &Link, target: &Endpoint, window: u16) -> Template {
+        let v4 = is_v4(&target.ip);
+        let ip_at = 14 + 4 * link.tags.iter().flatten().count();
+        let tcp_at = ip_at + ip_len(target);
+        let mut bytes = [0; MAX_TEMPLATE];
+        bytes[0..6].copy_from_slice(&link.destination_mac);
+        bytes[6..12].copy_from_slice(&link.source_mac);
+        for (at, (protocol, id)) in [12, 16].into_iter().zip(link.tags.into_iter().flatten()) {
+            bytes[at..at + 2].copy_from_slice(&protocol.to_be_bytes());
+            bytes[at + 2..at + 4].copy_from_slice(&id.to_be_bytes());
+        }
+        let ethertype: u16 = if v4 { 0x0800 } else { 0x86dd };
+        bytes[ip_at - 2..ip_at].copy_from_slice(&ethertype.to_be_bytes());
+        let ip = &mut bytes[ip_at..tcp_at];
+        if v4 {
+            // Five words, don't fragment, TTL 64.
+            ip[0] = 0x45;
+            ip[6..10].copy_from_slice(&[0x40, 0, 64, 6]);
+            ip[16..20].copy_from_slice(&v4_octets(&target.ip));
+        } else {
+            ip[0] = 0x60;
+            ip[6..8].copy_from_slice(&[6, 64]);
+            ip[24..40].copy_from_slice(&target.ip);
+        }
+        let ip_sum = u64::from(sum(ip));
+        let tcp = &mut bytes[tcp_at..tcp_at + 20];
+        tcp[2..4].copy_from_slice(&target.port.to_be_bytes());
+        tcp[14..16].copy_from_slice(&window.to_be_bytes());
+        // Pseudo header: RFC 9293 section 3.1; RFC 8200 section 8.1.
+        let tcp_sum = 6 + u64::from(sum(tcp)) + address_sum(&target.ip, v4);
+        Template { bytes, ip_at, tcp_at, v4, ip_sum, tcp_sum, mtu: link.mtu }
+    }
+}
 
 impl Header {
     fn tcp_len(&self) -> usize {
@@ -51,102 +104,81 @@ impl Header {
     }
 
     /// Bytes before the payload.
-    pub(crate) fn len(&self, link: &Link) -> usize {
-        ethernet_len(link) + ip_len(&self.destination) + self.tcp_len()
+    #[inline]
+    pub(crate) fn len(&self, template: &Template) -> usize {
+        template.tcp_at + self.tcp_len()
     }
 
-    /// Writes the headers at the start of `frame`, for the `payload_len` bytes that follow them there.
-    pub(crate) fn write(&self, link: &Link, frame: &mut [u8], payload_len: usize) {
-        let ip_at = ethernet_len(link);
-        let v4 = is_v4(&self.destination.ip);
-        frame[0..6].copy_from_slice(&link.destination_mac);
-        frame[6..12].copy_from_slice(&link.source_mac);
-        let ethertype: u16 = if v4 { 0x0800 } else { 0x86dd };
-        for (at, (protocol, id)) in [12, 16].into_iter().zip(link.tags.into_iter().flatten()) {
-            frame[at..at + 2].copy_from_slice(&protocol.to_be_bytes());
-            frame[at + 2..at + 4].copy_from_slice(&id.to_be_bytes());
+    /// Writes the headers at the start of `frame`, for the `payload_len` bytes that follow them there, whose [`sum`] is `payload_sum`.
+    #[inline]
+    pub(crate) fn write(&self, template: &Template, frame: &mut [u8], payload_len: usize, payload_sum: u16) {
+        let Template { ip_at, tcp_at, v4, .. } = *template;
+        // The usual length as a constant: the copy is a few moves then.
+        match tcp_at {
+            34 => frame[..54].copy_from_slice(&template.bytes[..54]),
+            _ => frame[..tcp_at + 20].copy_from_slice(&template.bytes[..tcp_at + 20]),
         }
-        frame[ip_at - 2..ip_at].copy_from_slice(&ethertype.to_be_bytes());
         let tcp_len = self.tcp_len();
-        let tcp_at = ip_at + ip_len(&self.destination);
         let segment_len = tcp_len + payload_len;
+        let source_sum = address_sum(&self.source.ip, v4);
+        let ip = &mut frame[ip_at..tcp_at];
         if v4 {
-            self.write_v4(&mut frame[ip_at..tcp_at], segment_len);
+            let total_len = 20 + segment_len as u16;
+            let sum = template.ip_sum + u64::from(total_len) + u64::from(self.ip_id) + source_sum;
+            ip[2..4].copy_from_slice(&total_len.to_be_bytes());
+            ip[4..6].copy_from_slice(&self.ip_id.to_be_bytes());
+            ip[10..12].copy_from_slice(&checksum(sum));
+            ip[12..16].copy_from_slice(&v4_octets(&self.source.ip));
         } else {
-            self.write_v6(&mut frame[ip_at..tcp_at], segment_len);
+            ip[4..6].copy_from_slice(&(segment_len as u16).to_be_bytes());
+            ip[8..24].copy_from_slice(&self.source.ip);
         }
-        self.write_tcp(&mut frame[tcp_at..tcp_at + tcp_len]);
-        // Pseudo header: RFC 9293 section 3.1; RFC 8200 section 8.1.
-        let mut sum = 6u64 + segment_len as u64;
-        sum = if v4 {
-            add(add(sum.to_be() >> 48, &v4_octets(&self.source.ip)), &v4_octets(&self.destination.ip))
-        } else {
-            add(add(sum.to_be() >> 48, &self.source.ip), &self.destination.ip)
-        };
-        let checksum = finish(add(sum, &frame[tcp_at..tcp_at + segment_len]));
-        frame[tcp_at + 16..tcp_at + 18].copy_from_slice(&checksum);
-    }
-
-    fn write_v4(&self, ip: &mut [u8], segment_len: usize) {
-        ip[0] = 0x45;
-        ip[1] = 0;
-        ip[2..4].copy_from_slice(&(20 + segment_len as u16).to_be_bytes());
-        ip[4..6].copy_from_slice(&self.ip_id.to_be_bytes());
-        // Don't fragment.
-        ip[6..8].copy_from_slice(&0x4000u16.to_be_bytes());
-        ip[8] = 64;
-        ip[9] = 6;
-        ip[10..12].copy_from_slice(&[0, 0]);
-        ip[12..16].copy_from_slice(&v4_octets(&self.source.ip));
-        ip[16..20].copy_from_slice(&v4_octets(&self.destination.ip));
-        let checksum = finish(add(0, &ip[..20]));
-        ip[10..12].copy_from_slice(&checksum);
-    }
-
-    fn write_v6(&self, ip: &mut [u8], segment_len: usize) {
-        ip[0..4].copy_from_slice(&0x6000_0000u32.to_be_bytes());
-        ip[4..6].copy_from_slice(&(segment_len as u16).to_be_bytes());
-        ip[6] = 6;
-        ip[7] = 64;
-        ip[8..24].copy_from_slice(&self.source.ip);
-        ip[24..40].copy_from_slice(&self.destination.ip);
-    }
-
-    fn write_tcp(&self, tcp: &mut [u8]) {
+        let offset_and_flags = ((tcp_len / 4) << 12) as u16 | u16::from(self.flags);
+        let mut sum = template.tcp_sum
+            + source_sum
+            + u64::from(self.source.port)
+            + u64::from(self.seq)
+            + u64::from(self.ack)
+            + u64::from(offset_and_flags)
+            + segment_len as u64
+            + u64::from(payload_sum);
+        let tcp = &mut frame[tcp_at..tcp_at + tcp_len];
         tcp[0..2].copy_from_slice(&self.source.port.to_be_bytes());
-        tcp[2..4].copy_from_slice(&self.destination.port.to_be_bytes());
         tcp[4..8].copy_from_slice(&self.seq.to_be_bytes());
         tcp[8..12].copy_from_slice(&self.ack.to_be_bytes());
-        tcp[12] = (tcp.len() as u8 / 4) << 4;
-        tcp[13] = self.flags;
-        tcp[14..16].copy_from_slice(&self.window.to_be_bytes());
-        // Checksum to be filled in; no urgent data.
-        tcp[16..20].copy_from_slice(&[0; 4]);
-        let mut at = 20;
-        let mut put = |bytes: &[u8]| {
-            tcp[at..at + bytes.len()].copy_from_slice(bytes);
-            at += bytes.len();
-        };
+        tcp[12..14].copy_from_slice(&offset_and_flags.to_be_bytes());
         if let Some(syn) = self.syn {
-            let mss = syn.mss.to_be_bytes();
-            put(&[2, 4, mss[0], mss[1]]);
-            if syn.sack_permitted {
-                put(&[1, 1, 4, 2]);
-            }
-            if let Some(shift) = syn.window_scale {
-                put(&[1, 3, 3, shift]);
-            }
+            sum += self.write_syn_options(&syn, &mut tcp[20..]);
         }
         if let Some((value, echo)) = self.timestamps {
-            put(&[1, 1, 8, 10]);
-            put(&value.to_be_bytes());
-            put(&echo.to_be_bytes());
+            // The last of the options.
+            let option = &mut tcp[tcp_len - 12..];
+            option[..4].copy_from_slice(&[1, 1, 8, 10]);
+            option[4..8].copy_from_slice(&value.to_be_bytes());
+            option[8..12].copy_from_slice(&echo.to_be_bytes());
+            sum += 0x0101_080a + u64::from(value) + u64::from(echo);
         }
+        tcp[16..18].copy_from_slice(&checksum(sum));
     }
-}
 
-fn ethernet_len(link: &Link) -> usize {
-    14 + 4 * link.tags.iter().flatten().count()
+    /// Returns their sum.
+    #[inline(never)]
+    fn write_syn_options(&self, syn: &SynOptions, options: &mut [u8]) -> u64 {
+        let mut at = 0;
+        let mut put = |bytes: [u8; 4]| {
+            options[at..at + 4].copy_from_slice(&bytes);
+            at += 4;
+        };
+        let mss = syn.mss.to_be_bytes();
+        put([2, 4, mss[0], mss[1]]);
+        if syn.sack_permitted {
+            put([1, 1, 4, 2]);
+        }
+        if let Some(shift) = syn.window_scale {
+            put([1, 3, 3, shift]);
+        }
+        u64::from(sum(&options[..at]))
+    }
 }
 
 fn ip_len(destination: &Endpoint) -> usize {
@@ -159,26 +191,45 @@ pub(crate) fn payload_limit(mtu: u16, destination: &Endpoint, timestamps: bool) 
     mtu.saturating_sub(headers)
 }
 
-/// Adds bytes to a ones' complement sum (RFC 1071), in the machine's byte order: the sum is the same, its bytes swapped.
+/// An address as part of a sum: its 32-bit words, which count the same as the 16-bit words in them.
 #[inline]
-fn add(sum: u64, bytes: &[u8]) -> u64 {
-    let (words, rest) = bytes.as_chunks::<4>();
-    // 32-bit words into a 64-bit sum: no carry is lost below 16 GiB, and the loop becomes vector adds.
-    let mut sum = sum + words.iter().map(|&word| u64::from(u32::from_ne_bytes(word))).sum::<u64>();
-    let mut last = [0u8; 4];
-    last[..rest.len()].copy_from_slice(rest);
-    sum += u64::from(u32::from_ne_bytes(last));
-    sum
+fn address_sum(ip: &Ip, v4: bool) -> u64 {
+    if v4 {
+        return u64::from(u32::from_be_bytes(v4_octets(ip)));
+    }
+    let (words, _) = ip.as_chunks::<4>();
+    words.iter().map(|&word| u64::from(u32::from_be_bytes(word))).sum()
 }
 
-/// Folds the sum to 16 bits and complements it: the bytes of the checksum field.
+/// The ones' complement sum of bytes as 16-bit words in network order (RFC 1071); an odd last byte is the high half of a word.
 #[inline]
-fn finish(sum: u64) -> [u8; 2] {
+pub(crate) fn sum(bytes: &[u8]) -> u16 {
+    let (words, rest) = bytes.as_chunks::<4>();
+    // 32-bit words into a 64-bit sum: no carry is lost below 16 GiB, and the loop becomes vector adds. In the machine's byte order: the
+    // sum is the same, its bytes swapped.
+    let mut sum = words.iter().map(|&word| u64::from(u32::from_ne_bytes(word))).sum::<u64>();
+    let mut last = [0u8; 4];
+    for (to, from) in last.iter_mut().zip(rest) {
+        *to = *from;
+    }
+    sum += u64::from(u32::from_ne_bytes(last));
+    u16::from_be(fold(sum))
+}
+
+/// A sum in 16 bits.
+#[inline]
+fn fold(sum: u64) -> u16 {
     let mut sum = (sum & 0xffff_ffff) + (sum >> 32);
     sum = (sum & 0xffff) + (sum >> 16);
     sum = (sum & 0xffff) + (sum >> 16);
     sum = (sum & 0xffff) + (sum >> 16);
-    (!(sum as u16)).to_ne_bytes()
+    sum as u16
+}
+
+/// The bytes of the checksum field for what has this sum.
+#[inline]
+fn checksum(sum: u64) -> [u8; 2] {
+    (!fold(sum)).to_be_bytes()
 }
 
 #[cfg(test)]
@@ -197,25 +248,25 @@ mod tests {
         timestamps: bool,
     ) {
         let link = Link { source_mac: [2; 6], destination_mac: [4; 6], tags, mtu: 1500 };
+        let destination: Endpoint = destination.parse::<core::net::SocketAddr>().unwrap().into();
+        let template = Template::new(&link, &destination, 0xffff);
         let header = Header {
             source: source.parse::<core::net::SocketAddr>().unwrap().into(),
-            destination: destination.parse::<core::net::SocketAddr>().unwrap().into(),
             seq: 0xfeed_beef,
             ack: 7,
             flags: flags::ACK | if syn { flags::SYN } else { flags::PSH },
-            window: 0xffff,
             timestamps: timestamps.then_some((0xffff_ff00, 3)),
             syn: syn.then_some(SynOptions { mss: 1460, window_scale: Some(7), sack_permitted: true }),
             ip_id: 0x1234,
         };
-        let start = header.len(&link);
+        let start = header.len(&template);
         assert!(start <= MAX_HEADER);
         let mut frame = vec![0xaa; start + payload_len];
         for (i, byte) in frame[start..].iter_mut().enumerate() {
             *byte = (i * 31) as u8;
         }
         let payload = frame[start..].to_vec();
-        header.write(&link, &mut frame, payload_len);
+        header.write(&template, &mut frame, payload_len, sum(&payload));
         let parsed = SlicedPacket::from_ethernet(&frame).unwrap();
         assert_eq!(parsed.link_exts.len(), tags.iter().flatten().count());
         let Some(TransportSlice::Tcp(tcp)) = parsed.transport else { panic!("not TCP") };

@@ -1,0 +1,330 @@
+//! The usual packet: new data, the next in the order of a stream that is followed, not its first, with no hole open and nothing ended.
+//!
+//! Nearly all packets are like that, so this is what a packet costs. It does for them in one piece what `capture.rs` and `sender.rs` do
+//! step by step, with the same outcome; whatever is not usual, of the packet or of one of its sessions, is left to them. The test at the
+//! end holds the two against each other.
+
+use crate::connection::{End, Phase};
+use crate::counters::Counter;
+use crate::engine::Engine;
+use crate::output::{InHand, Output};
+use crate::sender::{Piece, micros};
+use crate::session::State;
+use crate::slab::NONE;
+use crate::timer::{tick, ticks};
+use replayer_common::packet::{TcpSegment, flags};
+
+/// The copies of a connection are opened together and lie side by side, the last first: so far ahead they are read.
+const COPIES_AHEAD: u32 = 8;
+
+impl Engine {
+    /// Takes a captured segment with data if it is the usual one; otherwise nothing was done, and the frame comes back.
+    #[inline]
+    pub(crate) fn on_usual<O: Output>(
+        &mut self,
+        now_ns: u64,
+        c: u32,
+        segment: &TcpSegment,
+        mut frame: O::Frame,
+        out: &mut O,
+    ) -> Result<(), O::Frame> {
+        let now = tick(now_ns);
+        let len = segment.payload_len;
+        let connection = &self.connections[c];
+        let usual = connection.phase == Phase::Following
+            && connection.any_data
+            && connection.next_seq == segment.seq
+            && connection.end == End::Open
+            && !connection.has_hole()
+            && connection.copies > 0
+            && connection.held_bytes + len <= self.config.limits.held_bytes_per_connection
+            && self.stopping.is_none();
+        #[cfg(test)]
+        let usual = usual && !self.step_by_step;
+        if !usual {
+            return Err(frame);
+        }
+        let answered = connection.ack_advances(segment.ack);
+        let first_session = connection.first_session;
+        let takers = self.takers(first_session);
+        // Without a session nothing is stored; with too few, a turn opens those that are missing.
+        if takers == 0 || answered && takers < connection.wanted {
+            return Err(frame);
+        }
+        let payload_offset = usize::from(segment.payload_offset);
+        let payload_len = len as usize;
+        let Some(payload) = out.bytes(&mut frame).get(payload_offset..payload_offset + payload_len) else {
+            return Err(frame);
+        };
+        let push = segment.flags & flags::PSH != 0;
+        let now_us = micros(now_ns);
+        let Ok(stored) = self.store.insert(segment.seq, segment.ack, payload, push, now_us) else {
+            return Err(frame);
+        };
+
+        let connection = &mut self.connections[c];
+        let need = if answered { segment.ack.wrapping_sub(connection.last_ack) } else { 0 };
+        if answered || !connection.ack_known {
+            connection.last_ack = segment.ack;
+            connection.ack_known = true;
+        }
+        connection.next_seq = segment.seq.wrapping_add(len);
+        connection.last_seen = now;
+        connection.held_bytes += len;
+        if connection.tail == NONE {
+            connection.head = stored;
+        } else {
+            self.store[connection.tail].next = stored;
+        }
+        connection.tail = stored;
+        let entry = &mut self.store[stored];
+        entry.references = takers as u16;
+        (entry.starts_turn, entry.need) = (answered, need);
+        self.counters[Counter::PacketsData] += 1;
+        self.counters[Counter::BytesAccepted] += u64::from(len);
+        self.counters[Counter::ReplayBytesOffered] += u64::from(len) * u64::from(takers);
+
+        let mut in_hand = Some(InHand { frame, payload_offset, payload_len, segment: stored });
+        let mut s = first_session;
+        while s != NONE {
+            let session = &mut self.sessions[s];
+            let next = session.next_copy;
+            let caught_up = session.next_segment == NONE;
+            if !session.cut {
+                if session.una_segment == NONE {
+                    session.una_segment = stored;
+                }
+                if caught_up {
+                    session.next_segment = stored;
+                    session.next_offset = 0;
+                }
+            }
+            let room = session.snd_wnd.min(session.cwnd).saturating_sub(session.in_flight());
+            let direct = session.state == State::Established
+                && !session.cut
+                && caught_up
+                && session.snd_nxt == session.snd_max
+                && len <= u32::from(session.mss)
+                && len <= room;
+            if !direct {
+                self.output(now_ns, s, out, &mut in_hand);
+            } else if !answered || self.begin_turn(now_ns, s, need) {
+                let session = &mut self.sessions[s];
+                let seq = session.snd_nxt;
+                session.snd_nxt = seq.wrapping_add(len);
+                session.snd_max = session.snd_nxt;
+                session.next_segment = NONE;
+                if !session.timing {
+                    session.timing = true;
+                    (session.timed_seq, session.timed_at_us) = (session.snd_nxt, now_us);
+                }
+                let armed = session.rto_at.is_some();
+                if !armed {
+                    session.rto_at = Some(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+                }
+                self.capture_to_transmit.record(0);
+                self.lag.record(0);
+                let piece = Piece { segment: stored, offset: 0, len };
+                let push = if push { flags::PSH } else { 0 };
+                self.send(now_ns, s, flags::ACK | push, seq, Some(piece), out, &mut in_hand);
+                if !armed {
+                    self.arm_session(s);
+                }
+            }
+            s = next;
+        }
+        if let Some(hand) = in_hand {
+            out.release(hand.frame);
+        }
+        Ok(())
+    }
+
+    /// How many of a connection's sessions take its data.
+    #[inline]
+    pub(crate) fn takers(&self, first_session: u32) -> u32 {
+        let mut takers = 0;
+        let mut s = first_session;
+        while s != NONE {
+            let session = &self.sessions[s];
+            takers += u32::from(!session.cut);
+            s = session.next_copy;
+            if s >= COPIES_AHEAD && s != NONE {
+                self.sessions[s - COPIES_AHEAD].touch();
+            }
+        }
+        takers
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, Service};
+    use crate::wire::{Header, Link, Template, sum};
+    use crate::{AddressRange, BATCH};
+    use alloc::{vec, vec::Vec};
+    use replayer_common::addr::{Endpoint, from_v4};
+    use replayer_common::response::{ResponseHeader, present};
+    use std::format;
+
+    const ONLINE: Endpoint = Endpoint { ip: from_v4([10, 0, 1, 1]), port: 80 };
+    const TARGETS: [Endpoint; 2] = [
+        Endpoint { ip: from_v4([10, 0, 2, 1]), port: 80 },
+        Endpoint { ip: from_v4([10, 0, 2, 2]), port: 8080 },
+    ];
+    const LINK: Link = Link { source_mac: [2; 6], destination_mac: [4; 6], tags: [None; 2], mtu: 1500 };
+
+    /// Keeps what was sent.
+    #[derive(Default)]
+    struct Kept(Vec<Vec<u8>>);
+
+    impl Output for Kept {
+        type Frame = Vec<u8>;
+
+        fn allocate(&mut self) -> Option<Vec<u8>> {
+            Some(vec![0; 2048])
+        }
+        fn bytes<'a>(&'a mut self, frame: &'a mut Vec<u8>) -> &'a mut [u8] {
+            frame
+        }
+        fn release(&mut self, _: Vec<u8>) {}
+        fn transmit(&mut self, mut frame: Vec<u8>, len: usize) -> bool {
+            frame.truncate(len);
+            self.0.push(frame);
+            true
+        }
+        fn register(&mut self, _: u16, _: Endpoint) {}
+        fn unregister(&mut self, _: u16, _: Endpoint) {}
+    }
+
+    fn engine(copies_millionths: u64, services: usize) -> Engine {
+        let services = TARGETS[..services].iter().map(|&target| Service { online: ONLINE, target }).collect();
+        let mut config = Config::new(services);
+        config.copies_millionths = copies_millionths;
+        config.limits.sessions = 400;
+        config.limits.connections = 60;
+        config.limits.held_bytes = 1 << 20;
+        config.limits.held_bytes_per_connection = 1 << 17;
+        if copies_millionths != 1_000_000 {
+            config.pool = vec![AddressRange { first: from_v4([10, 9, 0, 0]), count: 4 }];
+        }
+        let mut engine = Engine::new(config, 0);
+        (0..engine.services.len()).for_each(|service| engine.set_link(service, Some(LINK)));
+        engine
+    }
+
+    /// A client, its stream and what it knows of the server's.
+    #[derive(Clone, Copy)]
+    struct Client {
+        seq: u32,
+        ack: u32,
+        timestamps: bool,
+    }
+
+    #[test]
+    fn both_ways_send_the_same_packets_and_count_the_same() {
+        let mut seed = 0x2545_f491_4f6c_dd1du64;
+        let mut random = move |bound: u32| {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            (seed >> 33) as u32 % bound
+        };
+        for (copies, services) in [(1_000_000, 1), (1_000_000, 2), (2_500_000, 1), (12_000_000, 1)] {
+            let mut engines = [engine(copies, services), engine(copies, services)];
+            engines[1].step_by_step = true;
+            let mut clients = [Client { seq: 0, ack: 0, timestamps: false }; 40];
+            let mut now = 1_000_000_000;
+            let template = Template::new(&LINK, &ONLINE, 500);
+            for _ in 0..400 {
+                let mut batch = Vec::new();
+                for _ in 0..BATCH {
+                    let i = random(clients.len() as u32);
+                    let client = &mut clients[i as usize];
+                    let payload = vec![random(256) as u8; [6, 300, 1400, 2900][random(4) as usize]];
+                    let kind = random(150);
+                    let (control, back, payload) = match kind {
+                        0 => {
+                            let timestamps = random(2) == 0;
+                            *client = Client { seq: random(u32::MAX), ack: random(u32::MAX), timestamps };
+                            (flags::SYN, 0, &payload[..0])
+                        }
+                        1 => (flags::FIN | flags::ACK, 0, &payload[..0]),
+                        2 => (flags::RST, 0, &payload[..0]),
+                        3 => (flags::ACK, 0, &payload[..0]),
+                        // Seen before, in part or as a whole, or behind a hole.
+                        4 => (flags::ACK, random(400), &payload[..]),
+                        5 => (flags::ACK, 100u32.wrapping_neg(), &payload[..]),
+                        6..20 => (flags::ACK, 0, &payload[..]),
+                        _ => (flags::ACK | flags::PSH, 0, &payload[..]),
+                    };
+                    if kind % 4 == 3 {
+                        client.ack = client.ack.wrapping_add(random(500));
+                    }
+                    let header = Header {
+                        source: Endpoint { ip: from_v4([10, 7, 0, i as u8]), port: 40_000 },
+                        seq: client.seq.wrapping_sub(back),
+                        ack: client.ack,
+                        flags: control,
+                        timestamps: client.timestamps.then_some((now as u32, 7)),
+                        syn: None,
+                        ip_id: 0,
+                    };
+                    let start = header.len(&template);
+                    let mut frame = vec![0; 4096];
+                    frame[start..start + payload.len()].copy_from_slice(payload);
+                    header.write(&template, &mut frame, payload.len(), sum(payload));
+                    batch.push((frame, start + payload.len()));
+                    let end =
+                        header.seq.wrapping_add(payload.len() as u32).wrapping_add(u32::from(kind == 0));
+                    if end.wrapping_sub(client.seq) as i32 > 0 {
+                        client.seq = end;
+                    }
+                }
+                let mut records = Vec::new();
+                for (s, service, identity) in engines[0].identities(0) {
+                    let session = &engines[0].sessions[s];
+                    let kind = random(12);
+                    records.push(ResponseHeader {
+                        service,
+                        addr: identity.ip,
+                        port: identity.port,
+                        flags: match kind {
+                            _ if session.state == State::SynSent => flags::SYN | flags::ACK,
+                            0 if random(60) == 0 => flags::FIN | flags::ACK,
+                            1 if random(60) == 0 => flags::RST | flags::ACK,
+                            2..5 => flags::ACK,
+                            _ => flags::ACK | flags::PSH,
+                        },
+                        present: present::MSS | present::TIMESTAMPS,
+                        mss: 1460,
+                        window: if kind == 5 { 0 } else { 60_000 },
+                        seq: session.rcv_nxt,
+                        ack: if kind == 6 { session.snd_una } else { session.snd_max },
+                        payload_len: random(3) * random(500),
+                        ..Default::default()
+                    });
+                }
+                let sent = engines.each_mut().map(|engine| {
+                    let mut out = Kept::default();
+                    engine.on_captured(now, &mut batch.clone(), &mut out);
+                    engine.on_responses(now, &records, &mut out);
+                    engine.on_timers(now, &mut out);
+                    #[cfg(debug_assertions)]
+                    engine.check();
+                    out.0
+                });
+                assert!(sent[0] == sent[1], "packets after {now} ns, {copies} millionths of a copy");
+                let counted = engines.each_ref().map(|engine| format!("{:?}", engine.counters()));
+                assert_eq!(counted[0], counted[1]);
+                now += u64::from(random(400_000)) * 1000;
+            }
+            let [sessions, state] =
+                [0, 1].map(|i| format!("{:?}{:?}", engines[i].sessions, engines[i].connections));
+            assert_eq!(sessions, state);
+            let counters = engines[0].counters();
+            assert!(counters[Counter::PacketsData] > 2_000, "{counters:?}");
+            assert!(counters[Counter::TurnsSent] > 500, "{counters:?}");
+        }
+    }
+}
