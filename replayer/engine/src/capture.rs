@@ -63,8 +63,7 @@ impl Engine {
         for (place, packet) in places.iter_mut().zip(parsed) {
             if let Some(c) = self.by_client.guess(packet.hash) {
                 *place = c;
-                core::hint::black_box(self.connections[c].hash);
-                core::hint::black_box(self.connections[c].head);
+                self.connections[c].touch();
             }
         }
         for place in &mut places[..parsed.len()] {
@@ -93,7 +92,7 @@ impl Engine {
             return;
         }
         let now = tick(now_ns);
-        let mut connection = Connection::new(client, server, hash, Phase::BetweenTurns, now);
+        let mut connection = Connection::new(client, server, Phase::BetweenTurns, now);
         connection.copies = self.next_copies();
         self.new_connection(connection, now);
     }
@@ -178,13 +177,13 @@ impl Engine {
         let found = self.find_connection(hash, &client, &server);
         let options = &Self::options(segment, out, in_hand);
         if segment.is_opening() {
-            let connection = Connection::new(client, server, hash, Phase::Following, tick(now_ns));
+            let connection = Connection::new(client, server, Phase::Following, tick(now_ns));
             return self.on_client_syn(now_ns, found, connection, segment, options, in_hand, out);
         }
         let Some(c) = found else {
             return self.on_unknown(
                 now_ns,
-                Connection::new(client, server, hash, Phase::Watching, tick(now_ns)),
+                Connection::new(client, server, Phase::Watching, tick(now_ns)),
                 segment,
                 options,
             );
@@ -289,7 +288,7 @@ impl Engine {
         let connection = &mut self.connections[c];
         connection.early_fin = None;
         if connection.end == End::Open {
-            connection.end = End::Fin { seq: connection.next_seq, need: u32::from(connection.any_data) };
+            connection.end = End::Fin { need: u32::from(connection.any_data) };
         }
         self.output_all(now_ns, c, out);
         self.detach(c);
@@ -376,7 +375,7 @@ impl Engine {
             connection.ack_known = true;
         }
         if segment.flags & flags::FIN != 0 {
-            connection.end = End::Fin { seq: end, need: 0 };
+            connection.end = End::Fin { need: 0 };
             self.forget_if_over(c);
         }
         Err((Counter::PacketsMidstream, Counter::BytesMidstream))
@@ -394,8 +393,8 @@ impl Engine {
         connection.phase = Phase::Encrypted;
         self.arm_connection(c, tick(now_ns).wrapping_add(timing::WATCHED_IDLE));
         let connection = &mut self.connections[c];
-        if let Some((seq, _)) = connection.early_fin.take() {
-            connection.end = End::Fin { seq, need: 0 };
+        if connection.early_fin.take().is_some() {
+            connection.end = End::Fin { need: 0 };
         }
         let mut s = connection.first_session;
         while s != NONE {
@@ -417,7 +416,7 @@ impl Engine {
             return Ok(Counter::PacketsAck);
         }
         if segment.flags & flags::FIN != 0 {
-            self.connections[c].end = End::Fin { seq: segment.seq, need: 0 };
+            self.connections[c].end = End::Fin { need: 0 };
             self.forget_if_over(c);
         }
         Err((Counter::PacketsTls, Counter::BytesTls))
@@ -479,7 +478,7 @@ impl Engine {
                 connection.next_seq = seq.wrapping_add(len);
             }
             if fin {
-                connection.end = End::Fin { seq, need: 0 };
+                connection.end = End::Fin { need: 0 };
                 self.forget_if_over(c);
             }
             return Err((Counter::PacketsSampledOut, Counter::BytesSampledOut));
@@ -818,7 +817,7 @@ impl Engine {
         }
         connection.early_fin = None;
         let need = if connection.ack_advances(ack) { ack.wrapping_sub(connection.last_ack) } else { 0 };
-        connection.end = End::Fin { seq, need };
+        connection.end = End::Fin { need };
         self.output_all(now_ns, c, out);
         if !self.connections[c].detached {
             self.forget_if_over(c);

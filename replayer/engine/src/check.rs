@@ -4,7 +4,7 @@ use crate::connection::Phase;
 use crate::engine::Engine;
 use crate::session::State;
 use crate::slab::NONE;
-use crate::timer::before;
+use crate::timer::{Due, before};
 use alloc::{vec, vec::Vec};
 
 impl Engine {
@@ -68,7 +68,7 @@ impl Engine {
                 segment = self.store[segment].next;
             }
             assert_eq!(
-                self.by_client.find(connection.hash, |index| index == c).is_some(),
+                self.by_client.find(connection.hash(self.config.seed), |index| index == c).is_some(),
                 !connection.detached,
                 "a connection is in the client table unless detached"
             );
@@ -109,11 +109,18 @@ impl Engine {
             session.snd_una == session.snd_max || session.rto_at.is_some(),
             "what is in flight has a timer: {session:?}"
         );
-        assert_eq!(session.armed_at, self.wheel.stands_at(s), "a session knows where its timer stands");
+        assert_eq!(
+            session.armed_at,
+            self.wheel.stands_at(s).map(Due::at),
+            "a session knows where its timer stands"
+        );
         if let Some(deadline) = session.deadline() {
             let stands = self.wheel.stands_at(s).expect("a session with a deadline has its timer armed");
             assert!(!before(deadline, stands), "the timer fires when it must, or earlier");
         }
-        assert!(self.by_identity.find(session.hash, |index| index == s).is_some(), "a session can be found");
+        assert!(
+            self.by_identity.find(self.identity_hash(session), |index| index == s).is_some(),
+            "a session can be found"
+        );
     }
 }

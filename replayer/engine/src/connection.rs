@@ -5,6 +5,7 @@ use crate::config::timing;
 use crate::slab::NONE;
 use crate::timer::Tick;
 use replayer_common::addr::Endpoint;
+use replayer_common::hash::pair_hash;
 use replayer_common::tcp_options::TcpOptions;
 
 /// How the client's stream ended.
@@ -12,8 +13,8 @@ use replayer_common::tcp_options::TcpOptions;
 pub(crate) enum End {
     /// It has not.
     Open,
-    /// FIN, at this sequence number; `need` response bytes were read since the turn before.
-    Fin { seq: u32, need: u32 },
+    /// FIN; `need` response bytes were read since the turn before.
+    Fin { need: u32 },
     /// RST.
     Reset { need: u32 },
 }
@@ -33,13 +34,12 @@ pub(crate) enum Phase {
     Forgotten,
 }
 
-/// Laid out by use: the first cache line is what a packet is compared with, the second what it changes.
+/// Laid out by use: a packet with the next data of its stream reads and changes the first cache line, and little of the second.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 pub(crate) struct Connection {
     pub(crate) client: Endpoint,
     pub(crate) server: Endpoint,
-    pub(crate) hash: u32,
     pub(crate) phase: Phase,
     /// A new SYN took its place in the table: only its sessions still need it.
     pub(crate) detached: bool,
@@ -52,20 +52,23 @@ pub(crate) struct Connection {
     /// The highest ACK number on data (before data: on the handshake's last ACK).
     pub(crate) last_ack: u32,
     pub(crate) last_seen: Tick,
-    /// Copies wanted of each of its services.
-    pub(crate) copies: u16,
-    /// Sessions wanted: its copies, of all services.
-    pub(crate) wanted: u32,
-    pub(crate) ack_known: bool,
-    pub(crate) sack_permitted: bool,
-
     pub(crate) first_session: u32,
     /// Held segments in order, oldest first, and those behind a hole, sorted.
     pub(crate) head: u32,
     pub(crate) tail: u32,
+
     pub(crate) out_of_order: u32,
     pub(crate) out_of_order_tail: u32,
     pub(crate) held_bytes: u32,
+    /// Copies wanted of each of its services, and how many of them can be.
+    pub(crate) copies: u16,
+    pub(crate) services: u16,
+    pub(crate) ack_known: bool,
+    pub(crate) sack_permitted: bool,
+    /// HTTP/2: responses do not alternate with requests.
+    pub(crate) multiplexed: bool,
+    /// It was counted that its address does not fit a target's.
+    pub(crate) family_counted: bool,
     pub(crate) sessions: u32,
     pub(crate) end: End,
     /// A FIN behind a hole: its sequence number and ACK number.
@@ -79,18 +82,16 @@ pub(crate) struct Connection {
     /// goes on where its predecessor was (RFC 7323 section 5, RFC 6191). `None`: the client sends no timestamps.
     pub(crate) ts_offset: Option<u32>,
     pub(crate) gap_since: Tick,
-    /// HTTP/2: responses do not alternate with requests.
-    pub(crate) multiplexed: bool,
-    /// It was counted that its address does not fit a target's.
-    pub(crate) family_counted: bool,
 }
 
+// Whoever needs more has to look for what is not needed any more: a million of them are read at random.
+const _: () = assert!(size_of::<Connection>() == 128);
+
 impl Connection {
-    pub(crate) fn new(client: Endpoint, server: Endpoint, hash: u32, phase: Phase, now: Tick) -> Connection {
+    pub(crate) fn new(client: Endpoint, server: Endpoint, phase: Phase, now: Tick) -> Connection {
         Connection {
             client,
             server,
-            hash,
             phase,
             end: End::Open,
             detached: false,
@@ -103,7 +104,7 @@ impl Connection {
             ack_known: false,
             copies: 0,
             family_counted: false,
-            wanted: 0,
+            services: 0,
             sessions: 0,
             first_session: NONE,
             head: NONE,
@@ -125,6 +126,29 @@ impl Connection {
     pub(crate) fn set_timestamps(&mut self, options: &TcpOptions, now_ns: u64) {
         self.ts_offset =
             options.timestamps.map(|(value, _)| value.wrapping_sub(crate::sender::millis(now_ns)));
+    }
+
+    /// Reads its cache lines, so that they are there when it is used.
+    #[inline]
+    pub(crate) fn touch(&self) {
+        core::hint::black_box(self.client.ip[0]);
+        core::hint::black_box(self.held_bytes);
+    }
+
+    /// How far beyond the last acknowledgment a session's target may send, bytes: what every segment of ours says (RFC 7323 section 2.3).
+    pub(crate) fn receive_window(&self) -> u32 {
+        u32::from(crate::sender::WINDOW) << self.window_scale.unwrap_or(0)
+    }
+
+    /// Its place in the client table.
+    pub(crate) fn hash(&self, seed: u64) -> u32 {
+        pair_hash(seed, &self.client.ip, self.client.port, &self.server.ip, self.server.port)
+    }
+
+    /// The sessions that it wants.
+    #[inline]
+    pub(crate) fn wanted(&self) -> u32 {
+        u32::from(self.copies) * u32::from(self.services)
     }
 
     /// Whether it waits for a hole to be filled.

@@ -19,7 +19,7 @@ use crate::session::{Session, State};
 use crate::slab::{NONE, Slab};
 use crate::store::Store;
 use crate::table::Table;
-use crate::timer::{Tick, Wheel, before, tick, ticks};
+use crate::timer::{Due, Tick, Wheel, before, tick, ticks};
 use crate::wire::{Link, Template};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
@@ -293,9 +293,8 @@ impl Engine {
         let (_, source) = self.services_of(&connection.server);
         let of_it =
             |service: &&ServiceState| service.online == source && self.family_fits(&connection, service);
-        let services = self.services.iter().filter(of_it).count() as u32;
-        connection.wanted = services * u32::from(connection.copies);
-        let hash = connection.hash;
+        connection.services = self.services.iter().filter(of_it).count() as u16;
+        let hash = connection.hash(self.config.seed);
         let index = self.connections.insert(connection)?;
         self.by_client.insert(hash, index);
         self.arm_connection(index, now.wrapping_add(self.connections[index].idle_limit()));
@@ -305,7 +304,7 @@ impl Engine {
     /// Whether every copy of the connection has a session that takes its data.
     pub(crate) fn has_all_sessions(&self, c: u32) -> bool {
         let connection = &self.connections[c];
-        self.takers(connection.first_session) >= connection.wanted
+        self.takers(connection.first_session) >= connection.wanted()
     }
 
     /// Whether the connection's sessions have a source address for the service's target.
@@ -379,24 +378,19 @@ impl Engine {
         }
         let target = state.target;
         let connection = self.connections[c];
-        let Some((pool_index, identity)) = self.choose_identity(now, &connection, &target, copy) else {
+        let Some(identity) = self.choose_identity(now, &connection, &target, copy) else {
             self.counters[Counter::SessionsRefusedPool] += 1;
             return None;
         };
         let hash = pair_hash(self.config.seed, &identity.ip, identity.port, &target.ip, target.port);
         let mut session = Session::new(identity, service, c, iss);
-        session.pool_index = pool_index;
-        session.hash = hash;
-        session.offer_mss = connection.mss;
-        session.offer_wscale = connection.window_scale;
-        session.offer_sack = connection.sack_permitted;
         session.timestamps = connection.ts_offset.is_some();
         session.ts_offset = connection.ts_offset.unwrap_or(0);
         session.flowing = connection.multiplexed;
         session.next_copy = connection.first_session;
         let Some(index) = self.sessions.insert(session) else {
-            if let (Some(pool), true) = (&mut self.pool, pool_index != NONE) {
-                pool.release(pool_index, now);
+            if let Some(pool) = &mut self.pool {
+                pool.release(&identity, now);
             }
             self.counters[Counter::SessionsRefusedLimit] += 1;
             return None;
@@ -419,14 +413,13 @@ impl Engine {
         connection: &Connection,
         target: &Endpoint,
         copy: u16,
-    ) -> Option<(u32, Endpoint)> {
+    ) -> Option<Endpoint> {
         if let Some(pool) = &mut self.pool {
-            let (index, identity) = pool.take(now)?;
-            return Some((index, identity));
+            return pool.take(now);
         }
         let client = connection.client;
         if copy == 0 && self.find_identity(&client, target).is_none() {
-            return Some((NONE, client));
+            return Some(client);
         }
         // Another port of the client's own address, of those that capture gives to this worker: another worker's client may have one
         // of the rest.
@@ -435,10 +428,17 @@ impl Engine {
             let candidate = Endpoint { ip: client.ip, port: self.ports.candidate() };
             let shard = flow_hash(FLOW_SEED, &candidate.ip, candidate.port) % workers;
             if shard == self.config.worker && self.find_identity(&candidate, target).is_none() {
-                return Some((NONE, candidate));
+                return Some(candidate);
             }
         }
         None
+    }
+
+    /// A session's place in the identity table.
+    pub(crate) fn identity_hash(&self, session: &Session) -> u32 {
+        let Endpoint { ip, port } = session.identity;
+        let target = &self.services[usize::from(session.service)].target;
+        pair_hash(self.config.seed, &ip, port, &target.ip, target.port)
     }
 
     pub(crate) fn find_identity(&self, identity: &Endpoint, target: &Endpoint) -> Option<u32> {
@@ -463,9 +463,9 @@ impl Engine {
         self.counters[reason.lost_bytes()] += lost;
         self.counters[reason.sessions()] += 1;
         self.unreference(s, session.una_segment);
-        self.by_identity.remove(session.hash, s);
-        if let (Some(pool), true) = (&mut self.pool, session.pool_index != NONE) {
-            pool.release(session.pool_index, now);
+        self.by_identity.remove(self.identity_hash(&session), s);
+        if let Some(pool) = &mut self.pool {
+            pool.release(&session.identity, now);
         }
         self.linger(now, session.service, session.identity, out);
         if session.armed_at.is_some() {
@@ -570,7 +570,7 @@ impl Engine {
     pub(crate) fn detach(&mut self, c: u32) {
         if !self.connections[c].detached {
             self.connections[c].detached = true;
-            let hash = self.connections[c].hash;
+            let hash = self.connections[c].hash(self.config.seed);
             self.by_client.remove(hash, c);
         }
     }
@@ -613,9 +613,9 @@ impl Engine {
     pub(crate) fn arm_session(&mut self, s: u32) {
         let session = &mut self.sessions[s];
         if let Some(deadline) = session.deadline()
-            && session.armed_at.is_none_or(|at| before(deadline, at))
+            && session.armed_at.is_none_or(|at| before(deadline, at.tick()))
         {
-            session.armed_at = Some(deadline);
+            session.armed_at = Some(Due::at(deadline));
             self.wheel.arm(s, deadline);
         }
     }
@@ -643,7 +643,7 @@ impl Engine {
 
     fn on_session_timer<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let now = tick(now_ns);
-        let due = |at: Option<Tick>| at.is_some_and(|at| !before(now, at));
+        let due = |at: Option<Due>| at.is_some_and(|at| !before(now, at.tick()));
         let session = &mut self.sessions[s];
         if due(session.release_at) {
             session.release_at = None;
@@ -715,8 +715,8 @@ impl Engine {
         self.drop_out_of_order(c, Counter::BytesGap);
         let connection = &mut self.connections[c];
         connection.phase = Phase::Watching;
-        if let Some((seq, _)) = connection.early_fin.take() {
-            connection.end = End::Fin { seq, need: 0 };
+        if connection.early_fin.take().is_some() {
+            connection.end = End::Fin { need: 0 };
         }
         let mut s = self.connections[c].first_session;
         while s != NONE {

@@ -75,8 +75,23 @@ impl Pool {
         Endpoint { ip, port }
     }
 
-    /// A free identity and its number, or `None` when all are in use or in quarantine.
-    pub(crate) fn take(&mut self, now: Tick) -> Option<(u32, Endpoint)> {
+    /// The number of an identity of this worker.
+    fn index(&self, identity: &Endpoint) -> u32 {
+        let mut address = 0;
+        for range in &self.ranges {
+            let offset = u128::from_be_bytes(identity.ip).wrapping_sub(u128::from_be_bytes(range.first));
+            if offset < u128::from(range.count) {
+                address += offset as u64;
+                break;
+            }
+            address += u64::from(range.count);
+        }
+        let global = u64::from(identity.port - FIRST_PORT) * self.addresses + address;
+        (global / self.workers) as u32
+    }
+
+    /// A free identity, or `None` when all are in use or in quarantine.
+    pub(crate) fn take(&mut self, now: Tick) -> Option<Endpoint> {
         let index = if self.fresh < self.size {
             self.fresh += 1;
             self.fresh as u32 - 1
@@ -88,12 +103,12 @@ impl Pool {
             self.released.pop_front();
             index
         };
-        Some((index, self.identity(index)))
+        Some(self.identity(index))
     }
 
     /// Gives an identity back; its quarantine begins.
-    pub(crate) fn release(&mut self, index: u32, now: Tick) {
-        self.released.push_back((index, now));
+    pub(crate) fn release(&mut self, identity: &Endpoint, now: Tick) {
+        self.released.push_back((self.index(identity), now));
     }
 }
 
@@ -153,8 +168,9 @@ mod tests {
         let mut seen = HashSet::new();
         for worker in 0..4 {
             let mut pool = Pool::new(&ranges, worker, 4, usize::MAX >> 1, 10);
-            while let Some((_, identity)) = pool.take(0) {
+            while let Some(identity) = pool.take(0) {
                 assert!(seen.insert((identity.ip, identity.port)), "{identity} twice");
+                assert_eq!(pool.identity(pool.index(&identity)), identity);
             }
         }
         assert_eq!(seen.len() as u64, 3 * PORTS);
@@ -165,12 +181,12 @@ mod tests {
     fn a_released_identity_waits_for_its_quarantine() {
         let ranges = [AddressRange { first: from_v4([10, 0, 0, 1]), count: 1 }];
         let mut pool = Pool::new(&ranges, 0, 1, 2, 100);
-        let (first, _) = pool.take(0).unwrap();
+        let first = pool.take(0).unwrap();
         pool.take(0).unwrap();
         assert_eq!(pool.take(0), None);
-        pool.release(first, 50);
+        pool.release(&first, 50);
         assert_eq!(pool.take(149), None);
-        assert_eq!(pool.take(150).map(|(index, _)| index), Some(first));
+        assert_eq!(pool.take(150), Some(first));
     }
 
     #[test]

@@ -6,10 +6,11 @@ use crate::connection::End;
 use crate::counters::{Counter, EndReason};
 use crate::engine::{BATCH, Engine};
 use crate::output::Output;
+use crate::sack::NO_BOARD;
 use crate::sender::micros;
 use crate::session::{State, seq_before};
 use crate::slab::NONE;
-use crate::timer::{tick, ticks};
+use crate::timer::{Due, tick, ticks};
 use replayer_common::addr::Endpoint;
 use replayer_common::hash::pair_hash;
 use replayer_common::packet::flags;
@@ -34,12 +35,12 @@ impl Engine {
             for (place, &hash) in places.iter_mut().zip(&hashes[..batch.len()]) {
                 if let Some(s) = self.by_identity.guess(hash) {
                     *place = s;
-                    self.sessions[s].touch();
+                    self.sessions[s].touch_all();
                 }
             }
             for &place in &places[..batch.len()] {
                 if place != NONE {
-                    core::hint::black_box(self.connections[self.sessions[place].connection].head);
+                    self.connections[self.sessions[place].connection].touch();
                 }
             }
             for (&hash, record) in hashes.iter().zip(batch) {
@@ -129,7 +130,9 @@ impl Engine {
         session.response_began = session.response_at;
         // The window of a SYN is never scaled (RFC 7323 section 2.2).
         session.snd_wnd = u32::from(record.window);
-        session.snd_wscale = if record.has(present::WINDOW_SCALE) && session.offer_wscale.is_some() {
+        session.snd_wscale = if record.has(present::WINDOW_SCALE)
+            && self.connections[session.connection].window_scale.is_some()
+        {
             record.window_scale.min(MAX_WINDOW_SCALE)
         } else {
             0
@@ -151,7 +154,7 @@ impl Engine {
         let session = &mut self.sessions[s];
         // A late segment of an older connection with these addresses: the target never sends beyond our window.
         let ahead = record.seq.wrapping_sub(session.rcv_nxt) as i32;
-        if ahead > session.receive_window() as i32 {
+        if ahead > self.connections[session.connection].receive_window() as i32 {
             session.ack_now = record.flags & flags::RST == 0;
             return;
         }
@@ -229,14 +232,15 @@ impl Engine {
             self.counters[Counter::TurnsReleasedEarly] += 1;
         }
         let (push, fin) = (record.flags & flags::PSH != 0, record.flags & flags::FIN != 0);
-        session.note_response(record.payload_len, end, push, fin, tick(now_ns));
+        let client_mss = self.connections[session.connection].mss;
+        session.note_response(client_mss, record.payload_len, end, push, fin, tick(now_ns));
         // A record that was lost is made up for by the next: a segment says that all before it was sent.
         // RFC 9293 section 3.8.6.3: at least every second full segment at once, the rest within the delay.
         session.unacked_segments = session.unacked_segments.saturating_add(1);
         if session.unacked_segments >= 2 {
             session.ack_now = true;
         } else if session.ack_at.is_none() {
-            session.ack_at = Some(tick(now_ns).wrapping_add(timing::DELAYED_ACK));
+            session.ack_at = Some(Due::at(tick(now_ns).wrapping_add(timing::DELAYED_ACK)));
         }
     }
 
@@ -331,9 +335,10 @@ impl Engine {
             session.recover = ack;
         }
         let outstanding = session.snd_una != session.snd_max;
-        session.rto_at = outstanding.then(|| now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+        session.rto_at =
+            outstanding.then(|| Due::at(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
         self.acknowledge_segments(s);
-        if record.sack_count > 0 || self.sessions[s].board != NONE {
+        if record.sack_count > 0 || self.sessions[s].board != NO_BOARD {
             self.note_sack(s, record);
         }
         if partial {
@@ -386,7 +391,7 @@ impl Engine {
         match session.state {
             State::FinWait1 => {
                 session.state = State::FinWait2;
-                session.rto_at = Some(tick(now_ns).wrapping_add(timing::FIN_TIMEOUT));
+                session.rto_at = Some(Due::at(tick(now_ns).wrapping_add(timing::FIN_TIMEOUT)));
             }
             State::Closing | State::LastAck => self.finish(now_ns, s, out),
             _ => {}
@@ -413,7 +418,8 @@ impl Engine {
         let session = &mut self.sessions[s];
         session.rcv_nxt = session.rcv_nxt.wrapping_add(1);
         session.ack_now = true;
-        session.note_response(0, session.rcv_nxt, false, true, tick(now_ns));
+        let client_mss = self.connections[session.connection].mss;
+        session.note_response(client_mss, 0, session.rcv_nxt, false, true, tick(now_ns));
         match session.state {
             State::Established => {
                 session.state = State::CloseWait;

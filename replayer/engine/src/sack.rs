@@ -7,7 +7,6 @@
 use crate::engine::Engine;
 use crate::output::Output;
 use crate::session::seq_before;
-use crate::slab::NONE;
 use replayer_common::response::ResponseHeader;
 
 /// Runs of bytes that are remembered: a target tells of three at a time, the newest first.
@@ -15,6 +14,9 @@ const RUNS: usize = 6;
 
 /// Boards at once.
 pub(crate) const MAX_BOARDS: usize = 1 << 14;
+
+/// The number of no board.
+pub(crate) const NO_BOARD: u16 = u16::MAX;
 
 /// What arrived of a session's bytes in flight.
 #[derive(Clone, Copy, Debug)]
@@ -104,8 +106,8 @@ impl Engine {
     pub(crate) fn note_sack(&mut self, s: u32, record: &ResponseHeader) {
         let session = &mut self.sessions[s];
         let una = session.snd_una;
-        if session.board != NONE {
-            self.boards[session.board].acknowledge(una);
+        if session.board != NO_BOARD {
+            self.boards[u32::from(session.board)].acknowledge(una);
         }
         for &(left, right) in record.sack.iter().take(usize::from(record.sack_count)) {
             // Not what was acknowledged (RFC 2883), nor what was never sent.
@@ -114,30 +116,31 @@ impl Engine {
             if !sound {
                 continue;
             }
-            if session.board == NONE {
+            if session.board == NO_BOARD {
                 let Some(board) = self.boards.insert(Board::new(una)) else { return };
-                session.board = board;
+                session.board = board as u16;
             }
-            self.boards[session.board].add(left, right);
+            self.boards[u32::from(session.board)].add(left, right);
         }
-        if session.board != NONE && self.boards[session.board].len == 0 && !session.in_recovery {
+        if session.board != NO_BOARD && self.boards[u32::from(session.board)].len == 0 && !session.in_recovery
+        {
             self.forget_sack(s);
         }
     }
 
     /// The board is not believed any more (RFC 2018 section 8: after a timeout the target may have thrown away what it had).
     pub(crate) fn forget_sack(&mut self, s: u32) {
-        let board = core::mem::replace(&mut self.sessions[s].board, NONE);
-        if board != NONE {
-            self.boards.remove(board);
+        let board = core::mem::replace(&mut self.sessions[s].board, NO_BOARD);
+        if board != NO_BOARD {
+            self.boards.remove(u32::from(board));
         }
     }
 
     /// Bytes that the target has beyond its acknowledgment.
     pub(crate) fn sacked(&self, s: u32) -> u32 {
         match self.sessions[s].board {
-            NONE => 0,
-            board => self.boards[board].bytes(),
+            NO_BOARD => 0,
+            board => self.boards[u32::from(board)].bytes(),
         }
     }
 
@@ -145,27 +148,27 @@ impl Engine {
     pub(crate) fn retransmit_hole<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) -> bool {
         let session = &self.sessions[s];
         let (una, board) = (session.snd_una, session.board);
-        if board == NONE {
+        if board == NO_BOARD {
             return false;
         }
-        let Some((start, end)) = self.boards[board].next_hole(una) else { return false };
+        let Some((start, end)) = self.boards[u32::from(board)].next_hole(una) else { return false };
         let len = self.retransmit(now_ns, s, start, end.wrapping_sub(start), out);
-        self.boards[board].resent = start.wrapping_add(len);
+        self.boards[u32::from(board)].resent = start.wrapping_add(len);
         len > 0
     }
 
     /// A recovery begins: nothing was sent again in it.
     pub(crate) fn begin_resending(&mut self, s: u32) {
         let session = &self.sessions[s];
-        if session.board != NONE {
-            self.boards[session.board].resent = session.snd_una;
+        if session.board != NO_BOARD {
+            self.boards[u32::from(session.board)].resent = session.snd_una;
         }
     }
 
     /// Whether the first missing bytes were sent again in this recovery.
     pub(crate) fn was_resent(&self, s: u32) -> bool {
         let session = &self.sessions[s];
-        session.board != NONE && seq_before(session.snd_una, self.boards[session.board].resent)
+        session.board != NO_BOARD && seq_before(session.snd_una, self.boards[u32::from(session.board)].resent)
     }
 }
 

@@ -7,7 +7,7 @@ use crate::engine::Engine;
 use crate::output::{InHand, Output};
 use crate::session::{Gate, INITIAL_WINDOW, MIN_MSS, State, seq_before};
 use crate::slab::NONE;
-use crate::timer::{tick, ticks};
+use crate::timer::{Due, tick, ticks};
 use crate::wire::{self, Header, MAX_HEADER, SynOptions, payload_limit};
 use replayer_common::addr::Endpoint;
 use replayer_common::packet::flags;
@@ -118,9 +118,9 @@ impl Engine {
             timestamps: (session.timestamps && (session.state != State::SynSent || syn))
                 .then(|| (session.ts_offset.wrapping_add(millis(now_ns)), session.ts_recent)),
             syn: syn.then_some(SynOptions {
-                mss: session.offer_mss,
-                window_scale: session.offer_wscale,
-                sack_permitted: session.offer_sack,
+                mss: self.connections[session.connection].mss,
+                window_scale: self.connections[session.connection].window_scale,
+                sack_permitted: self.connections[session.connection].sack_permitted,
             }),
             ip_id: service.ip_id,
         };
@@ -171,12 +171,12 @@ impl Engine {
 
     pub(crate) fn send_syn<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let session = &mut self.sessions[s];
-        session.snd_nxt = session.iss.wrapping_add(1);
+        let iss = session.snd_una;
+        session.snd_nxt = iss.wrapping_add(1);
         session.snd_max = session.snd_nxt;
         session.timing = session.tries == 0;
         (session.timed_seq, session.timed_at_us) = (session.snd_nxt, micros(now_ns));
-        session.rto_at = Some(tick(now_ns).wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
-        let iss = session.iss;
+        session.rto_at = Some(Due::at(tick(now_ns).wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
         if session.tries > 0 {
             self.counters[Counter::SegmentsRetransmitted] += 1;
         }
@@ -209,7 +209,7 @@ impl Engine {
     pub(crate) fn reset_old_connection<O: Output>(&mut self, now_ns: u64, s: u32, ack: u32, out: &mut O) {
         self.send(now_ns, s, flags::RST, ack, None, out, &mut None);
         let session = &mut self.sessions[s];
-        session.rto_at = Some(tick(now_ns).wrapping_add(timing::SYN_AGAIN));
+        session.rto_at = Some(Due::at(tick(now_ns).wrapping_add(timing::SYN_AGAIN)));
         self.arm_session(s);
     }
 
@@ -269,17 +269,17 @@ impl Engine {
                 if usable == 0 {
                     // Zero window: probe (RFC 9293 section 3.8.6.1).
                     if session.rto_at.is_none() {
-                        session.rto_at = Some(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+                        session.rto_at =
+                            Some(Due::at(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
                         self.arm_session(s);
                     }
                     return;
                 }
                 len = usable;
             }
-            if !again && session.next_offset == 0 && stored.starts_turn {
-                if !self.begin_turn(now_ns, s, stored.need) {
-                    return;
-                }
+            let starts_turn = !again && session.next_offset == 0 && stored.starts_turn;
+            if starts_turn && !self.begin_turn(now_ns, s, stored.need) {
+                return;
             }
             let session = &mut self.sessions[s];
             let piece = Piece { segment: session.next_segment, offset: session.next_offset, len };
@@ -301,7 +301,7 @@ impl Engine {
                 (session.timed_seq, session.timed_at_us) = (session.snd_nxt, micros(now_ns));
             }
             if session.rto_at.is_none() {
-                session.rto_at = Some(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+                session.rto_at = Some(Due::at(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
             }
             if whole {
                 session.next_segment = session.segment_after(piece.segment, stored.next);
@@ -343,7 +343,7 @@ impl Engine {
         }
         let opened_by = match session.gate(need, hold_limit, now) {
             Gate::Wait(until) => {
-                session.release_at = Some(until);
+                session.release_at = Some(Due::at(until));
                 self.arm_session(s);
                 return false;
             }
@@ -378,7 +378,7 @@ impl Engine {
         let end = if session.cut {
             // A hole: the target may still be answering, which a close would disturb.
             let need = u32::from(session.cut_reason == EndReason::Gap);
-            End::Fin { seq: 0, need }
+            End::Fin { need }
         } else {
             self.connections[session.connection].end
         };
@@ -388,7 +388,7 @@ impl Engine {
                     self.send_fin(now_ns, s, out);
                 }
             }
-            End::Fin { need, .. } => {
+            End::Fin { need } => {
                 if session.state == State::CloseWait || self.turn_may_begin(now_ns, s, need) {
                     self.send_fin(now_ns, s, out);
                 }
@@ -418,7 +418,7 @@ impl Engine {
             _ => {}
         }
         session.release_at = None;
-        session.rto_at.get_or_insert(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+        session.rto_at.get_or_insert(Due::at(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
         self.send(now_ns, s, flags::FIN | flags::ACK, seq, None, out, &mut None);
         self.arm_session(s);
     }
@@ -444,7 +444,8 @@ impl Engine {
             if service.down {
                 // The sessions that wait share the probes: a target that is away gets one SYN in `DOWN_PROBE`, not one from each.
                 if !service.probe_is_due(now) {
-                    session.rto_at = Some(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+                    session.rto_at =
+                        Some(Due::at(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
                     return;
                 }
                 service.next_probe = now.wrapping_add(timing::DOWN_PROBE);
@@ -487,7 +488,7 @@ impl Engine {
             // Half-closed: a response that takes long may still be coming.
             let until = session.response_at.wrapping_add(timing::FIN_TIMEOUT);
             if now.wrapping_sub(session.response_at) < timing::FIN_TIMEOUT {
-                session.rto_at = Some(until);
+                session.rto_at = Some(Due::at(until));
                 return;
             }
             self.send_reset(now_ns, s, out);
@@ -507,7 +508,7 @@ impl Engine {
     /// An old sequence number makes the target say its window (the form that Linux uses; RFC 9293 section 3.8.6.1 wants it answered).
     fn send_window_probe<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let session = &mut self.sessions[s];
-        session.rto_at = Some(tick(now_ns).wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+        session.rto_at = Some(Due::at(tick(now_ns).wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
         let seq = session.snd_una.wrapping_sub(1);
         self.send(now_ns, s, flags::ACK, seq, None, out, &mut None);
         self.arm_session(s);

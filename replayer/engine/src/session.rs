@@ -5,8 +5,9 @@
 //! the first byte sent the next one. So a byte has the same number in the capture, in the store and towards the target.
 
 use crate::config::timing;
+use crate::sack::NO_BOARD;
 use crate::slab::NONE;
-use crate::timer::{Tick, before};
+use crate::timer::{Due, Tick, before};
 use replayer_common::addr::Endpoint;
 
 /// RFC 9293 section 3.3.2. LISTEN and SYN-RECEIVED do not occur: the engine is a client. TIME-WAIT is not kept: the identity
@@ -50,40 +51,43 @@ pub(crate) fn seq_before(a: u32, b: u32) -> bool {
 /// Where responses may have ended: the last ends of writes seen (see [`Session::note_response`]), oldest first.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Marks {
-    ends: [u32; 4],
+    /// Sequence numbers, in bytes: so that two more bytes fit behind.
+    ends: [[u8; 4]; 4],
     len: u8,
     /// An older boundary was pushed out.
     overflowed: bool,
 }
 
 impl Marks {
+    fn known(&self) -> impl Iterator<Item = u32> {
+        self.ends[..usize::from(self.len)].iter().map(|&end| u32::from_ne_bytes(end))
+    }
+
     pub(crate) fn push(&mut self, end: u32) {
         if usize::from(self.len) == self.ends.len() {
             self.ends.rotate_left(1);
             self.len -= 1;
             self.overflowed = true;
         }
-        self.ends[usize::from(self.len)] = end;
+        self.ends[usize::from(self.len)] = end.to_ne_bytes();
         self.len += 1;
     }
 
     /// The first boundary at or after `seq`. When boundaries between the two were pushed out, where the response ended is not known, and
     /// `seq` itself is the better guess.
     fn first_from(&self, seq: u32) -> Option<u32> {
-        let all = &self.ends[..usize::from(self.len)];
-        let found = all.iter().position(|&end| !seq_before(end, seq))?;
-        Some(if found == 0 && self.overflowed { seq } else { all[found] })
+        let (found, end) = self.known().enumerate().find(|&(_, end)| !seq_before(end, seq))?;
+        Some(if found == 0 && self.overflowed { seq } else { end })
     }
 
     /// Whether `seq` is known to be a boundary.
     fn has(&self, seq: u32) -> bool {
-        self.ends[..usize::from(self.len)].contains(&seq)
+        self.known().any(|end| end == seq)
     }
 
     /// Forgets the boundaries up to `seq`.
     fn forget_up_to(&mut self, seq: u32) {
-        let all = &self.ends[..usize::from(self.len)];
-        let passed = all.iter().filter(|&&end| !seq_before(seq, end)).count();
+        let passed = self.known().filter(|&end| !seq_before(seq, end)).count();
         self.overflowed &= passed == 0;
         self.ends.copy_within(passed.., 0);
         self.len -= passed as u8;
@@ -108,8 +112,8 @@ pub(crate) enum Gate {
     Wait(Tick),
 }
 
-/// Laid out by use: what a data packet reads and writes lies in the first two cache lines, what a response needs besides in the
-/// third.
+/// Laid out by use: data that can go at once reads and changes the first two cache lines, what a response or a turn needs besides is in
+/// the third.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 pub(crate) struct Session {
@@ -129,7 +133,7 @@ pub(crate) struct Session {
     pub(crate) una_segment: u32,
     pub(crate) next_segment: u32,
     pub(crate) next_offset: u32,
-    // Send side (RFC 9293 section 3.3.1).
+    // Send side (RFC 9293 section 3.3.1). Until the SYN is acknowledged, `snd_una` is its number.
     pub(crate) snd_una: u32,
     pub(crate) snd_nxt: u32,
     /// The highest number ever sent, plus one: after a timeout `snd_nxt` goes back behind it.
@@ -139,22 +143,18 @@ pub(crate) struct Session {
     pub(crate) cwnd: u32,
     // Receive side.
     pub(crate) rcv_nxt: u32,
-    /// Response bytes before this number belong to earlier turns.
-    pub(crate) turn_base: u32,
     // Deadlines; `None` when not wanted.
-    pub(crate) rto_at: Option<Tick>,
-
+    pub(crate) rto_at: Option<Due>,
     /// When the timer in the wheel fires, at the latest; so that the wheel need not be looked at.
-    pub(crate) armed_at: Option<Tick>,
-    pub(crate) ack_at: Option<Tick>,
-    pub(crate) release_at: Option<Tick>,
-    pub(crate) identity: Endpoint,
+    pub(crate) armed_at: Option<Due>,
     // Timestamps (RFC 7323).
+    pub(crate) ts_offset: u32,
+
+    pub(crate) ts_recent: u32,
+    pub(crate) identity: Endpoint,
     pub(crate) timestamps: bool,
     /// A round trip is being measured (RFC 6298).
     pub(crate) timing: bool,
-    pub(crate) ts_offset: u32,
-    pub(crate) ts_recent: u32,
     pub(crate) timed_seq: u32,
     pub(crate) timed_at_us: u32,
     pub(crate) srtt_us: u32,
@@ -163,58 +163,63 @@ pub(crate) struct Session {
     pub(crate) dup_acks: u8,
     pub(crate) unacked_segments: u8,
     pub(crate) ack_now: bool,
+    pub(crate) ack_at: Option<Due>,
+    pub(crate) release_at: Option<Due>,
+    /// Response bytes before this number belong to earlier turns.
+    pub(crate) turn_base: u32,
+    /// The current turn's first byte, and whether a response that does not acknowledge it shows that the turn went too early.
+    pub(crate) turn_seq: u32,
     /// When the current turn's first byte was sent; its response has not begun.
-    pub(crate) awaiting_response: bool,
-    pub(crate) holding: bool,
-    /// The last segment of the response ended a write of the target's server.
-    pub(crate) response_ended: bool,
-    /// It had PSH, but was full: more may follow.
-    pub(crate) response_pushed: bool,
-
     pub(crate) turn_sent_us: u32,
+
+    pub(crate) awaiting_response: bool,
+    pub(crate) watch_early: bool,
+    pub(crate) holding: bool,
+    /// The target sends without being asked: its silences say nothing, only its byte count does.
+    pub(crate) flowing: bool,
     pub(crate) hold_since: Tick,
     pub(crate) response_at: Tick,
     /// When the first response byte after `turn_base` came.
     pub(crate) response_began: Tick,
     /// Responses of up to this many bytes end where their first write ends, as far as was seen of this target.
     pub(crate) whole: u32,
-    /// The current turn's first byte, and whether a response that does not acknowledge it shows that the turn went too early.
-    pub(crate) turn_seq: u32,
-    pub(crate) watch_early: bool,
-    /// The target sends without being asked: its silences say nothing, only its byte count does.
-    pub(crate) flowing: bool,
-    pub(crate) snd_wscale: u8,
-    pub(crate) in_recovery: bool,
-    pub(crate) marks: Marks,
     /// The shortest round trip measured.
     pub(crate) rtt_min_us: u32,
-    /// The path's MTU that is being tried, and not acknowledged yet; else 0.
-    pub(crate) narrowed_to: u16,
     pub(crate) ssthresh: u32,
     pub(crate) recover: u32,
-    pub(crate) iss: u32,
-    /// What the target has beyond its acknowledgment, or `NONE`.
-    pub(crate) board: u32,
     pub(crate) last_segment: u32,
-    pub(crate) hash: u32,
-    /// Number of the identity in the pool, or `NONE`.
-    pub(crate) pool_index: u32,
-    // SYN options to offer.
-    pub(crate) offer_mss: u16,
-    pub(crate) offer_wscale: Option<u8>,
-    pub(crate) offer_sack: bool,
+    pub(crate) marks: Marks,
+    /// The path's MTU that is being tried, and not acknowledged yet; else 0.
+    pub(crate) narrowed_to: u16,
+    /// What the target has beyond its acknowledgment, or `NO_BOARD`.
+    pub(crate) board: u16,
+    pub(crate) in_recovery: bool,
+    pub(crate) snd_wscale: u8,
+    /// The last segment of the response ended a write of the target's server.
+    pub(crate) response_ended: bool,
+    /// It had PSH, but was full: more may follow.
+    pub(crate) response_pushed: bool,
     pub(crate) cut_reason: crate::counters::EndReason,
     /// The target sent FIN before us.
     pub(crate) target_closed_first: bool,
 }
 
+// Whoever needs more has to look for what is not needed any more: a million of them are read at random.
+const _: () = assert!(size_of::<Session>() == 192);
+
 impl Session {
-    /// Reads each of its cache lines, so that they are there when it is used.
+    /// Reads the cache lines that data needs, so that they are there when it comes.
     #[inline]
     pub(crate) fn touch(&self) {
         core::hint::black_box(self.state);
         core::hint::black_box(self.ts_recent);
-        core::hint::black_box(self.ssthresh);
+    }
+
+    /// Reads those that a response needs.
+    #[inline]
+    pub(crate) fn touch_all(&self) {
+        self.touch();
+        core::hint::black_box(self.recover);
     }
 
     /// The retransmission timeout with its backoff, microseconds.
@@ -249,11 +254,6 @@ impl Session {
         }
     }
 
-    /// How far beyond the last acknowledgment the target may send, bytes: what every segment of ours says (RFC 7323 section 2.3).
-    pub(crate) fn receive_window(&self) -> u32 {
-        u32::from(crate::sender::WINDOW) << self.offer_wscale.unwrap_or(0)
-    }
-
     /// Bytes sent and not acknowledged (SYN and FIN count one each).
     pub(crate) fn in_flight(&self) -> u32 {
         self.snd_nxt.wrapping_sub(self.snd_una)
@@ -268,10 +268,18 @@ impl Session {
     ///
     /// PSH alone does not say that a server has written all it had: Linux sets it on every TSO packet (net/ipv4/tcp_output.c,
     /// `__tcp_transmit_skb`), which is cut into full segments. A segment that is not full does, for there was nothing to fill it with.
-    pub(crate) fn note_response(&mut self, payload_len: u32, end: u32, push: bool, fin: bool, now: Tick) {
+    pub(crate) fn note_response(
+        &mut self,
+        client_mss: u16,
+        payload_len: u32,
+        end: u32,
+        push: bool,
+        fin: bool,
+        now: Tick,
+    ) {
         let options = if self.timestamps { 12 } else { 0 };
         // The target's segments keep to the smaller MSS of the two, as ours do.
-        let full = self.mss.min(self.offer_mss.saturating_sub(options));
+        let full = self.mss.min(client_mss.saturating_sub(options));
         self.response_at = now;
         self.response_ended = fin || push && payload_len < u32::from(full);
         self.response_pushed = push || fin;
@@ -358,6 +366,7 @@ impl Session {
         [self.rto_at, self.ack_at, self.release_at]
             .into_iter()
             .flatten()
+            .map(Due::tick)
             .reduce(|a, b| if before(b, a) { b } else { a })
     }
 
@@ -369,16 +378,13 @@ impl Session {
             state: State::SynSent,
             connection,
             next_copy: NONE,
-            pool_index: NONE,
-            hash: 0,
             dirty: false,
             cut: false,
             last_segment: NONE,
             joined: false,
             cut_reason: crate::counters::EndReason::Completed,
             target_closed_first: false,
-            iss,
-            board: NONE,
+            board: NO_BOARD,
             snd_una: iss,
             snd_nxt: iss,
             snd_max: iss,
@@ -407,9 +413,6 @@ impl Session {
             timestamps: false,
             ts_offset: 0,
             ts_recent: 0,
-            offer_mss: 1460,
-            offer_wscale: None,
-            offer_sack: true,
             turn_base: 0,
             marks: Marks::default(),
             response_ended: false,
@@ -459,7 +462,7 @@ mod tests {
             s.response_began = now;
         }
         s.rcv_nxt = s.rcv_nxt.wrapping_add(bytes);
-        s.note_response(bytes, s.rcv_nxt, push, false, now);
+        s.note_response(1460, bytes, s.rcv_nxt, push, false, now);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 use crate::slab::NONE;
 use alloc::{vec, vec::Vec};
+use core::num::NonZeroU32;
 
 /// The engine's clock in units of 2^16 ns (65.5 us), wrapping after 78 hours; compared by signed difference.
 pub(crate) type Tick = u32;
@@ -23,6 +24,22 @@ pub(crate) const fn ticks(duration_ns: u64) -> u32 {
 /// A duration in ticks as microseconds, saturating.
 pub(crate) fn microseconds(ticks: u32) -> u32 {
     u32::try_from((u64::from(ticks) << 16) / 1000).unwrap_or(u32::MAX)
+}
+
+/// A deadline in four bytes, also when there may be none: tick 0 counts as tick 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Due(NonZeroU32);
+
+impl Due {
+    #[inline]
+    pub(crate) fn at(tick: Tick) -> Due {
+        Due(NonZeroU32::new(tick).unwrap_or(NonZeroU32::MIN))
+    }
+
+    #[inline]
+    pub(crate) fn tick(self) -> Tick {
+        self.0.get()
+    }
 }
 
 /// Whether `a` is before `b`.

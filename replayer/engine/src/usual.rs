@@ -11,7 +11,7 @@ use crate::output::{InHand, Output};
 use crate::sender::{Piece, micros};
 use crate::session::State;
 use crate::slab::NONE;
-use crate::timer::{tick, ticks};
+use crate::timer::{Due, tick, ticks};
 use replayer_common::packet::{TcpSegment, flags};
 
 /// The copies of a connection are opened together and lie side by side, the last first: so far ahead they are read.
@@ -48,7 +48,7 @@ impl Engine {
         let first_session = connection.first_session;
         let takers = self.takers(first_session);
         // Without a session nothing is stored; with too few, a turn opens those that are missing.
-        if takers == 0 || answered && takers < connection.wanted {
+        if takers == 0 || answered && takers < connection.wanted() {
             return Err(frame);
         }
         let payload_offset = usize::from(segment.payload_offset);
@@ -120,7 +120,8 @@ impl Engine {
                 }
                 let armed = session.rto_at.is_some();
                 if !armed {
-                    session.rto_at = Some(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+                    session.rto_at =
+                        Some(Due::at(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
                 }
                 self.capture_to_transmit.record(0);
                 self.lag.record(0);
