@@ -4,6 +4,7 @@
 //! - [`namespace`]: one network namespace: running programs and closures inside it
 //! - [`process`]: a started program, its output, and its certain end
 //! - [`servers`]: nginx, redis and the project's stream server, started on a host of the lab
+//! - [`capture`]: tcpdump on a host
 //! - [`clients`]: load, and counters of what arrives at a host
 //! - [`pairs`]: the same server on both sides, compared
 //! - [`conversation`]: one connection, driven step by step
@@ -17,6 +18,7 @@
 //!
 //! Binaries: `stream-server` records every byte that it is sent; `loadgen` drives it, or any HTTP server.
 
+pub mod capture;
 pub mod clients;
 pub mod conversation;
 pub mod http;

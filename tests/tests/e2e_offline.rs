@@ -12,13 +12,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
-use nix::sys::signal::Signal;
 use pcap_parser::{PcapBlockOwned, PcapError, create_reader};
+use replayer_tests::capture::Capture;
 use replayer_tests::clients::Load;
 use replayer_tests::lab::{Host, Lab, Plan};
 use replayer_tests::ledger::{self, Ledger};
 use replayer_tests::pairs::{ARRIVAL, NginxPair};
-use replayer_tests::process::Process;
 use replayer_tests::replay::{Report, Role};
 use replayer_tests::servers::{start, tool};
 use replayer_tests::wait::settled;
@@ -26,34 +25,6 @@ use replayer_tests::wait::settled;
 const HTTP: u16 = 8080;
 /// How long a replay of these tests may take.
 const LIMIT: Duration = Duration::from_secs(60);
-
-/// A running tcpdump.
-struct Capture {
-    process: Process,
-    file: PathBuf,
-}
-
-impl Capture {
-    fn start(lab: &Lab, host: &Host, filter: &str) -> Result<Self> {
-        let file = lab.dir().join(format!("{}.pcap", host.name()));
-        let mut command = host.command("tcpdump");
-        command
-            .args(["-i", "eth0", "-s", "0", "-B", "65536", "--immediate-mode", "-Z", "root", "-w"])
-            .arg(&file);
-        let mut process = start(lab, host, "tcpdump", command.arg(filter))?;
-        process.wait_for_message("listening on", Duration::from_secs(10))?;
-        Ok(Self { process, file })
-    }
-
-    /// Ends it; its file, which must be whole.
-    fn stop(mut self) -> Result<PathBuf> {
-        self.process.signal(Signal::SIGINT)?;
-        self.process.wait(Duration::from_secs(10))?;
-        let text = self.process.errors();
-        ensure!(text.contains("\n0 packets dropped by kernel"), "tcpdump lost packets:\n{text}");
-        Ok(self.file)
-    }
-}
 
 /// A replay of a file that must end by itself, and well.
 struct Offline {

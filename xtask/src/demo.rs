@@ -8,7 +8,7 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use replayer_tests::clients::Load;
 use replayer_tests::lab::{Lab, Plan};
 use replayer_tests::ledger::{self, Difference};
@@ -20,16 +20,27 @@ use replayer_tests::stream::{self, Comparison};
 use replayer_tests::wait::settled;
 use serde::Serialize;
 
+use crate::demo_offline;
 use crate::lab::{HTTP_PORT, STREAM_PORT, prepare};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
+    /// live: replayed while it happens; offline: captured to a file first, then replayed from it.
+    #[arg(value_enum, default_value = "live")]
+    what: What,
     /// How long requests are made.
     #[arg(long, default_value_t = 12)]
     seconds: u32,
     /// Print the outcome as JSON; the live lines go to the error output.
     #[arg(long)]
     json: bool,
+}
+
+/// What is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum What {
+    Live,
+    Offline,
 }
 
 /// How long after the load requests may still arrive at the target.
@@ -73,6 +84,11 @@ impl Outcome {
 pub(crate) fn main(arguments: &Arguments, prepared: bool) -> Result<()> {
     prepare(prepared)?;
     let lab = Lab::up(Plan::default())?;
+    if arguments.what == What::Offline {
+        let outcome = demo_offline::show(&lab, arguments.seconds)?;
+        lab.down()?;
+        return outcome.conclude(arguments.json);
+    }
     let outcome = show(&lab, arguments)?;
     lab.down()?;
     if arguments.json {

@@ -12,7 +12,7 @@ use clap::Args;
 use crate::cargo::cargo;
 use crate::deps;
 
-const TARGETS: [&str; 4] = ["frame", "tcp_options", "engine", "return_channel"];
+const TARGETS: [&str; 5] = ["frame", "tcp_options", "engine", "return_channel", "capture_file"];
 
 /// What `cargo fuzz` passes too: edges are counted, and what is compared guides the changes.
 const INSTRUMENTATION: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \

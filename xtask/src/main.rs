@@ -10,6 +10,7 @@
 mod bench;
 mod cargo;
 mod demo;
+mod demo_offline;
 mod deps;
 mod ebpf;
 mod fuzz;
@@ -44,7 +45,7 @@ enum Command {
     Run(run::Arguments),
     /// Rebuild the committed BPF object, or check it.
     Ebpf(ebpf::EbpfArgs),
-    /// Show live replay in the lab: traffic, a line per second, and a comparison of both servers.
+    /// Show replay in the lab, live or from a capture file: traffic, a line per second, and a comparison of both servers.
     Demo(demo::Arguments),
     /// Run every test of the workspace.
     Test(test::Arguments),

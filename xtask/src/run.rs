@@ -4,15 +4,21 @@
 //! in a few terminals of one machine.
 
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
-use replayer_tests::lab::NIC;
+use replayer_tests::capture::Capture;
+use replayer_tests::clients::Load;
+use replayer_tests::lab::{Lab, NIC};
 use replayer_tests::servers::tool;
 
 use crate::lab::{self, HTTP_PORT, STREAM_PORT};
 use crate::privilege::as_root;
 use crate::{cargo, deps};
+
+/// How long requests are captured for an offline role that is given no file.
+const CAPTURE_SECONDS: u32 = 5;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -28,6 +34,7 @@ pub(crate) struct Arguments {
 enum Role {
     Online,
     Assistant,
+    Offline,
 }
 
 impl Role {
@@ -35,6 +42,7 @@ impl Role {
         match self {
             Role::Online => "online",
             Role::Assistant => "assistant",
+            Role::Offline => "offline",
         }
     }
 }
@@ -58,6 +66,11 @@ fn run_in_lab(role: Role, prepared: bool) -> Result<()> {
     let (host, arguments) = match role {
         Role::Assistant => (assistant, vec!["-i".to_owned(), NIC.to_owned()]),
         Role::Online => (online, online_arguments(&target.v4().to_string(), &assistant.v4().to_string())),
+        Role::Offline => {
+            println!("capturing {CAPTURE_SECONDS} s of requests at the online host");
+            let file = capture(&lab, CAPTURE_SECONDS)?;
+            (online, offline_arguments(&file, &target.v4().to_string(), &assistant.v4().to_string()))
+        }
     };
     println!("on the lab's host {}: replayer {} {}", host.name(), role.name(), arguments.join(" "));
     match role {
@@ -70,10 +83,35 @@ fn run_in_lab(role: Role, prepared: bool) -> Result<()> {
             online.v4(),
             lab.dir().display(),
         ),
+        Role::Offline => println!(
+            "in other terminals:\n\
+             \x20 the assistant, if it does not run yet:  cargo xtask run --role assistant\n\
+             \x20 what arrives at the target:             tail -f {}/target/access.log",
+            lab.dir().display(),
+        ),
     }
     println!("the lab stays up until: cargo xtask lab down\n");
     let mut command = host.command(tool("replayer")?);
     Err(command.arg(role.name()).args(&arguments).exec()).context("starting replayer")
+}
+
+/// tcpdump's file of a load on nginx of the online host.
+pub(crate) fn capture(lab: &Lab, seconds: u32) -> Result<PathBuf> {
+    let capture = Capture::start(lab, lab.online(), &format!("tcp port {HTTP_PORT}"))?;
+    let load = format!(
+        "--connect {}:{HTTP_PORT} --protocol http --expect-server online --connections 50 --per-connection 20 \
+         --rate 500 --seconds {seconds}",
+        lab.online().v4()
+    );
+    Load::run(lab, "captured", &load)?;
+    capture.stop()
+}
+
+/// What the offline role of a lab is told: what went to nginx of the online host goes to that of the target.
+pub(crate) fn offline_arguments(file: &Path, target: &str, assistant: &str) -> Vec<String> {
+    let service = format!("{HTTP_PORT}-{target}:{HTTP_PORT}");
+    let file = file.to_string_lossy();
+    ["-f", &file, "-x", &service, "-s", assistant, "--stats", "1"].map(str::to_owned).to_vec()
 }
 
 /// What the online role of a lab is told: nginx and stream-server of the online host to those of the target.

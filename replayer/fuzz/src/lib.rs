@@ -5,7 +5,9 @@
 //! - [`tcp_options`]: the options parser, and the header record that carries what it found
 //! - [`engine`]: sequences of events at the session engine
 //! - [`return_channel`]: the return channel's decoder
+//! - [`capture_file`]: the reader of capture files, and what is made of them: inspection, and a dry run of the offline role
 
+pub mod capture_file;
 pub mod engine;
 pub mod frame;
 #[path = "../../engine/tests/lab/mod.rs"]
@@ -17,9 +19,10 @@ pub mod tcp_options;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 4] = [
+pub const TARGETS: [Target; 5] = [
     ("frame", frame::run),
     ("tcp_options", tcp_options::run),
     ("engine", engine::run),
     ("return_channel", return_channel::run),
+    ("capture_file", capture_file::run),
 ];

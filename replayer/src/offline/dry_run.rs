@@ -30,6 +30,8 @@ pub const START_NS: u64 = 1_000_000_000_000;
 const PACKET_NS: u64 = 100;
 /// The least that the clock goes on when there is nothing to do.
 const STEP_NS: u64 = 65_536;
+/// The most that it goes on at once: the engine's timers see half of 78 hours ahead.
+const LONGEST_STEP_NS: u64 = 3_600_000_000_000;
 /// How long the reader is waited for at once.
 const READER_PATIENCE: Duration = Duration::from_millis(100);
 /// What the target answers: so many bytes, and then one more that ends the response. Longer than most responses, and within the window of a
@@ -86,7 +88,7 @@ pub fn run(
         let timer = engine.next_deadline_ns(now).map(|ahead| now + ahead.max(STEP_NS));
         match feed.ahead() {
             Next::At(due) if due <= now => {}
-            Next::At(due) => now = timer.map_or(due, |timer| timer.min(due)),
+            Next::At(due) => now = timer.map_or(due, |timer| timer.min(due)).min(now + LONGEST_STEP_NS),
             Next::Soon => {
                 feed.wait(READER_PATIENCE);
                 if !matches!(feed.ahead(), Next::At(_) | Next::Over) {

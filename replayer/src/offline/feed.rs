@@ -34,6 +34,8 @@ const PIECE: usize = 1448;
 /// Connections whose last packets are remembered, for joining those whose beginning is missing. A connection that is pushed out is joined
 /// later, or told of twice.
 const REMEMBERED: usize = 1 << 14;
+/// No file is longer, ns (ten years): a time beyond that is damaged.
+const MAX_SPAN_NS: u64 = 10 * 365 * 86_400 * 1_000_000_000;
 /// Where the target sets the pace: its sessions are counted at most so often.
 const LOOK_NS: u64 = 1_000_000;
 /// Packets whose times in the file are further apart are not given in one batch: holes are timed by batches.
@@ -273,7 +275,8 @@ impl Reading {
                     break;
                 }
             }
-            let since_first = packet.time_ns.saturating_sub(*first.get_or_insert(packet.time_ns));
+            let since_first =
+                packet.time_ns.saturating_sub(*first.get_or_insert(packet.time_ns)).min(MAX_SPAN_NS);
             if self.config.stop_ns.is_some_and(|stop| since_first > stop) {
                 self.seen.figures.packets_outside += 1;
                 break;
@@ -282,7 +285,7 @@ impl Reading {
                 self.seen.figures.packets_outside += 1;
                 continue;
             }
-            let time_ns = begin_ns + since_first - self.config.start_ns;
+            let time_ns = begin_ns.saturating_add(since_first - self.config.start_ns);
             last_ns = last_ns.max(time_ns);
             let Some(frame) = packet.link.ethernet(packet.data, &mut scratch) else {
                 if packet.link.is_known() {
@@ -562,6 +565,14 @@ impl Feed {
     /// When a file cannot be opened or is no capture.
     pub fn start(config: FeedConfig, pace: FeedPace) -> Result<Feed> {
         let files = Files::open(&config.files, config.order)?;
+        Feed::over(files, config, pace)
+    }
+
+    /// Begins to read files that are open. They are opened again, by their names, when they are to be read more than once.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn over(files: Files, config: FeedConfig, pace: FeedPace) -> Result<Feed> {
         let (full_in, full) = sync_channel(CHUNKS);
         let (empty, empty_out) = sync_channel(CHUNKS);
         for _ in 0..CHUNKS {
@@ -628,7 +639,7 @@ impl Feed {
         }
         match (self.started_at, self.due) {
             (Some(started), Some(due)) if self.credit > 0 || !self.speed.waits_for_target() => {
-                Next::At(started + due)
+                Next::At(started.saturating_add(due))
             }
             (None, _) => Next::At(0),
             _ => Next::Soon,
@@ -706,7 +717,8 @@ impl Feed {
                         self.stop_early(now, engine, batch, out);
                         break;
                     }
-                    if started + due > now || self.speed.waits_for_target() && self.credit == 0 {
+                    if started.saturating_add(due) > now || self.speed.waits_for_target() && self.credit == 0
+                    {
                         break;
                     }
                     // The file's time goes on before the packets are looked at: a batch whose times are far apart is not one.

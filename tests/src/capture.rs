@@ -1,0 +1,46 @@
+//! tcpdump on a host of a lab: what it captures is a file to be replayed.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+
+use crate::lab::{Host, Lab, NIC};
+use crate::process::Process;
+use crate::servers::start;
+
+/// How long tcpdump may take to begin, and to end.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A running tcpdump.
+#[derive(Debug)]
+pub struct Capture {
+    process: Process,
+    file: PathBuf,
+}
+
+impl Capture {
+    /// Captures what passes the host's NIC and `filter` (pcap-filter(7)), whole packets, to a file in the lab's directory.
+    pub fn start(lab: &Lab, host: &Host, filter: &str) -> Result<Self> {
+        Self::start_to(lab, host, filter, &lab.dir().join(format!("{}.pcap", host.name())))
+    }
+
+    /// The same, to a file of a certain name.
+    pub fn start_to(lab: &Lab, host: &Host, filter: &str, file: &Path) -> Result<Self> {
+        let mut command = host.command("tcpdump");
+        command.args(["-i", NIC, "-s", "0", "-B", "65536", "--immediate-mode", "-Z", "root", "-w"]).arg(file);
+        let mut process = start(lab, host, "tcpdump", command.arg(filter))?;
+        process.wait_for_message("listening on", LIMIT)?;
+        Ok(Self { process, file: file.to_owned() })
+    }
+
+    /// Ends it; its file, of which nothing may be missing.
+    pub fn stop(mut self) -> Result<PathBuf> {
+        self.process.signal(Signal::SIGINT)?;
+        self.process.wait(LIMIT)?;
+        let text = self.process.errors();
+        ensure!(text.contains("\n0 packets dropped by kernel"), "tcpdump lost packets:\n{text}");
+        Ok(self.file)
+    }
+}
