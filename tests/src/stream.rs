@@ -281,6 +281,9 @@ pub struct Connection {
     pub times_us: Vec<u64>,
     /// When the connection was accepted, in microseconds since the epoch.
     pub opened_us: u64,
+    /// When it ended, in microseconds since the epoch.
+    #[serde(default)]
+    pub ended_us: Option<u64>,
     /// How often bytes of a request came before the answer to the request before it had been written out whole.
     pub early: u64,
     /// Whether the stream stops between two requests.
@@ -492,6 +495,7 @@ mod tests {
             ids: vec![1],
             times_us: vec![0],
             opened_us: 0,
+            ended_us: None,
             early: 0,
             at_boundary: true,
             end: End::Fin,

@@ -1,4 +1,4 @@
-//! Behaviours 29 and 30: numbers that wrap, and windows that close.
+//! Behaviours 29, 30 and 34: numbers that wrap, windows that close, and connections that are silent.
 //!
 //! Root only; each test has a lab of its own.
 
@@ -9,12 +9,14 @@ use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
 use replayer_common::packet::{flags, parse_tcp};
 use replayer_common::tcp_options;
+use replayer_tests::clients::counter;
 use replayer_tests::conversation::{Conversation, bytes_of};
 use replayer_tests::lab::{Lab, NIC, Plan};
 use replayer_tests::packet::{Frames, Tap};
 use replayer_tests::pairs::StreamPair;
 use replayer_tests::replay::Replay;
 use replayer_tests::stream::RequestHeader;
+use replayer_tests::wait::wait_for;
 
 const STREAM: u16 = 9000;
 
@@ -111,5 +113,32 @@ fn b030_sending_goes_on_at_once_when_a_closed_window_opens() -> Result<()> {
     // Half a second to go on, and the transfer of 8 MiB.
     assert!(after_us < 1_000_000, "the request was whole {after_us} us after the window had opened");
     replay.stop()?;
+    Ok(())
+}
+
+#[test]
+fn b034_a_silent_connection_answers_the_target_s_probes_and_stays_the_same() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start_with(&lab, STREAM, &[], &["--keepalive", "1"])?;
+    let replay = Replay::start(&lab, &[STREAM], &[])?;
+    let server = (lab.online().v4(), STREAM).into();
+    let mut connections: Vec<Conversation> =
+        (0..10).map(|_| Conversation::open(lab.client(), server)).collect::<Result<_>>()?;
+    let request = |id| RequestHeader { id, body: 2000, response: 2000, delay_ms: 0 };
+    for (id, connection) in (1..).zip(&mut connections) {
+        connection.ask(request(id))?;
+    }
+    // The target gives a connection up when two probes in a row are not answered.
+    let probes = || counter(lab.target(), "TcpExt:", "TCPKeepAlive");
+    wait_for("four probes on each connection", Duration::from_secs(10), || {
+        probes().is_ok_and(|count| count >= 40)
+    })?;
+    for (id, connection) in (101..).zip(&mut connections) {
+        connection.ask(request(id))?;
+    }
+    let (_, target) = streams.ensure_equal(20)?;
+    assert_eq!(target.connections.len(), 10);
+    let (report, _) = replay.stop()?;
+    assert_eq!(report.counter("sessions_opened"), 10);
     Ok(())
 }

@@ -2,6 +2,8 @@
 //!
 //! It stands between two NICs of the lab's switch and passes on, as they are, all frames but those it was told to harm.
 //! For labs without offloads: a frame must fit the MTU and carry its whole checksum.
+//!
+//! The standard output has a line for each frame that was lost or diverted: the bytes of data in it.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -105,6 +107,9 @@ fn main() -> Result<()> {
         while let Some(length) = sockets[0].receive(&mut buffer)? {
             let frame = &buffer[..length];
             let copies = harm.decide(frame);
+            if copies.is_empty() {
+                println!("{}", sender_of_data(frame).map_or(0, |(_, length)| length));
+            }
             if let Some(aside) = aside.as_ref().filter(|_| copies.is_empty()) {
                 pass(aside, frame);
             }
@@ -157,7 +162,7 @@ impl Harm {
     /// Whether a segment is the one of its connection that is to be harmed.
     fn is_nth(&mut self, frame: &[u8]) -> bool {
         let Some(wanted) = self.arguments.nth_data else { return true };
-        let Some(sender) = sender_of_data(frame) else { return false };
+        let Some((sender, _)) = sender_of_data(frame) else { return false };
         let count = self.data_segments.entry(sender).or_default();
         *count += 1;
         *count == wanted
@@ -185,8 +190,8 @@ fn is_meant(frame: &[u8], only: Only) -> bool {
     }
 }
 
-/// Source address and port of a TCP segment over IPv4, if it carries data.
-fn sender_of_data(frame: &[u8]) -> Option<[u8; 6]> {
+/// Source address and port of a TCP segment over IPv4 that carries data, and how many bytes of it.
+fn sender_of_data(frame: &[u8]) -> Option<([u8; 6], usize)> {
     let ip = frame.get(14..)?;
     let header_length = usize::from(ip.first()? & 0x0f) * 4;
     let total = usize::from(u16::from_be_bytes(ip.get(2..4)?.try_into().ok()?));
@@ -195,7 +200,8 @@ fn sender_of_data(frame: &[u8]) -> Option<[u8; 6]> {
     let mut sender = [0; 6];
     sender[..4].copy_from_slice(ip.get(12..16)?);
     sender[4..].copy_from_slice(tcp.get(..2)?);
-    (total > header_length + data_offset).then_some(sender)
+    let length = total.checked_sub(header_length + data_offset)?;
+    (length > 0).then_some((sender, length))
 }
 
 fn pass(socket: &PacketSocket, frame: &[u8]) {

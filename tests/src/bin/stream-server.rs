@@ -78,17 +78,17 @@ fn main() -> Result<()> {
 }
 
 fn listen(arguments: &Arguments) -> Result<std::net::TcpListener> {
-    if !arguments.multipath {
-        return Ok(std::net::TcpListener::bind(arguments.listen)?);
-    }
     let family = if arguments.listen.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let protocol = if arguments.multipath { libc::IPPROTO_MPTCP } else { libc::IPPROTO_TCP };
     // SAFETY: one system call with integers.
-    let socket = unsafe { libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, libc::IPPROTO_MPTCP) };
-    Errno::result(socket).context("an MPTCP socket")?;
+    let socket = unsafe { libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, protocol) };
+    Errno::result(socket).context("making a socket")?;
     // SAFETY: the descriptor was just made and belongs to nobody else.
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
     bind(socket.as_raw_fd(), &SockaddrStorage::from(arguments.listen))?;
-    nix::sys::socket::listen(&socket, Backlog::MAXCONN)?;
+    // As many connections at once as the host allows: the 128 of the standard library are what a burst of copies overflows.
+    nix::sys::socket::listen(&socket, Backlog::MAXALLOWABLE)?;
     Ok(socket.into())
 }
 
@@ -277,6 +277,7 @@ impl Peer {
                 ids: Vec::new(),
                 times_us: Vec::new(),
                 opened_us: epoch_us(),
+                ended_us: None,
                 early: 0,
                 at_boundary: true,
                 end: End::Open,
@@ -410,6 +411,7 @@ impl Peer {
     /// Closes it and frees what only an open connection needs.
     fn end(&mut self, end: End) {
         self.stream = None;
+        self.record.ended_us = Some(epoch_us());
         self.record.end = end;
         self.pending = VecDeque::new();
         self.current = None;
