@@ -245,6 +245,48 @@ pub fn parse_tcp(frame: &impl Bytes) -> Result<TcpSegment, Reject> {
     locate(frame)?.tcp(frame)
 }
 
+/// The same, in user space, of a frame that is most often of the usual form (Ethernet, IPv4 without options, TCP), whose fields are at
+/// fixed places.
+#[inline]
+pub fn parse_tcp_frame(frame: &[u8]) -> Result<TcpSegment, Reject> {
+    match usual_form(frame) {
+        Some(segment) => Ok(segment),
+        None => parse_tcp(&frame),
+    }
+}
+
+/// What [`parse_tcp`] says of a frame of the usual form; None of any other, and of what it refuses.
+#[inline]
+fn usual_form(frame: &[u8]) -> Option<TcpSegment> {
+    const IP: usize = ETHERNET_LEN;
+    const TCP: usize = IP + 20;
+    let h: &[u8; TCP + 20] = frame.first_chunk()?;
+    let total_len = usize::from(u16::from_be_bytes([h[IP + 2], h[IP + 3]]));
+    let header_len = usize::from(h[TCP + 12] >> 4) * 4;
+    let usual = [h[12], h[13], h[IP], h[IP + 9]] == [8, 0, 0x45, PROTOCOL_TCP]
+        && h[IP + 6] & 0x3f == 0
+        && h[IP + 7] == 0
+        && header_len >= 20
+        && total_len >= 20 + header_len
+        && frame.len() >= TCP + header_len;
+    usual.then(|| TcpSegment {
+        src: addr::from_v4([h[IP + 12], h[IP + 13], h[IP + 14], h[IP + 15]]),
+        dst: addr::from_v4([h[IP + 16], h[IP + 17], h[IP + 18], h[IP + 19]]),
+        src_port: u16::from_be_bytes([h[TCP], h[TCP + 1]]),
+        dst_port: u16::from_be_bytes([h[TCP + 2], h[TCP + 3]]),
+        seq: u32::from_be_bytes([h[TCP + 4], h[TCP + 5], h[TCP + 6], h[TCP + 7]]),
+        ack: u32::from_be_bytes([h[TCP + 8], h[TCP + 9], h[TCP + 10], h[TCP + 11]]),
+        flags: h[TCP + 13],
+        window: u16::from_be_bytes([h[TCP + 14], h[TCP + 15]]),
+        ip_offset: IP as u16,
+        tcp_offset: TCP as u16,
+        payload_offset: (TCP + header_len) as u16,
+        payload_len: (total_len - 20 - header_len) as u32,
+        is_v6: false,
+        ce: h[IP + 1] & 3 == 3,
+    })
+}
+
 /// Finds the IP packet in an Ethernet frame and where its transport header is, without looking at that.
 ///
 /// Fragments are found too and say so. [`Reject::NotTcp`] is never returned.
@@ -560,6 +602,7 @@ mod tests {
                 let expected =
                     if len < usize::from(whole.payload_offset) { Err(Reject::Truncated) } else { Ok(whole) };
                 assert_eq!(parse(&frame[..len]), expected, "cut to {len}");
+                assert_eq!(parse_tcp_frame(&frame[..len]), expected, "cut to {len}");
             }
         }
     }
@@ -582,6 +625,7 @@ mod tests {
                     frame[bit / 8] ^= 1 << (bit % 8);
                 }
                 let ours = parse(&frame);
+                assert_eq!(parse_tcp_frame(&frame), ours, "{frame:02x?}");
                 if let Ok(segment) = ours {
                     assert!(usize::from(segment.payload_offset) <= frame.len());
                     assert!(usize::from(segment.payload_offset) <= MAX_HEADERS_LEN);

@@ -10,10 +10,11 @@ use crate::sender::micros;
 use crate::session::{State, seq_before};
 use crate::slab::NONE;
 use crate::timer::{before, tick};
+use crate::usual::COPIES_AHEAD;
 use alloc::vec::Vec;
 use replayer_common::addr::Endpoint;
 use replayer_common::hash::pair_hash;
-use replayer_common::packet::{TcpSegment, flags, parse_tcp};
+use replayer_common::packet::{TcpSegment, flags, parse_tcp_frame};
 use replayer_common::tcp_options::{self, TcpOptions};
 
 /// A segment this far from its stream's place is not of this stream.
@@ -40,7 +41,7 @@ impl Engine {
             for (frame, len) in &mut frames[..count] {
                 let bytes = out.bytes(frame);
                 let bytes: &[u8] = &bytes[..(*len).min(bytes.len())];
-                let segment = parse_tcp(&bytes).ok();
+                let segment = parse_tcp_frame(bytes).ok();
                 let hash = segment
                     .map_or(0, |s| pair_hash(self.config.seed, &s.src, s.src_port, &s.dst, s.dst_port));
                 parsed.push(Parsed { segment, hash });
@@ -68,9 +69,13 @@ impl Engine {
         }
         for place in &mut places[..parsed.len()] {
             if *place != NONE {
-                *place = self.connections[*place].first_session;
+                let connection = &self.connections[*place];
+                *place = connection.first_session;
                 if *place != NONE {
                     self.sessions[*place].touch();
+                    for copy in 1..connection.sessions.min(COPIES_AHEAD).min(*place + 1) {
+                        self.sessions[*place - copy].touch();
+                    }
                 }
             }
         }

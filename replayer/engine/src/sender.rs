@@ -82,7 +82,7 @@ impl Engine {
 
     /// Writes a segment and gives it to the output. With `in_hand`, a captured frame that holds just these bytes is rewritten in
     /// place; otherwise the bytes are copied from the store into a free frame.
-    #[inline]
+    #[inline(never)]
     pub(crate) fn send<O: Output>(
         &mut self,
         now_ns: u64,
@@ -93,10 +93,41 @@ impl Engine {
         out: &mut O,
         in_hand: &mut Option<InHand<O::Frame>>,
     ) {
+        let kind = (control & flags::SYN != 0, control & flags::ACK != 0);
+        self.send_kind(kind, now_ns, s, control, seq, piece, out, in_hand);
+    }
+
+    /// The same of data with an acknowledgment, with or without PSH.
+    #[inline]
+    pub(crate) fn send_data<O: Output>(
+        &mut self,
+        now_ns: u64,
+        s: u32,
+        push: bool,
+        seq: u32,
+        piece: Piece,
+        out: &mut O,
+        in_hand: &mut Option<InHand<O::Frame>>,
+    ) {
+        let control = flags::ACK | if push { flags::PSH } else { 0 };
+        self.send_kind((false, true), now_ns, s, control, seq, Some(piece), out, in_hand);
+    }
+
+    /// Inlined where the kind, SYN and ACK, is a constant: there is no code for the others then.
+    #[inline(always)]
+    fn send_kind<O: Output>(
+        &mut self,
+        (syn, acknowledges): (bool, bool),
+        now_ns: u64,
+        s: u32,
+        control: u8,
+        seq: u32,
+        piece: Option<Piece>,
+        out: &mut O,
+        in_hand: &mut Option<InHand<O::Frame>>,
+    ) {
         let session = &mut self.sessions[s];
         let service = &mut self.services[usize::from(session.service)];
-        let syn = control & flags::SYN != 0;
-        let acknowledges = control & flags::ACK != 0;
         if acknowledges {
             // Also when it cannot be sent: a deadline that stays in the past would fire for ever.
             session.ack_now = false;

@@ -223,11 +223,13 @@ impl Session {
     }
 
     /// The retransmission timeout with its backoff, microseconds.
+    #[inline]
     pub(crate) fn rto_us(&self) -> u32 {
         self.rto_us_after(self.tries)
     }
 
     /// The same after so many timeouts.
+    #[inline]
     pub(crate) fn rto_us_after(&self, tries: u8) -> u32 {
         if self.state == State::SynSent {
             return (timing::SYN_TIMEOUT_US << tries.min(timing::SYN_TRIES)).min(timing::BACKOFF_MAX_US);
@@ -362,12 +364,13 @@ impl Session {
     }
 
     /// The earliest deadline.
+    #[inline]
     pub(crate) fn deadline(&self) -> Option<Tick> {
-        [self.rto_at, self.ack_at, self.release_at]
-            .into_iter()
-            .flatten()
-            .map(Due::tick)
-            .reduce(|a, b| if before(b, a) { b } else { a })
+        let earlier = |a: Option<Tick>, b: Option<Due>| match (a, b.map(Due::tick)) {
+            (Some(a), Some(b)) => Some(if before(b, a) { b } else { a }),
+            (a, b) => a.or(b),
+        };
+        earlier(earlier(self.rto_at.map(Due::tick), self.ack_at), self.release_at)
     }
 
     /// A session about to send its SYN.

@@ -99,6 +99,7 @@ impl Store {
         self.held_segments
     }
 
+    #[inline]
     fn take_block(&mut self) -> Option<u32> {
         let block = if self.free_block != NONE {
             let block = self.free_block;
@@ -124,7 +125,28 @@ impl Store {
         }
     }
 
+    /// A block with the bytes, the last of its list.
+    #[inline]
+    fn fill_block(&mut self, chunk: &[u8]) -> Result<u32, Full> {
+        let block = self.take_block().ok_or(Full)?;
+        let at = block as usize * BLOCK;
+        self.bytes[at..at + chunk.len()].copy_from_slice(chunk);
+        self.next_block[block as usize] = NONE;
+        Ok(block)
+    }
+
+    #[inline(never)]
+    fn fill_more(&mut self, mut last: u32, bytes: &[u8]) -> Result<(), Full> {
+        for chunk in bytes.chunks(BLOCK) {
+            let block = self.fill_block(chunk)?;
+            self.next_block[last as usize] = block;
+            last = block;
+        }
+        Ok(())
+    }
+
     /// Keeps `payload`. The segment is in no list yet.
+    #[inline]
     pub(crate) fn insert(
         &mut self,
         seq: u32,
@@ -139,18 +161,12 @@ impl Store {
             return Err(Full);
         }
         let mut first = NONE;
-        let mut last = NONE;
-        for chunk in payload.chunks(BLOCK) {
-            let Some(block) = self.take_block() else { return Err(Full) };
-            let at = block as usize * BLOCK;
-            self.bytes[at..at + chunk.len()].copy_from_slice(chunk);
-            self.next_block[block as usize] = NONE;
-            if last == NONE {
-                first = block;
-            } else {
-                self.next_block[last as usize] = block;
+        if !payload.is_empty() {
+            let (chunk, rest) = payload.split_at(payload.len().min(BLOCK));
+            first = self.fill_block(chunk)?;
+            if !rest.is_empty() {
+                self.fill_more(first, rest)?;
             }
-            last = block;
         }
         let segment = Segment {
             next: NONE,
@@ -206,11 +222,20 @@ impl Store {
     }
 
     /// Copies `out.len()` bytes of a segment, from its byte `offset` on. The range lies in the segment.
+    #[inline]
     pub(crate) fn copy_to(&self, index: u32, offset: usize, out: &mut [u8]) {
         let segment = &self.segments[index as usize];
         debug_assert!(offset + out.len() <= segment.len as usize);
         let offset = offset + segment.skip as usize;
-        let mut block = segment.block;
+        if offset + out.len() <= BLOCK && segment.block != NONE {
+            let at = segment.block as usize * BLOCK + offset;
+            out.copy_from_slice(&self.bytes[at..at + out.len()]);
+        } else {
+            self.copy_blocks(segment.block, offset, out);
+        }
+    }
+
+    fn copy_blocks(&self, mut block: u32, offset: usize, out: &mut [u8]) {
         for _ in 0..offset / BLOCK {
             block = self.next_block[block as usize];
         }

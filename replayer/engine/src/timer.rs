@@ -58,19 +58,19 @@ fn slots_after(a: u32, b: u32) -> i32 {
     ((a.wrapping_sub(b) << SLOT_SHIFT) as i32) >> SLOT_SHIFT
 }
 
-/// A timer's place in a list: its neighbours as index plus one, and its slot plus one (zero: not armed). Zeroed memory is an empty wheel;
+/// A timer's place in a list: its neighbours as index plus one, its slot plus one (zero: not armed), and its deadline. Zeroed memory is an empty wheel;
 /// an array and not a struct, because `vec!` asks the system for zeroed pages only for types that it knows to be zero.
-type Node = [u32; 3];
+type Node = [u32; 4];
 const NEXT: usize = 0;
 const PREVIOUS: usize = 1;
 const SLOT: usize = 2;
+const DEADLINE: usize = 3;
 
 #[derive(Debug)]
 pub(crate) struct Wheel {
     heads: Vec<u32>,
     occupied: [u64; SLOTS / 64],
     nodes: Vec<Node>,
-    deadlines: Vec<Tick>,
     /// The next slot to look at, in slot time (tick >> SLOT_SHIFT).
     position: u32,
     armed: usize,
@@ -82,8 +82,7 @@ impl Wheel {
         Wheel {
             heads: vec![NONE; SLOTS],
             occupied: [0; SLOTS / 64],
-            nodes: vec![[0; 3]; count],
-            deadlines: vec![0; count],
+            nodes: vec![[0; 4]; count],
             position: now >> SLOT_SHIFT,
             armed: 0,
         }
@@ -92,8 +91,9 @@ impl Wheel {
     /// Makes the timer fire at `deadline` or earlier (one that already stands earlier stays).
     #[inline]
     pub(crate) fn arm(&mut self, timer: u32, deadline: Tick) {
-        if self.nodes[timer as usize][SLOT] != 0 {
-            if !before(deadline, self.deadlines[timer as usize]) {
+        let node = &self.nodes[timer as usize];
+        if node[SLOT] != 0 {
+            if !before(deadline, node[DEADLINE]) {
                 return;
             }
             self.unlink(timer);
@@ -104,13 +104,13 @@ impl Wheel {
     /// Reads what arming the timer changes, so that it is in the cache.
     #[inline]
     pub(crate) fn touch(&self, timer: u32) {
-        core::hint::black_box((self.nodes[timer as usize][SLOT], self.deadlines[timer as usize]));
+        core::hint::black_box(self.nodes[timer as usize][SLOT]);
     }
 
     /// When the timer fires at the latest, if it is armed.
     #[cfg(debug_assertions)]
     pub(crate) fn stands_at(&self, timer: u32) -> Option<Tick> {
-        (self.nodes[timer as usize][SLOT] != 0).then(|| self.deadlines[timer as usize])
+        (self.nodes[timer as usize][SLOT] != 0).then(|| self.nodes[timer as usize][DEADLINE])
     }
 
     /// Takes the timer out.
@@ -127,18 +127,17 @@ impl Wheel {
         let ahead = slots_after(wanted, now).clamp(0, SLOTS as i32 - 1) as u32;
         let slot = (now.wrapping_add(ahead)) as usize % SLOTS;
         let head = self.heads[slot];
-        self.nodes[timer as usize] = [head.wrapping_add(1), 0, slot as u32 + 1];
+        self.nodes[timer as usize] = [head.wrapping_add(1), 0, slot as u32 + 1, deadline];
         if head != NONE {
             self.nodes[head as usize][PREVIOUS] = timer + 1;
         }
         self.heads[slot] = timer;
         self.occupied[slot / 64] |= 1 << (slot % 64);
-        self.deadlines[timer as usize] = deadline;
         self.armed += 1;
     }
 
     fn unlink(&mut self, timer: u32) {
-        let [next, previous, slot] = self.nodes[timer as usize];
+        let [next, previous, slot, _] = self.nodes[timer as usize];
         let slot = slot as usize - 1;
         if next != 0 {
             self.nodes[next as usize - 1][PREVIOUS] = previous;
@@ -167,7 +166,7 @@ impl Wheel {
             let head = self.heads[slot];
             if head != NONE {
                 self.unlink(head);
-                let deadline = self.deadlines[head as usize];
+                let deadline = self.nodes[head as usize][DEADLINE];
                 if before(now, deadline) {
                     // Of a later turn of the wheel: goes round again. The slot just ahead is the earliest it can go to.
                     let place = if deadline >> SLOT_SHIFT == until {
@@ -192,7 +191,7 @@ impl Wheel {
         let earliest = self.position.wrapping_add(1) << SLOT_SHIFT;
         let place = if before(place, earliest) { earliest } else { place };
         self.link(timer, place);
-        self.deadlines[timer as usize] = deadline;
+        self.nodes[timer as usize][DEADLINE] = deadline;
     }
 
     /// The next occupied slot time after the current one, at most `until`.

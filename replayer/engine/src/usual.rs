@@ -15,7 +15,7 @@ use crate::timer::{Due, tick, ticks};
 use replayer_common::packet::{TcpSegment, flags};
 
 /// The copies of a connection are opened together and lie side by side, the last first: so far ahead they are read.
-const COPIES_AHEAD: u32 = 8;
+pub(crate) const COPIES_AHEAD: u32 = 8;
 
 impl Engine {
     /// Takes a captured segment with data if it is the usual one; otherwise nothing was done, and the frame comes back.
@@ -126,8 +126,7 @@ impl Engine {
                 self.capture_to_transmit.record(0);
                 self.lag.record(0);
                 let piece = Piece { segment: stored, offset: 0, len };
-                let push = if push { flags::PSH } else { 0 };
-                self.send(now_ns, s, flags::ACK | push, seq, Some(piece), out, &mut in_hand);
+                self.send_data(now_ns, s, push, seq, piece, out, &mut in_hand);
                 if !armed {
                     self.arm_session(s);
                 }

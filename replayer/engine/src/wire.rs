@@ -110,7 +110,8 @@ impl Header {
     }
 
     /// Writes the headers at the start of `frame`, for the `payload_len` bytes that follow them there, whose [`sum`] is `payload_sum`.
-    #[inline]
+    /// Inlined into a sender of segments without options of a SYN, it has no code for them.
+    #[inline(always)]
     pub(crate) fn write(&self, template: &Template, frame: &mut [u8], payload_len: usize, payload_sum: u16) {
         let Template { ip_at, tcp_at, v4, .. } = *template;
         // The usual length as a constant: the copy is a few moves then.
