@@ -207,6 +207,11 @@ impl Engine {
         if segment.flags & flags::RST != 0 {
             return self.on_client_reset(now_ns, c, segment, out);
         }
+        if segment.flags & flags::SYN != 0 {
+            // With an ACK: its own SYN once more, where both sides opened at once (RFC 9293 section 3.5). What follows its number is
+            // not at the place of data.
+            return Err((Counter::PacketsSynRepeated, Counter::BytesOutOfWindow));
+        }
         match self.connections[c].phase {
             Phase::Following => self.on_stream(now_ns, c, segment, segment.seq, in_hand, out),
             Phase::Encrypted => self.on_encrypted(c, segment),

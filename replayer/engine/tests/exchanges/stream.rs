@@ -189,3 +189,15 @@ fn b039_odd_flags_do_no_harm() {
     }
     lab.stop();
 }
+
+#[test]
+fn b039_a_syn_with_an_ack_from_a_client_is_no_data() {
+    let mut lab = Lab::new();
+    lab.handshake();
+    lab.client("SA 0+10 ack 1");
+    lab.expect(&[]);
+    assert_eq!(lab.count(Counter::PacketsSynRepeated), 1);
+    lab.client("PA 1+10 ack 1");
+    lab.expect(&["PA 1+10 ack 1"]);
+    lab.stop();
+}
