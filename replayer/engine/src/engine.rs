@@ -401,6 +401,9 @@ impl Engine {
         self.counters[Counter::SessionsOpened] += 1;
         let state = &mut self.services[usize::from(service)];
         state.unanswered_since.get_or_insert(now);
+        // A Linux whose queue of SYNs is full remembers none of the rest (SYN cookies, net/ipv4/syncookies.c): it learns of the
+        // connection by its first segment, and resets it when another one comes before.
+        self.sessions[index].first_alone = state.unanswered >= timing::SYN_BURST;
         state.unanswered += 1;
         out.register(service, identity);
         self.send_syn(now_ns, index, out);

@@ -303,6 +303,7 @@ impl Engine {
         session.snd_wnd = window;
         session.dup_acks = 0;
         session.tries = 0;
+        session.first_alone = false;
         if session.narrowed_to != 0 {
             self.narrower_path_found(now, s);
         }

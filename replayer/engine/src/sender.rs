@@ -291,6 +291,9 @@ impl Engine {
             let stored = self.store[session.next_segment];
             let in_flight = session.in_flight();
             let usable = session.snd_wnd.min(session.cwnd).saturating_sub(in_flight);
+            if session.first_alone && in_flight > 0 {
+                return;
+            }
             let mut len = (stored.len - session.next_offset).min(u32::from(session.mss));
             if len > usable {
                 if in_flight > 0 {
@@ -403,7 +406,7 @@ impl Engine {
             }
             return;
         }
-        if again {
+        if again || session.first_alone && session.in_flight() > 0 {
             return;
         }
         let end = if session.cut {

@@ -51,33 +51,44 @@ pub(crate) fn seq_before(a: u32, b: u32) -> bool {
 /// Where responses may have ended: the last ends of writes seen (see [`Session::note_response`]), oldest first.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Marks {
-    /// Sequence numbers, in bytes: so that two more bytes fit behind.
-    ends: [[u8; 4]; 4],
-    len: u8,
-    /// An older boundary was pushed out.
-    overflowed: bool,
+    /// Sequence numbers, in bytes: so that other bytes fit behind.
+    ends: [[u8; 4]; MARKS],
+    /// How many there were: one more than are kept says that older ones were pushed out.
+    count: u8,
 }
 
+/// Boundaries that are kept.
+const MARKS: usize = 4;
+
 impl Marks {
+    fn len(&self) -> usize {
+        usize::from(self.count).min(MARKS)
+    }
+
+    fn overflowed(&self) -> bool {
+        usize::from(self.count) > MARKS
+    }
+
     fn known(&self) -> impl Iterator<Item = u32> {
-        self.ends[..usize::from(self.len)].iter().map(|&end| u32::from_ne_bytes(end))
+        self.ends[..self.len()].iter().map(|&end| u32::from_ne_bytes(end))
     }
 
     pub(crate) fn push(&mut self, end: u32) {
-        if usize::from(self.len) == self.ends.len() {
+        if self.len() == MARKS {
             self.ends.rotate_left(1);
-            self.len -= 1;
-            self.overflowed = true;
+            self.ends[MARKS - 1] = end.to_ne_bytes();
+            self.count = MARKS as u8 + 1;
+        } else {
+            self.ends[self.len()] = end.to_ne_bytes();
+            self.count += 1;
         }
-        self.ends[usize::from(self.len)] = end.to_ne_bytes();
-        self.len += 1;
     }
 
     /// The first boundary at or after `seq`. When boundaries between the two were pushed out, where the response ended is not known, and
     /// `seq` itself is the better guess.
     fn first_from(&self, seq: u32) -> Option<u32> {
         let (found, end) = self.known().enumerate().find(|&(_, end)| !seq_before(end, seq))?;
-        Some(if found == 0 && self.overflowed { seq } else { end })
+        Some(if found == 0 && self.overflowed() { seq } else { end })
     }
 
     /// Whether `seq` is known to be a boundary.
@@ -88,14 +99,14 @@ impl Marks {
     /// Forgets the boundaries up to `seq`.
     fn forget_up_to(&mut self, seq: u32) {
         let passed = self.known().filter(|&end| !seq_before(seq, end)).count();
-        self.overflowed &= passed == 0;
-        self.ends.copy_within(passed.., 0);
-        self.len -= passed as u8;
+        if passed > 0 {
+            self.count = (self.len() - passed) as u8;
+            self.ends.rotate_left(passed);
+        }
     }
 
     fn clear(&mut self) {
-        self.len = 0;
-        self.overflowed = false;
+        self.count = 0;
     }
 }
 
@@ -189,6 +200,8 @@ pub(crate) struct Session {
     pub(crate) recover: u32,
     pub(crate) last_segment: u32,
     pub(crate) marks: Marks,
+    /// The target may know of the connection only by its first segment: the others wait until that was acknowledged.
+    pub(crate) first_alone: bool,
     /// The path's MTU that is being tried, and not acknowledged yet; else 0.
     pub(crate) narrowed_to: u16,
     /// What the target has beyond its acknowledgment, or `NO_BOARD`.
@@ -407,6 +420,7 @@ impl Session {
             rttvar_us: 0,
             rtt_min_us: 0,
             narrowed_to: 0,
+            first_alone: false,
             timing: false,
             timed_seq: 0,
             timed_at_us: 0,

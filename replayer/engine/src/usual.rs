@@ -104,6 +104,7 @@ impl Engine {
                 && !session.cut
                 && caught_up
                 && session.snd_nxt == session.snd_max
+                && !session.first_alone
                 && len <= u32::from(session.mss)
                 && len <= room;
             if !direct {

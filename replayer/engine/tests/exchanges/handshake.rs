@@ -232,3 +232,36 @@ fn a_session_opened_later_has_a_clock_that_went_on() {
     // Less than before would fail the target's PAWS when it remembers the connection.
     assert_eq!(sent[0].timestamps.map(|(value, _)| value), Some(8000));
 }
+
+#[test]
+fn b015_in_a_burst_of_syns_each_session_begins_with_one_segment() {
+    let mut lab = Lab::new();
+    for port in 0..6 {
+        lab.client.port = 10_000 + port;
+        lab.client("S 0 mss 1460");
+        lab.client("A 1+700 ack 1");
+        lab.client("A 701+700 ack 1");
+        lab.client("PA 1401+100 ack 1");
+    }
+    lab.sent();
+    let all = ["A 1+700 ack 1", "A 701+700 ack 1", "PA 1401+100 ack 1"];
+    for port in 0..6 {
+        lab.client.port = 10_000 + port;
+        lab.target("SA 0 ack 1 mss 1460 win 60000");
+        if port < 4 {
+            lab.expect(&all);
+            continue;
+        }
+        // The target may know of this one only by its first segment (SYN cookies), which must not be overtaken by the others.
+        lab.expect(&all[..1]);
+        if port == 5 {
+            // It is lost.
+            lab.pass(230 * MS);
+            let mut sent = lab.sent();
+            sent.retain(|segment| segment.source == lab.client);
+            assert_eq!(sent.iter().map(|segment| lab.text(segment)).collect::<Vec<_>>(), all[..1]);
+        }
+        lab.target("A 1 ack 701");
+        lab.expect(&all[1..]);
+    }
+}
