@@ -1,4 +1,4 @@
-//! Behaviours 29, 30 and 34: numbers that wrap, windows that close, and connections that are silent.
+//! Behaviours 29 to 31 and 34: numbers that wrap, windows that close, a path that loses segments, and connections that are silent.
 //!
 //! Root only; each test has a lab of its own.
 
@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
 use replayer_common::packet::{flags, parse_tcp};
 use replayer_common::tcp_options;
-use replayer_tests::clients::counter;
+use replayer_tests::clients::{Load, counter};
 use replayer_tests::conversation::{Conversation, bytes_of};
 use replayer_tests::lab::{Lab, NIC, Plan};
 use replayer_tests::packet::{Frames, Tap};
@@ -140,5 +140,31 @@ fn b034_a_silent_connection_answers_the_target_s_probes_and_stays_the_same() -> 
     assert_eq!(target.connections.len(), 10);
     let (report, _) = replay.stop()?;
     assert_eq!(report.counter("sessions_opened"), 10);
+    Ok(())
+}
+
+/// A twentieth of what goes to the target is lost, and the target remembers no SYN (SYN cookies): it knows of a connection only by the
+/// first segment after it, and resets those of which it sees another one first.
+#[test]
+fn b031_segments_lost_on_the_way_to_a_target_with_syn_cookies() -> Result<()> {
+    let lab = Lab::up(Plan { offloads: false, ..Plan::default() })?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let target = lab.target().namespace();
+    target.set_sysctl("ipv4/tcp_syncookies", "2")?;
+    target.nft(&format!(
+        "table netdev loss {{\nchain ingress {{\ntype filter hook ingress device {NIC} priority 0;\n\
+         tcp dport {STREAM} numgen random mod 100 < 5 drop\n}}\n}}\n"
+    ))?;
+    let replay = Replay::start(&lab, &[STREAM], &[])?;
+    let load = format!(
+        "--connect {}:{STREAM} --connections 200 --per-connection 5 --requests 1000 --body 5000-20000 --response 1-5000",
+        lab.online().v4()
+    );
+    let summary = Load::run(&lab, "load", &load)?;
+    assert_eq!((summary.responses, summary.errors), (1000, 0), "{:?}", summary.errors_by_kind);
+    let compared = streams.ensure_equal_within(1000, Duration::from_secs(40));
+    let (report, _) = replay.stop()?;
+    compared.with_context(|| format!("{:?}", report.counters))?;
+    assert!(report.counter("segments_retransmitted") > 200, "{:?}", report.counters);
     Ok(())
 }

@@ -72,7 +72,7 @@ fn b025_the_first_command_follows_the_target_s_greeting() -> Result<()> {
 
 #[test]
 fn b026_answers_of_another_size_neither_stop_nor_hurry_a_session() -> Result<()> {
-    // The server writes each answer at once; up to 60 kB, so that it takes several flights and TSO packets.
+    // The server writes each answer at once; up to 120 kB, so that it takes several flights and TSO packets.
     for scale in ["0.3", "2", "4"] {
         let lab = Lab::up(Plan::default())?;
         let scaled = ["--response-scale", scale, "--delay-ms", "5"];
@@ -80,7 +80,7 @@ fn b026_answers_of_another_size_neither_stop_nor_hurry_a_session() -> Result<()>
         let replay = Replay::start(&lab, &[STREAM], &[])?;
         let load = format!(
             "--connect {}:{STREAM} --connections 10 --per-connection 20 --requests 200 --body 1-5000 \
-             --response 100-15000",
+             --response 100-30000",
             lab.online().v4()
         );
         let summary = Load::run(&lab, "load", &load)?;
