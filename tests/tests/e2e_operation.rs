@@ -245,6 +245,36 @@ fn b056_a_syn_ack_that_comes_before_its_registration_is_delivered() -> Result<()
     Ok(())
 }
 
+/// Real ClientHellos are recognised: nothing of them goes to the target, and a person is told once.
+#[test]
+fn tls_is_said_once_and_not_sent() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let nginx = NginxPair::start(&lab, HTTP)?;
+    let mut replay = Replay::start(&lab, &[HTTP], &[])?;
+    let url = format!("https://{}:{HTTP}/", lab.online().v4());
+    let tls = |count| -> Result<()> {
+        for _ in 0..count {
+            // The server speaks no TLS, which is not the replayer's affair.
+            let arguments = ["--silent", "--insecure", "--max-time", "5", &url];
+            let status = lab.client().command("curl").args(arguments).status()?;
+            ensure!(!status.success(), "curl got an answer by TLS");
+        }
+        Ok(())
+    };
+    tls(2)?;
+    replay.online.process.wait_for_message("speak TLS", Duration::from_secs(5))?;
+    tls(2)?;
+    let load = format!("--connect {}:{HTTP} --protocol http --requests 3", lab.online().v4());
+    assert_all_answered(&Load::run(&lab, "load", &load)?, 3);
+    let (_, target) = nginx.ledgers(3)?;
+    assert_eq!(target.len(), 3, "what is not TLS is replayed, the rest is not");
+    let report = replay.online.stop_online()?;
+    assert_eq!(report.counter("connections_tls"), 4, "{:?}", report.counters);
+    assert_eq!(report.counter("turns_sent"), 3, "{:?}", report.counters);
+    assert_eq!(replay.online.process.errors().matches("speak TLS").count(), 1);
+    Ok(())
+}
+
 #[test]
 fn b063_a_stop_by_signal_ends_well_with_a_report() -> Result<()> {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
