@@ -5,6 +5,7 @@ mod lab;
 
 mod ends;
 mod files;
+mod frames;
 mod handshake;
 mod identities;
 mod limits;

@@ -507,3 +507,56 @@ fn b039_sack_that_makes_no_sense_does_no_harm() {
     lab.pass(S);
     assert_eq!(lab.count(Counter::ReplayBytesDelivered), 6000);
 }
+
+#[test]
+fn b034_after_half_an_hour_it_is_still_the_same_connection() {
+    let mut lab = established(60_000, 1460);
+    lab.client("PA 1+100 ack 1");
+    lab.target("PA 1+10 ack 101");
+    lab.pass(S);
+    lab.sent();
+    lab.pass(1800 * S);
+    lab.expect(&[]);
+    lab.client("PA 101+100 ack 11");
+    lab.expect(&["PA 101+100 ack 11"]);
+    assert_eq!((lab.count(Counter::SessionsOpened), lab.count(Counter::ConnectionsJoined)), (1, 0));
+}
+
+#[test]
+fn b034_keepalive_probes_of_the_client_keep_it_for_days_and_are_not_sent() {
+    let mut lab = established(60_000, 1460);
+    lab.client("PA 1+100 ack 1");
+    lab.target("PA 1+10 ack 101");
+    lab.pass(S);
+    lab.sent();
+    for _ in 0..100 {
+        lab.pass(3600 * S);
+        lab.client("A 100 ack 11");
+    }
+    lab.expect(&[]);
+    lab.client("PA 101+100 ack 11");
+    lab.expect(&["PA 101+100 ack 11"]);
+}
+
+#[test]
+fn b029_timestamps_of_the_target_wrap_and_an_old_one_is_not_echoed() {
+    let mut lab = Lab::new();
+    lab.client("S 0 mss 1460 ts 1/0");
+    lab.target(&format!("SA 0 ack 1 mss 1460 ts {}/1", u32::MAX));
+    lab.sent();
+    // RFC 7323 section 4.3: the newest of the target's, across the wrap.
+    for (value, echo) in [(u32::MAX, u32::MAX), (5, 5), (u32::MAX - 1, 5), (6, 6)] {
+        lab.target(&format!("A 0 ack 1 ts {value}/1"));
+        let sent = lab.sent();
+        assert_eq!(sent[0].timestamps.map(|(_, echo)| echo), Some(echo), "after {value}");
+    }
+}
+
+#[test]
+fn b029_a_target_without_timestamps_gets_none() {
+    let mut lab = Lab::new();
+    lab.client("S 0 mss 1460 ts 1/0");
+    lab.target("SA 0 ack 1 mss 1460");
+    lab.client("PA 1+100 ack 1 ts 2/5");
+    assert!(lab.sent()[1..].iter().all(|segment| segment.timestamps.is_none()));
+}
