@@ -21,6 +21,8 @@ use crate::wait::{holds_within, settled, wait_for};
 
 /// How long a server may take until it listens.
 const START_LIMIT: Duration = Duration::from_secs(20);
+/// Port at which nginx speaks HTTP/2 without TLS.
+pub const H2C_PORT: u16 = 8082;
 /// Port of nginx's counters, on the loopback address of its host.
 const STATUS_PORT: u16 = 8088;
 /// Twice the time after which nginx writes its log out.
@@ -164,6 +166,8 @@ http {{
     server {{
         listen {port} backlog=65535;
         listen [::]:{port} backlog=65535;
+        listen {H2C_PORT} http2 backlog=65535;
+        listen [::]:{H2C_PORT} http2 backlog=65535;
         location / {{ return 200 "answer of {name}\n"; }}
         location /bytes/ {{ root {dir}; }}
     }}

@@ -1,17 +1,21 @@
-//! Behaviour 19: SYNs with more in them than an offer to talk.
+//! Behaviours 19 and 20: SYNs with more in them than a port, and SYNs of nobody.
 //!
 //! Root only; each test has a lab of its own.
 
 use std::net::SocketAddrV4;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use etherparse::PacketBuilder;
 use replayer_tests::clients::{Load, counter};
 use replayer_tests::conversation::{Conversation, Manner};
-use replayer_tests::lab::{Lab, Plan};
+use replayer_tests::lab::{Lab, NIC, Plan};
 use replayer_tests::load::Summary;
-use replayer_tests::pairs::StreamPair;
+use replayer_tests::packet::{Frames, PacketSocket};
+use replayer_tests::pairs::{ARRIVAL, StreamPair};
 use replayer_tests::replay::Replay;
 use replayer_tests::stream::RequestHeader;
+use replayer_tests::wait::{holds_within, wait_for};
 
 const STREAM: u16 = 9000;
 
@@ -80,4 +84,75 @@ fn converse(lab: &Lab, manner: Manner, connections: u64) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[test]
+fn b020_a_flood_of_spoofed_syns_costs_bounded_memory_and_no_live_session() -> Result<()> {
+    const SYNS: u32 = 100_000;
+    let lab = Lab::up(Plan { clients: 2, ..Plan::default() })?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let attacker = lab.host("client2");
+    // What the online server answers to them ends at the attacker.
+    lab.online()
+        .namespace()
+        .ip(&format!("route add 172.29.0.0/16 via {} dev {NIC} onlink\n", attacker.v4()))?;
+    let mut replay = Replay::start(&lab, &[STREAM], &["--max-sessions", "10000"])?;
+    let before_kib = replay.online.process.resident_kib()?;
+    let load = format!(
+        "--connect {}:{STREAM} --connections 50 --rate 1000 --seconds 6 --body 1-3000 --response 1-3000",
+        lab.online().v4()
+    );
+    let mut load = Load::start(&lab, lab.client(), "load", &load)?;
+    wait_for("fifty live sessions", ARRIVAL, || {
+        streams.target.record().is_ok_and(|record| {
+            record.connections.iter().all(|it| !it.ids.is_empty()) && record.connections.len() == 50
+        })
+    })?;
+    let socket = attacker.namespace().enter(|| PacketSocket::open(NIC, Frames::Arriving))??;
+    let begun = Instant::now();
+    let mut frame = Vec::new();
+    for number in 0..SYNS {
+        frame.clear();
+        // Another address and another port each time.
+        let [.., high, low] = number.to_be_bytes();
+        let port = 1024 + (number.wrapping_mul(48_271) % 60_000) as u16;
+        PacketBuilder::ethernet2(mac(&attacker.mac())?, mac(&lab.online().mac())?)
+            .ipv4([172, 29, high, low], lab.online().v4().octets(), 64)
+            .tcp(port, STREAM, number.wrapping_mul(2_654_435_761), 64_240)
+            .syn()
+            .write(&mut frame, &[])?;
+        // A full queue of the NIC empties by itself.
+        holds_within(Duration::from_secs(1), || socket.send(&frame).is_ok());
+        // Within about four seconds, evenly.
+        let due = Duration::from_micros(u64::from(number) * 40);
+        if let Some(early) = due.checked_sub(begun.elapsed()) {
+            std::thread::sleep(early);
+        }
+    }
+    let grown_kib = replay.online.process.resident_kib()?.saturating_sub(before_kib);
+    let summary = load.finish()?;
+    assert_all_answered(&summary, summary.requests);
+    let expected = summary.requests as usize;
+    let (online, target) = streams.records(expected, ARRIVAL)?;
+    let live = |record: &replayer_tests::stream::Record| {
+        let client = format!("{}:", lab.client().v4());
+        let of_client = record.connections.iter().filter(|it| it.peer.starts_with(&client));
+        replayer_tests::stream::Record { connections: of_client.cloned().collect() }
+    };
+    let comparison = replayer_tests::stream::compare(&live(&online), &live(&target));
+    assert!(comparison.differences.is_empty() && comparison.compared == 50, "{comparison:#?}");
+    assert!(replay.online.process.ended()?.is_none());
+    let (report, _) = replay.stop()?;
+    assert!(grown_kib < 32 * 1024, "the online role has grown by {grown_kib} KiB");
+    // Up to the limit they are sessions like any other; those above it are counted.
+    assert_eq!(report.counter("sessions_opened"), 10_000, "{:?}", report.counters);
+    let refused = report.counter("sessions_refused_limit") + report.counter("packets_limit");
+    assert_eq!(refused, 50 + u64::from(SYNS) - 10_000, "{:?}", report.counters);
+    Ok(())
+}
+
+fn mac(text: &str) -> Result<[u8; 6]> {
+    let bytes: Vec<u8> =
+        text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<_, _>>()?;
+    bytes.try_into().ok().context("a MAC address has six bytes")
 }

@@ -1,16 +1,49 @@
-//! Behaviours 24 to 26: turns at targets that answer late, otherwise, or not at all, and at servers that speak first.
+//! Behaviours 23 to 26: turns of HTTP/2, at targets that answer late, otherwise, or not at all, and at servers that speak first.
 //!
 //! Root only; each test has a lab of its own.
 
+use std::fs;
+
 use anyhow::Result;
-use replayer_tests::clients::Load;
+use replayer_tests::clients::{Load, output_of};
 use replayer_tests::conversation::Conversation;
 use replayer_tests::lab::{Lab, Plan};
-use replayer_tests::pairs::StreamPair;
+use replayer_tests::pairs::{NginxPair, StreamPair};
 use replayer_tests::replay::Replay;
+use replayer_tests::servers::H2C_PORT;
 use replayer_tests::stream::{Connection, Record, RequestHeader};
 
+const HTTP: u16 = 8080;
 const STREAM: u16 = 9000;
+
+#[test]
+fn b023_a_hundred_streams_of_http_2_on_each_connection() -> Result<()> {
+    const CONNECTIONS: usize = 5;
+    const REQUESTS: usize = 400;
+    let lab = Lab::up(Plan::default())?;
+    let nginx = NginxPair::start(&lab, HTTP)?;
+    let replay = Replay::start(&lab, &[H2C_PORT], &[])?;
+    let list = lab.dir().join("requests.txt");
+    let uri = |id: usize| {
+        let path = ["r", "bytes/1k", "bytes/10k", "bytes/100k"][id % 4];
+        format!("http://{}:{H2C_PORT}/{path}?id={id}\n", lab.online().v4())
+    };
+    fs::write(&list, (0..REQUESTS).map(uri).collect::<String>())?;
+    let output = output_of(
+        lab.client()
+            .command("h2load")
+            .args(["--no-tls-proto=h2c", "-m", "100", "-c", &CONNECTIONS.to_string()])
+            .args(["-n", &(CONNECTIONS * REQUESTS).to_string(), "-i"])
+            .arg(&list),
+    )?;
+    assert!(output.contains(&format!("{} succeeded, 0 failed", CONNECTIONS * REQUESTS)), "{output}");
+    let (_, target) = nginx.ensure_equal(CONNECTIONS * REQUESTS)?;
+    assert_eq!(target.connections().len(), CONNECTIONS);
+    let (report, _) = replay.stop()?;
+    assert_eq!(report.counter("turns_released_by_hold_limit"), 0, "{:?}", report.counters);
+    assert_eq!(report.counter("sessions_opened"), CONNECTIONS as u64, "{:?}", report.counters);
+    Ok(())
+}
 
 fn of_peer(record: &Record, peer: &str) -> Connection {
     let mut found = record.connections.iter().filter(|it| it.peer == peer);

@@ -60,6 +60,7 @@ pub(crate) const ALL: &[Dependency] = &[
     program("wrk", "wrk", CLIENTS),
     program("apache2-utils", "ab", CLIENTS),
     program("tcpdump", "tcpdump", CLIENTS),
+    program("nghttp2-client", "h2load", CLIENTS),
     program("redis-server", "redis-server", CLIENTS),
     program("redis-tools", "redis-cli", CLIENTS),
 ];
