@@ -77,6 +77,8 @@ fn for_seeds(
                             let mut sum = sum.lock().unwrap();
                             sum.sound += outcome.sound;
                             sum.equal += outcome.equal;
+                            sum.holes += outcome.holes;
+                            sum.pieces += outcome.pieces;
                             sum.segments += outcome.segments;
                             sum.tail = sum.tail.max(outcome.tail);
                         }

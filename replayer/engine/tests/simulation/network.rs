@@ -86,6 +86,11 @@ impl<E> Events<E> {
         (entry.key().0 <= now).then(|| entry.remove())
     }
 
+    /// What `due` would return.
+    pub fn next_due(&self, now: u64) -> Option<&E> {
+        self.queue.first_key_value().filter(|((at, _), _)| *at <= now).map(|(_, event)| event)
+    }
+
     pub fn next_at(&self) -> Option<u64> {
         self.queue.first_key_value().map(|((at, _), _)| *at)
     }
