@@ -338,6 +338,15 @@ impl Session {
                 return Gate::Bytes;
             }
         }
+        let length = self.rcv_nxt.wrapping_sub(self.turn_base);
+        let first = if enough { expected } else { self.turn_base.wrapping_add(1) };
+        let in_one_write = self.marks.first_from(first) == Some(self.rcv_nxt);
+        // Much less than online may be the header before the rest.
+        let about_as_long = length <= self.whole && length >= need / 2;
+        if !enough && in_one_write && about_as_long && self.in_flight() == 0 {
+            self.begin_count();
+            return Gate::Quiet;
+        }
         if !self.holding {
             self.holding = true;
             self.hold_since = now;
@@ -348,15 +357,11 @@ impl Session {
         let ended = something && (enough || self.response_pushed) && self.in_flight() == 0;
         let quiet_at = self.response_at.wrapping_add(self.quiet_ticks());
         if ended && !before(now, quiet_at) {
-            if enough {
-                let in_one_write = self.marks.first_from(expected) == Some(self.rcv_nxt);
-                let length = self.rcv_nxt.wrapping_sub(self.turn_base);
-                // A longer one comes in several flights, with pauses and ends of writes where they fall.
-                if !in_one_write {
-                    self.whole = 0;
-                } else if length <= INITIAL_WINDOW * u32::from(self.mss) {
-                    self.whole = self.whole.max(length);
-                }
+            // What is longer than a flight comes in several, with pauses and ends of writes where they fall.
+            if !in_one_write {
+                self.whole = 0;
+            } else if length <= INITIAL_WINDOW * u32::from(self.mss) {
+                self.whole = self.whole.max(length);
             }
             self.begin_count();
             return Gate::Quiet;
@@ -551,6 +556,28 @@ mod tests {
         // It had: so may the others.
         response(&mut s, 350, true, now);
         quiet(&mut s, 300, now);
+    }
+
+    #[test]
+    fn b026_shorter_responses_that_are_written_at_once_cost_one_silence() {
+        let mut s = session();
+        response(&mut s, 350, true, 1);
+        let mut now = quiet(&mut s, 400, 1);
+        for length in [340, 350, 201] {
+            response(&mut s, length, true, now);
+            assert_eq!(s.gate(400, 1000, now), Gate::Quiet, "{length}");
+        }
+        // Longer than any before, and less than half of what came online: perhaps not all of it.
+        for length in [360, 190] {
+            response(&mut s, length, true, now);
+            now = quiet(&mut s, 400, now);
+        }
+        // In two writes: from now on each may be.
+        response(&mut s, 20, true, now);
+        response(&mut s, 300, true, now);
+        now = quiet(&mut s, 400, now);
+        response(&mut s, 300, true, now);
+        quiet(&mut s, 400, now);
     }
 
     #[test]
