@@ -141,3 +141,49 @@ fn b010_a_v4_client_and_a_v6_target_need_a_pool() {
     lab.client("S 0 mss 1460");
     lab.expect(&["S 0"]);
 }
+
+#[test]
+fn b043_each_instance_keeps_to_its_pool() {
+    let sources = |first: [u8; 4]| {
+        let mut config = config();
+        config.pool = vec![AddressRange { first: from_v4(first), count: 2 }];
+        let mut lab = Lab::with(config);
+        for port in 0..200 {
+            lab.client.port = 10_000 + port;
+            lab.client("S 0 mss 1460");
+        }
+        let syns = lab.sent();
+        assert_eq!(syns.len(), 200);
+        syns.into_iter().map(|syn| syn.source).collect::<HashSet<_>>()
+    };
+    let (one, other) = (sources([10, 9, 0, 0]), sources([10, 9, 0, 2]));
+    assert_eq!((one.len(), other.len()), (200, 200));
+    assert!(one.is_disjoint(&other));
+}
+
+#[test]
+fn b044_a_sample_is_a_fifth_of_the_connections_whole_and_always_the_same() {
+    let sampled = |seed| {
+        let mut config = config();
+        config.sample_threshold = (1 << 32) / 5;
+        config.limits.connections = 10_000;
+        config.limits.sessions = 10_000;
+        config.seed = seed;
+        let mut lab = Lab::with(config);
+        let mut kept = HashSet::new();
+        for i in 0..4000u32 {
+            lab.client = endpoint(&format!("10.3.{}.{}:{}", i / 200 % 200, 1 + i % 200, 2000 + i));
+            // All of a connection or nothing: its SYN and its data.
+            lab.client_segments(&["S 0 mss 1460", "A 1 ack 1", "PA 1+10 ack 1"]);
+            let kept_it = lab.sent().len() == 1;
+            if kept_it {
+                kept.insert(lab.client);
+            }
+            assert_eq!(lab.count(Counter::BytesAccepted), 10 * kept.len() as u64);
+        }
+        kept
+    };
+    let kept = sampled(1);
+    assert!((720..880).contains(&kept.len()), "{} of 4000", kept.len());
+    assert_eq!(kept, sampled(99), "whatever seed its tables have");
+}
