@@ -28,6 +28,8 @@ pub enum Role {
     Assistant(crate::assistant::AssistantArgs),
     /// Replay capture files to the target.
     Offline(Box<crate::offline::OfflineArgs>),
+    /// Write the requests that arrive at this host to capture files, to be replayed later.
+    Record(crate::record::RecordArgs),
     /// Say what capture files hold and what of it can be replayed.
     Inspect(crate::inspect::InspectArgs),
 }

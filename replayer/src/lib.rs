@@ -14,6 +14,7 @@
 //! - [`connections`]: the connections that a server has
 //! - [`moderation`]: when to pause, so that one wake-up serves many packets
 //! - [`pcap`]: capture files
+//! - [`record`]: writes what is captured to files
 //! - [`inspect`]: what capture files hold
 //! - [`report`]: the figures of a run
 //! - [`clock`], [`privileges`], [`signals`]: what every role needs of the system
@@ -35,6 +36,7 @@ pub mod pcap;
 pub mod placement;
 pub mod privileges;
 pub mod programs;
+pub mod record;
 pub mod report;
 pub mod signals;
 pub mod worker;

@@ -13,6 +13,7 @@ fn main() -> ExitCode {
         Role::Online(args) => replayer::online::run(&args),
         Role::Assistant(args) => replayer::assistant::run(args),
         Role::Offline(args) => replayer::offline::run(&args),
+        Role::Record(args) => replayer::record::run(&args),
         Role::Inspect(args) => replayer::inspect::run(&args),
     };
     match result {

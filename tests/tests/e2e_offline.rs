@@ -256,6 +256,42 @@ fn b060_a_damaged_file_is_replayed_as_far_as_it_goes() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn what_was_recorded_is_replayed() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let nginx = NginxPair::start(&lab, HTTP)?;
+    let report = lab.dir().join("record-report.json");
+    let prefix = lab.dir().join("recorded");
+    let mut command = lab.online().command(tool("replayer")?);
+    command.args(["record", "-i", "eth0", "-x", "8080", "--file-size", "0.05", "-w"]).arg(&prefix);
+    let mut record = start(&lab, lab.online(), "record", command.arg("--report").arg(&report))?;
+    record.wait_for_message("record ready", Duration::from_secs(15))?;
+    let load = "--connections 20 --rate 1000 --requests 1000 --per-connection 25 --body 0-500";
+    let summary = Load::run(
+        &lab,
+        "load",
+        &format!("--connect {}:{HTTP} --protocol http --expect-server online {load}", lab.online().v4()),
+    )?;
+    ensure!(summary.errors == 0, "{summary:?}");
+    record.signal(nix::sys::signal::Signal::SIGTERM)?;
+    let status = record.wait(Duration::from_secs(10))?;
+    ensure!(status.success(), "record ended with {status}:\n{}", record.errors());
+
+    let mut files: Vec<PathBuf> = std::fs::read_dir(lab.dir())?
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "pcapng"))
+        .collect();
+    files.sort();
+    assert!(files.len() > 3, "{files:?}");
+    let all = files.iter().map(|path| path.to_string_lossy()).collect::<Vec<_>>().join(",");
+    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    let run = offline(&lab, Path::new(&all), &to_target(&lab), &["--speed", "max"])?;
+    assert_eq!(run.report.counter("turns_sent"), 1000);
+    nginx.ensure_equal(1000)?;
+    Ok(())
+}
+
 /// What a connection received so far.
 type Received = Arc<Mutex<Vec<u8>>>;
 

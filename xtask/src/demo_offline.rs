@@ -37,8 +37,8 @@ pub(crate) fn show(lab: &Lab, seconds: u32) -> Result<Outcome> {
     let online = Nginx::start(lab, lab.online(), HTTP_PORT)?;
     let target = Nginx::start(lab, lab.target(), HTTP_PORT)?;
     eprintln!("tcpdump at the online server while clients make requests for {seconds} s");
-    let file = capture(lab, seconds)?;
-    let requests = online.ledger()?;
+    let (file, made) = capture(lab, seconds)?;
+    let requests = online.settled_ledger(made as usize, ARRIVAL)?;
 
     eprintln!("\nreplayer inspect {}", file.display());
     let mut inspect = lab.online().command(tool("replayer")?);

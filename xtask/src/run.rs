@@ -68,7 +68,7 @@ fn run_in_lab(role: Role, prepared: bool) -> Result<()> {
         Role::Online => (online, online_arguments(&target.v4().to_string(), &assistant.v4().to_string())),
         Role::Offline => {
             println!("capturing {CAPTURE_SECONDS} s of requests at the online host");
-            let file = capture(&lab, CAPTURE_SECONDS)?;
+            let (file, _) = capture(&lab, CAPTURE_SECONDS)?;
             (online, offline_arguments(&file, &target.v4().to_string(), &assistant.v4().to_string()))
         }
     };
@@ -95,16 +95,16 @@ fn run_in_lab(role: Role, prepared: bool) -> Result<()> {
     Err(command.arg(role.name()).args(&arguments).exec()).context("starting replayer")
 }
 
-/// tcpdump's file of a load on nginx of the online host.
-pub(crate) fn capture(lab: &Lab, seconds: u32) -> Result<PathBuf> {
+/// tcpdump's file of a load on nginx of the online host, and how many requests that was.
+pub(crate) fn capture(lab: &Lab, seconds: u32) -> Result<(PathBuf, u64)> {
     let capture = Capture::start(lab, lab.online(), &format!("tcp port {HTTP_PORT}"))?;
     let load = format!(
         "--connect {}:{HTTP_PORT} --protocol http --expect-server online --connections 50 --per-connection 20 \
          --rate 500 --seconds {seconds}",
         lab.online().v4()
     );
-    Load::run(lab, "captured", &load)?;
-    capture.stop()
+    let summary = Load::run(lab, "captured", &load)?;
+    Ok((capture.stop()?, summary.responses))
 }
 
 /// What the offline role of a lab is told: what went to nginx of the online host goes to that of the target.

@@ -91,6 +91,7 @@ pub fn run(
             Next::At(due) => now = timer.map_or(due, |timer| timer.min(due)).min(now + LONGEST_STEP_NS),
             Next::Soon => {
                 feed.wait(READER_PATIENCE);
+                watch(engine);
                 if !matches!(feed.ahead(), Next::At(_) | Next::Over) {
                     // The target is waited for.
                     now = timer.unwrap_or(now + STEP_NS).min(now + 16 * STEP_NS);

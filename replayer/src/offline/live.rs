@@ -85,7 +85,8 @@ pub(super) fn run(args: &OfflineArgs, services: &[Service]) -> Result<()> {
     let file = shown.figures();
     eprintln!("  of {} packets in the files, {} went to the services", file.packets, file.packets_given);
     print_file(&file);
-    conclude(args, services, &figures, &shown, seconds, cpu)?;
+    let interrupted = *ended.as_ref().unwrap_or(&false);
+    conclude(args, services, &figures, &shown, (seconds, cpu), interrupted)?;
     ended?;
     let c = &figures.counters;
     if c[Counter::BytesAccepted] > 0 && c[Counter::ReplayBytesDelivered] == 0 {
@@ -107,14 +108,16 @@ struct Running {
 }
 
 impl Running {
-    /// Shows progress until the files are replayed, or a signal comes.
-    fn serve(&self, args: &OfflineArgs, signals: &Signals, shown: &Shown, started: Instant) -> Result<()> {
+    /// Shows progress until the files are replayed, or a signal comes: true for a signal.
+    fn serve(&self, args: &OfflineArgs, signals: &Signals, shown: &Shown, started: Instant) -> Result<bool> {
+        let mut signalled = false;
         let terminal = std::io::stderr().is_terminal() && args.stats_format == StatsFormat::Text;
         let interval = Duration::from_secs(u64::from(args.stats.unwrap_or(1).max(1)));
         let mut next = Instant::now() + interval;
         let mut before = Figures::default();
         while !self.worker.as_ref().is_none_or(JoinHandle::is_finished) {
-            if signals.wait_until(Instant::now() + LOOK_INTERVAL)? {
+            signalled = signals.wait_until(Instant::now() + LOOK_INTERVAL)?;
+            if signalled {
                 break;
             }
             if Instant::now() < next {
@@ -143,7 +146,7 @@ impl Running {
         if terminal {
             eprint!("\r\x1b[K");
         }
-        Ok(())
+        Ok(signalled)
     }
 
     fn figures(&self) -> Figures {

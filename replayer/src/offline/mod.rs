@@ -195,7 +195,7 @@ fn run_dry(args: &OfflineArgs, services: &[Service]) -> Result<()> {
     if let Some(path) = &args.write {
         eprintln!("  written to {}", path.display());
     }
-    conclude(args, services, &figures, &shown, seconds, cpu)
+    conclude(args, services, &figures, &shown, (seconds, cpu), signalled)
 }
 
 fn show(shown: &Shown, engine: &Engine, started: Instant, terminal: bool) {
@@ -257,8 +257,8 @@ fn conclude(
     services: &[Service],
     figures: &Figures,
     shown: &Shown,
-    seconds: f64,
-    cpu: f64,
+    (seconds, cpu): (f64, f64),
+    interrupted: bool,
 ) -> Result<()> {
     let file = shown.figures();
     if let Some(path) = &args.report {
@@ -270,10 +270,11 @@ fn conclude(
         })?;
     }
     let problems = shown.take_problems();
-    for problem in &problems {
+    // The first is what the run ends with.
+    for problem in problems.iter().skip(1) {
         eprintln!("offline: {problem}");
     }
-    if file.packets_given == 0 && file.packets_sampled_out == 0 {
+    if file.packets_given == 0 && file.packets_sampled_out == 0 && !interrupted {
         bail!("{}", nothing_matched(args, services, file.packets));
     }
     if let Some(first) = problems.first() {

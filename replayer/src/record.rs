@@ -1,0 +1,425 @@
+//! `replayer record`: writes what a live capture would replay to capture files, to be replayed later.
+//!
+//! The capture is the online role's (`mirror`, `capture`, AF_XDP): requests of clients to the services, whole packets, and nothing else. Files
+//! are pcapng with nanoseconds; one follows the other when it is large or old enough, and the oldest goes when there are too many. A file that is being
+//! written has `.part` at the end of its name, so that whoever takes files away takes whole ones.
+
+use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig, Received};
+use crate::cli::PercentArg;
+use crate::mirror::Mirror;
+use crate::net::{NetError, Network};
+use crate::pcap::writer::NgWriter;
+use crate::privileges;
+use crate::programs::{Program, Programs};
+use crate::signals::Signals;
+use anyhow::{Context, Result, anyhow, bail};
+use clap::Args;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use replayer_common::addr::{ANY, Ip, from_std};
+use replayer_common::hash::sample_threshold;
+use replayer_common::maps::CaptureConfig;
+use serde_json::json;
+use std::collections::{BTreeSet, VecDeque};
+use std::fs::{self, File};
+use std::io::BufWriter;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::{Duration, Instant, SystemTime};
+
+/// Frames of the port, half of them for packets that wait to be written: 128 MiB.
+const FRAMES: u32 = 65_536;
+/// An Ethernet header with two VLAN tags.
+const ETHERNET_HEADER: u32 = 22;
+/// Packets taken at once.
+const BATCH: usize = 64;
+/// How often limits of time are looked at while nothing comes.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Arguments of `replayer record`.
+#[derive(Debug, Args)]
+pub struct RecordArgs {
+    /// What to record: requests to these ports, or to a port of one address.
+    #[arg(short = 'x', long = "service", value_name = "[IP:]PORT", required = true, value_delimiter = ',')]
+    pub services: Vec<RecordedArg>,
+
+    /// Capture on this interface.
+    #[arg(short = 'i', long = "interface", value_name = "IFACE")]
+    pub interface: String,
+
+    /// Where the files go: PREFIX-00001.pcapng and so on.
+    #[arg(short = 'w', long = "write", value_name = "PREFIX")]
+    pub prefix: PathBuf,
+
+    /// Begin another file after so many MB.
+    #[arg(long, value_name = "MB", default_value_t = 1000.0)]
+    pub file_size: f64,
+
+    /// Begin another file after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    pub file_seconds: Option<f64>,
+
+    /// Keep the newest files only, so many.
+    #[arg(long, value_name = "COUNT")]
+    pub files: Option<usize>,
+
+    /// End after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    pub duration: Option<f64>,
+
+    /// End after so many packets.
+    #[arg(long, value_name = "COUNT")]
+    pub packets: Option<u64>,
+
+    /// Share of connections to record; always the same ones.
+    #[arg(short = 'r', long = "sample", value_name = "PERCENT", default_value = "100")]
+    pub sample: PercentArg,
+
+    /// Write all counters to this file as JSON at the end.
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+}
+
+/// `-x` of `record`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordedArg(pub Ip, pub u16);
+
+impl FromStr for RecordedArg {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<RecordedArg> {
+        let form = "write [IP:]PORT, for example 80 or [2001:db8::1]:80";
+        let (ip, port) = if text.contains(':') {
+            let address =
+                SocketAddr::from_str(text).map_err(|_| anyhow!("'{text}' is not IP:PORT; {form}"))?;
+            (from_std(address.ip()), address.port())
+        } else {
+            (ANY, text.parse().map_err(|_| anyhow!("'{text}' is not a port; {form}"))?)
+        };
+        if port == 0 {
+            bail!("port 0 cannot be recorded; {form}");
+        }
+        Ok(RecordedArg(ip, port))
+    }
+}
+
+/// Records until a limit is reached, or SIGTERM or SIGINT.
+///
+/// # Errors
+/// When it cannot start, with the cause and the remedy; when a file cannot be written; when packets were lost.
+pub fn run(args: &RecordArgs) -> Result<()> {
+    privileges::check()?;
+    let signals = Signals::install()?;
+    let mut files = RotatingFiles::new(args)?;
+    let mut network = Network::open()?;
+    let device = network.device(&args.interface)?;
+    if !device.up {
+        return Err(NetError::Down { name: device.name }.into());
+    }
+    let mut mirror = Mirror::create(device.mtu, 1)?;
+    let mut programs = Programs::load()?;
+    programs
+        .set_services(&args.services.iter().map(|service| (service.0, service.1)).collect::<BTreeSet<_>>())?;
+    let capture_mode = programs.attach_capture(&mirror)?;
+    let mut port = Port::open(&PortConfig {
+        frames: FRAMES,
+        frame_size: if device.mtu + ETHERNET_HEADER <= 2048 - 256 { 2048 } else { 4096 },
+        rx: Some(PortEndpoint::new(mirror.far(), 0).within(mirror.namespace().clone())),
+        tx: None,
+        zero_copy: false,
+    })?;
+    let (queue, socket) = port.rx_queue().zip(port.rx_fd()).context("the port has no capture side")?;
+    programs.set_socket(queue, socket)?;
+    programs.set_capture(CaptureConfig {
+        sample_threshold: sample_threshold(args.sample.0),
+        mirror_ifindex: mirror.near_index(),
+        shards: 1,
+    })?;
+    let mirror_mode = programs.attach_mirror(&device.name)?;
+    eprintln!(
+        "record: capturing on {} ({mirror_mode}), mirror {} ({capture_mode}), writing {}",
+        device.name,
+        mirror.near(),
+        files.name(files.number + 1).display()
+    );
+    eprintln!("record ready: stop with SIGTERM or Ctrl-C");
+
+    let ended = record(args, &signals, &mut port, &mut files);
+    programs.detach_mirror();
+    // What the kernel had cloned before is still written.
+    let mut received = Vec::with_capacity(BATCH);
+    while ended.is_ok() && take(&mut port, &mut received, &mut files, args.packets)? > 0 {}
+    let finished = files.finish();
+    let lost = lost(&programs, &mut mirror, &port);
+    eprintln!("record: {} packets, {} bytes in {} files", files.packets, files.bytes, files.made);
+    if let Some(path) = &args.report {
+        let report = json!({
+            "role": "record",
+            "version": env!("CARGO_PKG_VERSION"),
+            "packets": files.packets,
+            "bytes": files.bytes,
+            "files": files.made,
+            "packets_lost": lost,
+        });
+        fs::write(path, format!("{report:#}\n")).with_context(|| {
+            format!("cannot write the report to {}; choose a writable path", path.display())
+        })?;
+    }
+    ended?;
+    finished?;
+    if lost > 0 {
+        bail!(
+            "{lost} packets were lost between kernel and files: the recording has holes; write to a faster disk, or record a sample (-r)"
+        );
+    }
+    Ok(())
+}
+
+fn record(args: &RecordArgs, signals: &Signals, port: &mut Port, files: &mut RotatingFiles) -> Result<()> {
+    let started = Instant::now();
+    let duration = args.duration.map(Duration::try_from_secs_f64).transpose().context("--duration")?;
+    let mut received = Vec::with_capacity(BATCH);
+    loop {
+        let count = take(port, &mut received, files, args.packets)?;
+        files.rotate_if_old()?;
+        if args.packets.is_some_and(|limit| files.packets >= limit)
+            || duration.is_some_and(|duration| started.elapsed() >= duration)
+        {
+            return Ok(());
+        }
+        if count == BATCH {
+            continue;
+        }
+        if signals.wait_until(Instant::now())? {
+            return Ok(());
+        }
+        let rx = port.rx_fd().context("the port has no capture side")?;
+        let mut fds = [PollFd::new(rx, PollFlags::POLLIN), PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(LOOK_INTERVAL.as_millis()).unwrap_or(PollTimeout::MAX);
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error).context("wait for packets"),
+        }
+    }
+}
+
+/// Writes what has come, at most a batch.
+fn take(
+    port: &mut Port,
+    received: &mut Vec<Received>,
+    files: &mut RotatingFiles,
+    limit: Option<u64>,
+) -> Result<usize> {
+    let count = port.receive(received);
+    let time_ns = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64);
+    for packet in received.drain(..) {
+        let written = if limit.is_none_or(|limit| files.packets < limit) {
+            let bytes = port.frame(&packet.frame);
+            files.packet(time_ns, &bytes[..(packet.len as usize).min(bytes.len())])
+        } else {
+            Ok(())
+        };
+        port.release(packet.frame);
+        written?;
+    }
+    port.reclaim();
+    Ok(count)
+}
+
+/// Packets that were to be captured and did not reach a file.
+fn lost(programs: &Programs, mirror: &mut Mirror, port: &Port) -> u64 {
+    let in_mirror: u64 = programs
+        .counters(Program::Mirror)
+        .map(|counters| {
+            counters
+                .iter()
+                .filter(|counter| matches!(counter.name, "mirror_full" | "clone_failed"))
+                .map(|counter| counter.value)
+                .sum()
+        })
+        .unwrap_or(0);
+    let at_socket =
+        port.statistics().map(|s| s.rx.rx_dropped + s.rx.rx_ring_full + s.rx.rx_fill_ring_empty).unwrap_or(0);
+    in_mirror + mirror.dropped().unwrap_or(0) + at_socket
+}
+
+/// Files one after the other.
+#[derive(Debug)]
+struct RotatingFiles {
+    prefix: PathBuf,
+    max_bytes: u64,
+    max_age: Option<Duration>,
+    max_files: Option<usize>,
+    current: Option<(NgWriter<BufWriter<File>>, PathBuf, Instant)>,
+    /// That of the newest.
+    number: u32,
+    kept: VecDeque<PathBuf>,
+    packets: u64,
+    bytes: u64,
+    made: u64,
+}
+
+impl RotatingFiles {
+    fn new(args: &RecordArgs) -> Result<RotatingFiles> {
+        if !(0.001..=1e9).contains(&args.file_size) {
+            bail!("--file-size {}: give 0.001 to 1000000000 MB", args.file_size);
+        }
+        if args.files == Some(0) {
+            bail!("--files 0: keep at least 1");
+        }
+        let directory =
+            args.prefix.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        if !directory.is_dir() {
+            bail!("{} is not a directory; name one that exists with -w", directory.display());
+        }
+        let max_age =
+            args.file_seconds.map(Duration::try_from_secs_f64).transpose().context("--file-seconds")?;
+        let mut files = RotatingFiles {
+            prefix: args.prefix.clone(),
+            max_bytes: (args.file_size * 1e6) as u64,
+            max_age,
+            max_files: args.files,
+            current: None,
+            number: 0,
+            kept: VecDeque::new(),
+            packets: 0,
+            bytes: 0,
+            made: 0,
+        };
+        // A recording before this one is not overwritten.
+        files.number = files.highest(directory)?;
+        Ok(files)
+    }
+
+    /// The highest number of the files that are there already.
+    fn highest(&self, directory: &Path) -> Result<u32> {
+        let prefix =
+            self.prefix.file_name().map_or_else(String::new, |name| format!("{}-", name.to_string_lossy()));
+        let entries =
+            fs::read_dir(directory).with_context(|| format!("cannot look into {}", directory.display()))?;
+        let number =
+            |name: String| -> Option<u32> { name.strip_prefix(&prefix)?.split_once('.')?.0.parse().ok() };
+        Ok(entries
+            .flatten()
+            .filter_map(|entry| number(entry.file_name().into_string().ok()?))
+            .max()
+            .unwrap_or(0))
+    }
+
+    fn name(&self, number: u32) -> PathBuf {
+        let mut name = self.prefix.clone().into_os_string();
+        name.push(format!("-{number:05}.pcapng"));
+        name.into()
+    }
+
+    fn packet(&mut self, time_ns: u64, frame: &[u8]) -> Result<()> {
+        if self.current.as_ref().is_some_and(|(writer, ..)| writer.written() >= self.max_bytes) {
+            self.finish()?;
+        }
+        if self.current.is_none() {
+            self.number += 1;
+            let path = self.name(self.number);
+            let writer = NgWriter::create(&part(&path)).with_context(|| {
+                format!("cannot write {}; choose a writable path with -w", part(&path).display())
+            })?;
+            self.current = Some((writer, path, Instant::now()));
+        }
+        if let Some((writer, path, _)) = &mut self.current {
+            writer.packet(time_ns, frame).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        self.packets += 1;
+        self.bytes += frame.len() as u64;
+        Ok(())
+    }
+
+    fn rotate_if_old(&mut self) -> Result<()> {
+        let old = |since: &Instant| self.max_age.is_some_and(|age| since.elapsed() >= age);
+        if self.current.as_ref().is_some_and(|(_, _, since)| old(since)) {
+            self.finish()?;
+        }
+        Ok(())
+    }
+
+    /// Completes the file that is being written, and removes the oldest when there are too many.
+    fn finish(&mut self) -> Result<()> {
+        let Some((mut writer, path, _)) = self.current.take() else { return Ok(()) };
+        writer
+            .flush()
+            .and_then(|()| fs::rename(part(&path), &path))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        self.made += 1;
+        self.kept.push_back(path);
+        while self.max_files.is_some_and(|limit| self.kept.len() > limit) {
+            if let Some(oldest) = self.kept.pop_front() {
+                fs::remove_file(&oldest).with_context(|| format!("cannot remove {}", oldest.display()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn part(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".part");
+    name.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pcap::{Files, Order};
+
+    fn files(name: &str, file_size: f64, keep: Option<usize>) -> RotatingFiles {
+        let dir = std::env::temp_dir().join(format!("replayer-record-{}-{name}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        RotatingFiles::new(&RecordArgs {
+            services: Vec::new(),
+            interface: String::new(),
+            prefix: dir.join("a"),
+            file_size,
+            file_seconds: None,
+            files: keep,
+            duration: None,
+            packets: None,
+            sample: PercentArg(100.0),
+            report: None,
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn files_follow_each_other_and_the_oldest_go() {
+        let mut recorded = files("rotate", 0.001, Some(2));
+        for i in 0..100u64 {
+            recorded.packet(1_000_000_000 + i, &[i as u8; 64]).unwrap();
+        }
+        recorded.finish().unwrap();
+        assert!(recorded.made > 5, "{recorded:?}");
+        let kept: Vec<PathBuf> = recorded.kept.iter().cloned().collect();
+        assert_eq!(kept.len(), 2);
+        let directory = kept[0].parent().unwrap().to_owned();
+        assert_eq!(fs::read_dir(&directory).unwrap().count(), 2, "the others are gone");
+        let mut read = Files::open(&kept, Order::Merged).unwrap();
+        let mut last = 0;
+        while read.advance() {
+            last = read.packet().unwrap().time_ns;
+        }
+        assert!(read.problems().is_empty());
+        assert_eq!(last, 1_000_000_099);
+        // The next recording goes on after the last number.
+        let next = files("rotate", 1.0, None);
+        assert_eq!(next.number, recorded.number);
+        fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[test]
+    fn services_to_be_recorded() {
+        assert_eq!("80".parse::<RecordedArg>().unwrap(), RecordedArg(ANY, 80));
+        assert!(
+            "192.0.2.1:80".parse::<RecordedArg>().is_ok()
+                && "[2001:db8::1]:80".parse::<RecordedArg>().is_ok()
+        );
+        assert!("0".parse::<RecordedArg>().is_err() && "x".parse::<RecordedArg>().is_err());
+    }
+}
