@@ -114,9 +114,21 @@ impl Role {
         assistants: &[IpAddr],
         arguments: &[&str],
     ) -> Result<Self> {
+        Self::online_at(lab, host, NIC, services, assistants, arguments)
+    }
+
+    /// The same with another NIC to capture on.
+    pub fn online_at(
+        lab: &Lab,
+        host: &Host,
+        nic: &str,
+        services: &[String],
+        assistants: &[IpAddr],
+        arguments: &[&str],
+    ) -> Result<Self> {
         let services = services.join(",");
         let assistants = assistants.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(",");
-        let fixed = ["-x", &services, "-s", &assistants, "-i", NIC, "--stats", "1", "--stats-format", "json"];
+        let fixed = ["-x", &services, "-s", &assistants, "-i", nic, "--stats", "1", "--stats-format", "json"];
         Self::start(lab, host, "online", &fixed, arguments)
     }
 

@@ -1,0 +1,83 @@
+//! Behaviour 11: requests that a mirror port brings with VLAN tags, one (802.1Q) or two (QinQ).
+//!
+//! Root only; each test has a lab of its own.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use anyhow::{Result, anyhow};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use replayer_tests::clients::Load;
+use replayer_tests::lab::{Host, Lab, Plan};
+use replayer_tests::packet::{FRAME_LIMIT, Frames, PacketSocket};
+use replayer_tests::pairs::StreamPair;
+use replayer_tests::replay::{Role, service};
+use replayer_tests::servers::second_entrance;
+
+const STREAM: u16 = 9000;
+
+/// Copies what a host sends to another port of the switch, with tags in it.
+struct MirrorPort {
+    stop: Arc<AtomicBool>,
+    copier: JoinHandle<Result<u64>>,
+}
+
+impl MirrorPort {
+    fn start(lab: &Lab, host: &Host, to: &str, tags: &'static [u8]) -> Result<Self> {
+        let open = |port: &str| lab.switch().enter(|| PacketSocket::open(port, Frames::Arriving))?;
+        let (from, to) = (open(host.name())?, open(to)?);
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let copier = std::thread::spawn(move || {
+            let (mut copied, mut buffer) = (0, vec![0; FRAME_LIMIT]);
+            while !stopped.load(Ordering::Acquire) {
+                while let Some(length) = from.receive(&mut buffer)? {
+                    // Tags stand between the addresses and the type of what follows.
+                    let (addresses, rest) = buffer[..length].split_at(12);
+                    to.send(&[addresses, tags, rest].concat())?;
+                    copied += 1;
+                }
+                poll(&mut [PollFd::new(from.as_fd(), PollFlags::POLLIN)], PollTimeout::from(20u8))?;
+            }
+            Ok(copied)
+        });
+        Ok(Self { stop, copier })
+    }
+
+    fn stop(self) -> Result<u64> {
+        self.stop.store(true, Ordering::Release);
+        self.copier.join().map_err(|_| anyhow!("the mirror port's thread panicked"))?
+    }
+}
+
+#[test]
+fn b011_tagged_packets_of_a_mirror_port_are_replayed() -> Result<()> {
+    for tags in [&[0x81, 0, 0, 7][..], &[0x88, 0xa8, 0, 5, 0x81, 0, 0, 7]] {
+        let lab = Lab::up(Plan { offloads: false, ..Plan::default() })?;
+        let mut streams = StreamPair::start(&lab, STREAM)?;
+        let entrance = second_entrance(&lab, lab.online())?;
+        // Room for a full packet and its tags.
+        lab.switch().ip(&format!("link set {entrance} mtu 1508\n"))?;
+        lab.online().namespace().ip("link set aside mtu 1508\n")?;
+        let mirror_port = MirrorPort::start(&lab, lab.client(), &entrance, tags)?;
+        let mut assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+        let services = [service(STREAM, lab.target().v4(), STREAM)];
+        let assistants = [lab.assistant().v4().into()];
+        let mut online = Role::online_at(&lab, lab.online(), "aside", &services, &assistants, &[])?;
+        let load = format!(
+            "--connect {}:{STREAM} --connections 20 --per-connection 25 --requests 500 --rate 1000 --body 1-8000 \
+             --response 1-8000",
+            lab.online().v4()
+        );
+        let summary = Load::run(&lab, "load", &load)?;
+        assert_eq!((summary.responses, summary.errors), (500, 0), "{summary:?}");
+        streams.ensure_equal(500)?;
+        assert!(mirror_port.stop()? > 1000);
+        let report = online.stop_online()?;
+        assert_eq!(report.counter("sessions_completed"), 20, "{:?}", report.counters);
+        assistant.stop::<serde_json::Value>()?;
+    }
+    Ok(())
+}
