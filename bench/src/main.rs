@@ -4,7 +4,12 @@ use anyhow::{Context, Result};
 use bench::report::Report;
 use bench::{Options, SUBJECTS};
 use clap::Parser;
+use replayer_huge_pages::HugePages;
 use std::path::PathBuf;
+
+/// As the program has it.
+#[global_allocator]
+static ALLOCATOR: HugePages = HugePages;
 
 #[derive(Debug, Parser)]
 struct Arguments {

@@ -2,7 +2,12 @@
 
 use clap::Parser;
 use replayer::cli::{Cli, Role};
+use replayer_huge_pages::HugePages;
 use std::process::ExitCode;
+
+/// A worker's tables are hundreds of megabytes, read at random.
+#[global_allocator]
+static ALLOCATOR: HugePages = HugePages;
 
 fn main() -> ExitCode {
     // `RUST_LOG=debug` shows more, `RUST_LOG=error` less.

@@ -1,0 +1,160 @@
+//! The allocator of programs with an engine: the system's, except that very large pieces ask for huge pages.
+//!
+//! A packet of one of a million sessions reads a handful of places in hundreds of megabytes. With pages of 4 KiB each place costs a walk
+//! through page tables that are not in the cache either. The engine reserves its tables once and fills most of them from the front, so
+//! huge pages take at most one page a table that is not needed.
+//!
+//! `madvise` only asks: where the kernel has transparent huge pages off (`/sys/kernel/mm/transparent_hugepage/enabled` says `never`), all is
+//! as with the system's allocator.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::ptr::null_mut;
+
+/// From this size on: the sessions, connections, timers and held data of an engine with default limits. Its hash tables are smaller, and
+/// stay with small pages: they are touched all over from the first sessions on.
+const LARGE: usize = 24 << 20;
+
+/// A huge page of x86-64 and of arm64 with pages of 4 KiB.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// See the module.
+#[derive(Debug)]
+pub struct HugePages;
+
+fn is_large(layout: &Layout) -> bool {
+    layout.size() >= LARGE && layout.align() <= HUGE_PAGE
+}
+
+/// Zeroed memory of whole huge pages, or null.
+fn map(size: usize) -> *mut u8 {
+    let Some(len) = size.checked_next_multiple_of(HUGE_PAGE) else { return null_mut() };
+    let Some(with_slack) = len.checked_add(HUGE_PAGE) else { return null_mut() };
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new anonymous mapping at an address that the kernel chooses touches nobody's memory.
+    let start = unsafe {
+        libc::mmap(null_mut(), with_slack, protection, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
+    };
+    if start == libc::MAP_FAILED {
+        return null_mut();
+    }
+    let start = start.cast::<u8>();
+    let before = start.align_offset(HUGE_PAGE);
+    // SAFETY: all three ranges lie within the mapping just made: `before` is less than a huge page, of which there is one more than `len`.
+    // The first and the last are given back, and nobody knows of them.
+    unsafe {
+        let place = start.add(before);
+        if before > 0 {
+            libc::munmap(start.cast(), before);
+        }
+        if before < HUGE_PAGE {
+            libc::munmap(place.add(len).cast(), HUGE_PAGE - before);
+        }
+        libc::madvise(place.cast(), len, libc::MADV_HUGEPAGE);
+        place
+    }
+}
+
+// SAFETY: pieces that are not large go to the system's allocator and back to it, by the same test of the same layout. Large ones are mappings
+// of their own, aligned to a huge page, at least `size` long, zeroed by the kernel, and unmapped once.
+unsafe impl GlobalAlloc for HugePages {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if is_large(&layout) {
+            return map(layout.size());
+        }
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        if is_large(&layout) {
+            return map(layout.size());
+        }
+        // SAFETY: as above.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        if is_large(&layout) {
+            // SAFETY: `map` made a mapping of this length for this layout, and the caller uses it no more.
+            unsafe { libc::munmap(pointer.cast(), layout.size().next_multiple_of(HUGE_PAGE)) };
+            return;
+        }
+        // SAFETY: as above.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        // SAFETY: the caller promises that `new_size` with this alignment is a layout.
+        let new_layout = unsafe { Layout::from_size_align_unchecked(new_size, layout.align()) };
+        if !is_large(&layout) && !is_large(&new_layout) {
+            // SAFETY: as above.
+            return unsafe { System.realloc(pointer, layout, new_size) };
+        }
+        // SAFETY: the new piece is as long as `new_layout` says and is not the old one, which is given back only after the copy.
+        unsafe {
+            let new = self.alloc(new_layout);
+            if !new.is_null() {
+                new.copy_from_nonoverlapping(pointer, layout.size().min(new_size));
+                self.dealloc(pointer, layout);
+            }
+            new
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[global_allocator]
+    static ALLOCATOR: HugePages = HugePages;
+
+    /// Whether the mapping that begins at `address` may have huge pages: `hg` in its flags.
+    fn asks_for_huge_pages(address: usize) -> bool {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut here = false;
+        for line in maps.lines() {
+            if let Some((start, end)) = line.split_whitespace().next().and_then(|range| range.split_once('-'))
+                && let (Ok(start), Ok(end)) =
+                    (usize::from_str_radix(start, 16), usize::from_str_radix(end, 16))
+            {
+                here = (start..end).contains(&address);
+            } else if here && let Some(flags) = line.strip_prefix("VmFlags:") {
+                return flags.split_whitespace().any(|flag| flag == "hg");
+            }
+        }
+        false
+    }
+
+    #[test]
+    fn large_pieces_ask_for_huge_pages_and_small_ones_do_not() {
+        let large = vec![0u8; LARGE + 5];
+        assert!(large.iter().all(|&byte| byte == 0));
+        assert_eq!(large.as_ptr().align_offset(HUGE_PAGE), 0);
+        assert!(asks_for_huge_pages(large.as_ptr() as usize));
+        let small = vec![0u8; LARGE - 5];
+        assert!(!asks_for_huge_pages(small.as_ptr() as usize));
+    }
+
+    #[test]
+    fn pieces_keep_their_bytes_when_they_grow_and_shrink_across_the_limit() {
+        let mut bytes: Vec<u8> = Vec::new();
+        let byte = |i: usize| (i * 31 % 251) as u8;
+        for len in [1 << 20, LARGE - 1, LARGE, 2 * LARGE + 7, 3 << 20, 10] {
+            bytes.truncate(len);
+            bytes.shrink_to_fit();
+            bytes.reserve_exact(len - bytes.len());
+            bytes.extend((bytes.len()..len).map(byte));
+            assert!(bytes.iter().enumerate().all(|(i, &b)| b == byte(i)), "{len}");
+        }
+    }
+
+    #[test]
+    fn what_is_given_back_is_unmapped() {
+        let piece = vec![1u8; LARGE];
+        let address = piece.as_ptr() as usize;
+        assert!(asks_for_huge_pages(address));
+        drop(piece);
+        assert!(!asks_for_huge_pages(address));
+    }
+}
