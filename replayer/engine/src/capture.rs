@@ -3,7 +3,7 @@
 use crate::config::timing;
 use crate::connection::{Connection, End, Phase};
 use crate::counters::{Counter, EndReason};
-use crate::engine::{BATCH, Engine};
+use crate::engine::{BATCH, Engine, ServiceState};
 use crate::output::{InHand, Output};
 use crate::protocol::{self, Opening};
 use crate::sender::micros;
@@ -65,6 +65,13 @@ impl Engine {
             if let Some(c) = self.by_client.guess(packet.hash) {
                 *place = c;
                 self.connections[c].touch();
+            } else if let Some(segment) = packet.segment.as_ref().filter(|segment| segment.is_opening()) {
+                // Its session looks for its identity: most often the client's own.
+                if let Some(ServiceState { target, .. }) = self.services.first() {
+                    let hash =
+                        pair_hash(self.config.seed, &segment.src, segment.src_port, &target.ip, target.port);
+                    core::hint::black_box(self.by_identity.touch(hash));
+                }
             }
         }
         for place in &mut places[..parsed.len()] {
