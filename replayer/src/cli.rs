@@ -73,9 +73,17 @@ pub struct OnlineArgs {
     #[arg(short = 'n', long = "copies", value_name = "COPIES", default_value = "1")]
     pub copies: CopiesArg,
 
+    /// Spread the copies of a connection over so many milliseconds, instead of all at once.
+    #[arg(long, value_name = "MS", default_value_t = 0)]
+    pub spread: u32,
+
     /// Share of connections to replay; always the same ones.
     #[arg(short = 'r', long = "sample", value_name = "PERCENT", default_value = "100")]
     pub sample: PercentArg,
+
+    /// Reach that share, or all connections, step by step within so many seconds after the start.
+    #[arg(short = 'g', long = "ramp", value_name = "SECONDS", default_value_t = 0)]
+    pub ramp: u32,
 
     /// The assistants' port.
     #[arg(short = 'p', long = "assistant-port", value_name = "PORT", default_value_t = crate::channel::limits::DEFAULT_PORT)]

@@ -2,6 +2,7 @@
 //!
 //! - [`cli`]: the command line
 //! - [`online`]: the online role: puts the parts together
+//! - [`sizing`]: whether there are identities enough
 //! - [`placement`]: how many workers there are, and where they run
 //! - [`offline`]: the offline role: capture files instead of a live host
 //! - [`worker`]: the thread that moves packets between mirror, engine, output device and return channels
@@ -39,4 +40,5 @@ pub mod programs;
 pub mod record;
 pub mod report;
 pub mod signals;
+pub mod sizing;
 pub mod worker;

@@ -18,6 +18,7 @@ use crate::privileges;
 use crate::programs::{Program, Programs};
 use crate::report::Figures;
 use crate::signals::Signals;
+use crate::sizing::{self, Demand, Supply};
 use crate::worker::{MAX_CHANNELS, Shared, Snapshot, Worker};
 use anyhow::{Context, Result, bail};
 use core_affinity::CoreId;
@@ -89,6 +90,8 @@ struct Online {
     services: Vec<Service>,
     /// Services whose clients were said to speak TLS.
     tls_said: BTreeSet<usize>,
+    ramp: Ramp,
+    capture_config: CaptureConfig,
     workers: Vec<Running>,
 }
 
@@ -130,16 +133,19 @@ impl Online {
                 port.rx_queue().zip(port.rx_fd()).context("the port has no capture side")?;
             programs.set_socket(queue, socket)?;
         }
-        programs.set_capture(CaptureConfig {
-            sample_threshold: threshold,
+        let ramp = Ramp::new(args.ramp, threshold);
+        let capture_config = CaptureConfig {
+            sample_threshold: ramp.threshold(Duration::ZERO),
             mirror_ifindex: mirror.near_index(),
             shards: workers,
-        })?;
+        };
+        programs.set_capture(capture_config)?;
 
         let mut config = Config::new(services.clone());
         config.copies_millionths = args.copies.0;
         config.sample_threshold = threshold;
         config.pool = args.pool.iter().map(|range| range.0).collect();
+        config.spread_ns = u64::from(args.spread) * 1_000_000;
         config.wait_for_responses = !args.no_wait;
         config.new_connections_only = args.new_connections_only;
         config.hold_limit_ns = seconds(args.hold_limit, "--hold-limit")?;
@@ -174,6 +180,7 @@ impl Online {
         let ports: BTreeSet<u16> = services.iter().map(|service| service.online.port).collect();
         let ports: Vec<u16> = ports.into_iter().collect();
         let earlier = open_connections(args, &ports);
+        say_shortfalls(args, workers, &config.limits, &earlier);
         let mirror_mode = programs.attach_mirror(&capture.name)?;
         let later = open_connections(args, &ports);
         let (quiet, others) = between_turns(&earlier, &later);
@@ -185,6 +192,8 @@ impl Online {
             devices: [capture, output],
             services,
             tls_said: BTreeSet::new(),
+            ramp,
+            capture_config,
             workers: Vec::new(),
         };
         for (number, (mut worker, shared)) in (0..).zip(made) {
@@ -233,13 +242,18 @@ impl Online {
         let mut before = Figures::default();
         let interval = Duration::from_secs(u64::from(args.stats.unwrap_or(1).max(1)));
         let mut next = Instant::now() + interval;
-        while !signals.wait_until(next)? {
+        let attached = Instant::now();
+        while !signals.wait_until(self.next_step().map_or(next, |step| step.min(next)))? {
+            self.take_step(attached)?;
+            if Instant::now() < next {
+                continue;
+            }
             if self.workers.iter().any(|worker| worker.thread.as_ref().is_none_or(JoinHandle::is_finished)) {
                 bail!("a worker died; this is a bug of the replayer, please report it with the lines above");
             }
             self.check_devices()?;
             self.say_tls();
-            if args.stats.is_some() && Instant::now() >= next {
+            if args.stats.is_some() {
                 let figures = self.figures();
                 match args.stats_format {
                     StatsFormat::Json => println!("{}", figures.line_json(started.elapsed().as_secs_f64())),
@@ -248,6 +262,22 @@ impl Online {
                 before = figures;
             }
             next = Instant::now() + interval;
+        }
+        Ok(())
+    }
+
+    /// When the share of connections grows next; `None`: it does not any more.
+    fn next_step(&self) -> Option<Instant> {
+        let growing = self.capture_config.sample_threshold < self.ramp.full;
+        growing.then(|| Instant::now() + Ramp::STEP)
+    }
+
+    /// Lets the program take the share of connections that the ramp has come to.
+    fn take_step(&mut self, attached: Instant) -> Result<()> {
+        let threshold = self.ramp.threshold(attached.elapsed());
+        if threshold != self.capture_config.sample_threshold {
+            self.capture_config.sample_threshold = threshold;
+            self.programs.set_capture(self.capture_config)?;
         }
         Ok(())
     }
@@ -346,6 +376,31 @@ impl Drop for Online {
     }
 }
 
+/// `-g`: the share of connections grows evenly. By the hash, so that who is in it stays in it.
+#[derive(Clone, Copy, Debug)]
+struct Ramp {
+    duration: Duration,
+    /// The threshold at its end.
+    full: u64,
+}
+
+impl Ramp {
+    /// Between two steps.
+    const STEP: Duration = Duration::from_millis(100);
+
+    fn new(seconds: u32, full: u64) -> Ramp {
+        Ramp { duration: Duration::from_secs(u64::from(seconds)), full }
+    }
+
+    /// The threshold of flow hashes so long after the start.
+    fn threshold(&self, elapsed: Duration) -> u64 {
+        if elapsed >= self.duration {
+            return self.full;
+        }
+        (self.full as f64 * (elapsed.as_secs_f64() / self.duration.as_secs_f64())) as u64
+    }
+}
+
 impl Running {
     /// Starts a worker's thread, on its CPU if it has one.
     fn start(number: u32, cpu: Option<CoreId>, worker: Worker, shared: Arc<Shared>) -> Result<Running> {
@@ -360,6 +415,23 @@ impl Running {
             })
             .context("start a thread")?;
         Ok(Running { shared, thread: Some(thread), cpu: cpu.map(|cpu| cpu.id) })
+    }
+}
+
+/// Warns of a pool, or of limits, that are too small for the traffic of now.
+fn say_shortfalls(args: &OnlineArgs, workers: u32, limits: &Limits, open: &[Connection]) {
+    /// How long connections are counted.
+    const LOOK: Duration = Duration::from_millis(250);
+    let supply = Supply::of(args, workers, limits.identities);
+    if !supply.matters() {
+        return;
+    }
+    let before = sizing::accepted();
+    std::thread::sleep(LOOK);
+    let accepted = sizing::accepted().zip(before).map_or(0, |(after, before)| after - before);
+    let demand = Demand::of(open, accepted as f64 / LOOK.as_secs_f64());
+    for shortfall in supply.shortfalls(&demand) {
+        eprintln!("online: warning: {shortfall}");
     }
 }
 
@@ -446,6 +518,20 @@ fn check_services(args: &OnlineArgs, services: &[Service]) -> Result<()> {
     }
     if args.max_held == 0 || args.max_held > 1 << 17 {
         bail!("--max-held {}: give 1 to {} MiB", args.max_held, 1 << 17);
+    }
+    let copies = args.copies.0.div_ceil(1_000_000);
+    for service in services {
+        let targets = services.iter().filter(|other| other.online == service.online).count() as u64;
+        if copies * targets > u64::from(u16::MAX) {
+            bail!(
+                "-n {copies} for {targets} targets of {}: a connection can have at most {} sessions; give fewer copies",
+                online_name(service),
+                u16::MAX
+            );
+        }
+    }
+    if args.spread > 60_000 {
+        bail!("--spread {}: give at most 60000 milliseconds", args.spread);
     }
     Ok(())
 }
@@ -578,4 +664,20 @@ fn between_turns(earlier: &[Connection], later: &[Connection]) -> (Pairs, Pairs)
         list.push((connection.client, connection.server));
     }
     (quiet, others)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn b044_a_ramp_only_grows_and_ends_at_the_sample() {
+        let ramp = Ramp::new(10, sample_threshold(20.0));
+        let at = |tenths: u64| ramp.threshold(Duration::from_millis(100 * tenths));
+        assert_eq!(at(0), 0);
+        assert!((0..150).all(|tenths| at(tenths) <= at(tenths + 1)));
+        assert_eq!(at(50), sample_threshold(10.0));
+        assert_eq!((at(100), at(1000)), (ramp.full, ramp.full));
+        assert_eq!(Ramp::new(0, 7).threshold(Duration::ZERO), 7);
+    }
 }

@@ -142,7 +142,8 @@ worker_rlimit_nofile 200000;
 error_log {dir}/nginx-error.log;
 pid {dir}/nginx.pid;
 events {{
-    worker_connections 100000;
+    # A hundred copies of a thousand connections: when fewer than a sixteenth are free, nginx closes idle ones to make room.
+    worker_connections 120000;
     multi_accept on;
 }}
 http {{

@@ -171,6 +171,8 @@ impl Bench {
             connections: connections as usize,
             held_bytes: 256 << 20,
             identities: sessions * 2,
+            // A batch of connections is opened before it is answered.
+            copies_unanswered: u32::MAX,
             ..Limits::default()
         };
         config.frame_room = FRAME_ROOM as u16;

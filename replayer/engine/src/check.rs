@@ -78,7 +78,8 @@ impl Engine {
         for (number, service) in self.services.iter().enumerate() {
             let unanswered = (0..self.sessions.high_water())
                 .map(|s| &self.sessions[s])
-                .filter(|session| session.state == State::SynSent && usize::from(session.service) == number);
+                .filter(|session| session.state == State::SynSent && !session.is_unasked())
+                .filter(|session| usize::from(session.service) == number);
             assert_eq!(unanswered.count() as u32, service.unanswered, "SYNs that wait for an answer");
         }
         assert!(self.dirty.is_empty(), "no session is left over from a batch");

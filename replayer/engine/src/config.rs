@@ -20,6 +20,8 @@ pub struct Config {
     pub services: Vec<Service>,
     /// Copies per connection and service, in millionths: 1 000 000 is one.
     pub copies_millionths: u64,
+    /// Copies of a connection are spread over so much time, ns: each replays all of its turns later by a share of it, which its identity decides.
+    pub spread_ns: u64,
     /// Sessions kept: flow hashes below this (of 2^32).
     pub sample_threshold: u64,
     /// Addresses for identities; empty: clients keep their own.
@@ -60,6 +62,9 @@ pub struct Limits {
     /// Sessions of a service whose SYN the target has not answered. A target that answers within a second is asked for so many
     /// connections a second.
     pub unanswered_syns: u32,
+    /// The same where connections have several copies: sessions beyond it wait until others were answered. No more than what a Linux
+    /// server's backlog holds (`net.core.somaxconn`), for it drops the rest.
+    pub copies_unanswered: u32,
 }
 
 impl Default for Limits {
@@ -71,6 +76,7 @@ impl Default for Limits {
             held_bytes_per_connection: 64 << 20,
             identities: 1 << 22,
             unanswered_syns: 1 << 14,
+            copies_unanswered: 4096,
         }
     }
 }
@@ -81,6 +87,7 @@ impl Config {
         Config {
             services,
             copies_millionths: 1_000_000,
+            spread_ns: 0,
             sample_threshold: 1 << 32,
             pool: Vec::new(),
             wait_for_responses: true,
@@ -95,6 +102,9 @@ impl Config {
         }
     }
 }
+
+/// How long an identity from a pool rests after use, seconds.
+pub const QUARANTINE_SECONDS: f64 = 2.0;
 
 /// Durations that are not the user's to set.
 pub(crate) mod timing {
@@ -113,6 +123,9 @@ pub(crate) mod timing {
     pub(crate) const RTO_MAX_US: u32 = 10_000_000;
     /// The longest between two retransmissions: a target that was away is found again soon (RFC 6298 section 2.5 would allow more).
     pub(crate) const BACKOFF_MAX_US: u32 = 4_000_000;
+    /// How long a session may wait before its SYN is sent, because of those that the target has not answered; then it is given up, as it
+    /// is after so many SYNs.
+    pub(crate) const SYN_WAIT: u32 = ticks(27_000 * MS);
     /// Retransmissions of the same data without an acknowledgment; then the target is given up (about 50 s).
     pub(crate) const RETRANSMIT_TRIES: u8 = 16;
     /// The backoff of probes of a zero window goes no further than 2^this.
@@ -122,7 +135,7 @@ pub(crate) mod timing {
     /// After the target closed its side or acknowledged our FIN, how long the rest may take.
     pub(crate) const FIN_TIMEOUT: u32 = ticks(60_000 * MS);
     /// How long an identity from a pool rests after use.
-    pub(crate) const QUARANTINE: u32 = ticks(2_000 * MS);
+    pub(crate) const QUARANTINE: u32 = ticks(super::QUARANTINE_SECONDS as u64 * 1_000 * MS);
     /// A connection from which nothing was captured for so long is forgotten.
     pub(crate) const CONNECTION_IDLE: u32 = ticks(2 * 3600 * 1000 * MS);
     /// A SYN whose client never acknowledged the SYN-ACK is forgotten sooner: it may be one of a flood.

@@ -49,6 +49,8 @@ pub(crate) struct ServiceState {
     pub(crate) heard_at: Tick,
     /// An MTU that was found to be the path's, and when.
     pub(crate) narrow_path: Option<(u16, Tick)>,
+    /// Sessions whose first SYN waits until fewer are unanswered, oldest first; some have ended since.
+    pub(crate) waiting: VecDeque<u32>,
     /// A client of this service spoke TLS.
     pub(crate) tls: bool,
     /// The first SYN that was not answered yet.
@@ -132,6 +134,7 @@ impl Engine {
     pub fn new(config: Config, now_ns: u64) -> Engine {
         let limits = config.limits;
         let now = tick(now_ns);
+        let amplified = config.copies_millionths > 1_000_000;
         let services = config
             .services
             .iter()
@@ -145,6 +148,7 @@ impl Engine {
                 unanswered: 0,
                 heard_at: now,
                 narrow_path: None,
+                waiting: VecDeque::with_capacity(if amplified { limits.sessions } else { 0 }),
                 tls: false,
                 unanswered_since: None,
             })
@@ -372,7 +376,8 @@ impl Engine {
             }
             state.next_probe = now.wrapping_add(timing::DOWN_PROBE);
         }
-        if state.unanswered >= self.config.limits.unanswered_syns {
+        let amplified = self.config.copies_millionths > 1_000_000;
+        if !amplified && state.unanswered >= self.config.limits.unanswered_syns {
             self.counters[Counter::SessionsRefusedUnanswered] += 1;
             return None;
         }
@@ -399,14 +404,15 @@ impl Engine {
         self.connections[c].first_session = index;
         self.connections[c].sessions += 1;
         self.counters[Counter::SessionsOpened] += 1;
-        let state = &mut self.services[usize::from(service)];
-        state.unanswered_since.get_or_insert(now);
-        // A Linux whose queue of SYNs is full remembers none of the rest (SYN cookies, net/ipv4/syncookies.c): it learns of the
-        // connection by its first segment, and resets it when another one comes before.
-        self.sessions[index].first_alone = state.unanswered >= timing::SYN_BURST;
-        state.unanswered += 1;
         out.register(service, identity);
-        self.send_syn(now_ns, index, out);
+        let shift_us = self.shift_us(index);
+        if shift_us > 0 {
+            let start = now.wrapping_add(ticks(u64::from(shift_us) * 1000).max(1));
+            self.sessions[index].rto_at = Some(Due::at(start));
+            self.arm_session(index);
+        } else {
+            self.ask(now_ns, index, out);
+        }
         Some(index)
     }
 
@@ -459,7 +465,7 @@ impl Engine {
     pub(crate) fn end_session<O: Output>(&mut self, now: Tick, s: u32, reason: EndReason, out: &mut O) {
         let session = self.sessions[s];
         debug_assert_ne!(session.state, State::Closed);
-        if session.state == State::SynSent {
+        if session.state == State::SynSent && !session.is_unasked() {
             self.services[usize::from(session.service)].unanswered -= 1;
         }
         let lost = self.undelivered(&session);
@@ -636,6 +642,7 @@ impl Engine {
                 self.on_connection_timer(now_ns, timer - self.config.limits.sessions as u32, out);
             }
         }
+        self.ask_waiting(now_ns, out);
         self.end_lingering(now, out);
         if let Some(since) = self.stopping
             && !before(now, since.wrapping_add(timing::STOP_GRACE))

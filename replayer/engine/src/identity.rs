@@ -6,7 +6,9 @@ use replayer_common::addr::{Endpoint, Ip};
 
 /// The lowest port of an identity that is not the client's own.
 const FIRST_PORT: u16 = 1024;
-const PORTS: u64 = 65536 - FIRST_PORT as u64;
+/// Ports of an address that an identity may have.
+pub const PORTS_PER_ADDRESS: u32 = 65_536 - FIRST_PORT as u32;
+const PORTS: u64 = PORTS_PER_ADDRESS as u64;
 
 /// A run of consecutive addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

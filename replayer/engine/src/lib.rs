@@ -51,7 +51,8 @@ mod timer;
 mod usual;
 mod wire;
 
+pub use config::QUARANTINE_SECONDS;
 pub use engine::{BATCH, Engine, Gauges, Lag};
-pub use identity::AddressRange;
+pub use identity::{AddressRange, PORTS_PER_ADDRESS};
 pub use output::Output;
 pub use wire::Link;

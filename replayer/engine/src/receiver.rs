@@ -47,6 +47,7 @@ impl Engine {
                 self.on_response(now_ns, hash, record, out);
             }
             self.finish_batch(now_ns, out);
+            self.ask_waiting(now_ns, out);
         }
     }
 
@@ -102,6 +103,10 @@ impl Engine {
 
     fn on_handshake<O: Output>(&mut self, now_ns: u64, s: u32, record: &ResponseHeader, out: &mut O) {
         let session = &mut self.sessions[s];
+        if session.is_unasked() {
+            // Of an older connection from the same address.
+            return;
+        }
         let ours = record.flags & flags::ACK != 0 && record.ack == session.snd_nxt;
         if record.flags & flags::RST != 0 {
             if ours {

@@ -10,6 +10,7 @@ use crate::slab::NONE;
 use crate::timer::{Due, tick, ticks};
 use crate::wire::{self, Header, MAX_HEADER, SynOptions, payload_limit};
 use replayer_common::addr::Endpoint;
+use replayer_common::hash::flow_hash;
 use replayer_common::packet::flags;
 use replayer_common::response::{ResponseHeader, present};
 
@@ -202,6 +203,14 @@ impl Engine {
 
     pub(crate) fn send_syn<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let session = &mut self.sessions[s];
+        if session.is_unasked() {
+            let service = &mut self.services[usize::from(session.service)];
+            service.unanswered_since.get_or_insert(tick(now_ns));
+            // A Linux whose queue of SYNs is full remembers none of the rest (SYN cookies, net/ipv4/syncookies.c): it learns of the
+            // connection by its first segment, and resets it when another one comes before.
+            session.first_alone = service.unanswered >= timing::SYN_BURST;
+            service.unanswered += 1;
+        }
         let iss = session.snd_una;
         session.snd_nxt = iss.wrapping_add(1);
         session.snd_max = session.snd_nxt;
@@ -215,6 +224,49 @@ impl Engine {
         self.arm_session(s);
     }
 
+    /// Sends a session's first SYN, or lets it wait while too many copies wait for the target's answer.
+    pub(crate) fn ask<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
+        let session = &mut self.sessions[s];
+        let service = &mut self.services[usize::from(session.service)];
+        let busy = service.unanswered >= self.config.limits.copies_unanswered || !service.waiting.is_empty();
+        // A full queue has sessions in it that have ended since; then the SYN goes at once. Without copies it holds none.
+        if busy && service.waiting.len() < service.waiting.capacity() {
+            // Not tried yet, but on its way: see `on_retransmission_timeout`.
+            session.tries = 1;
+            session.rto_at = Some(Due::at(tick(now_ns).wrapping_add(timing::SYN_WAIT)));
+            service.waiting.push_back(s);
+            self.arm_session(s);
+            return;
+        }
+        self.send_syn(now_ns, s, out);
+    }
+
+    /// Sends the SYNs of sessions that have waited for others to be answered.
+    pub(crate) fn ask_waiting<O: Output>(&mut self, now_ns: u64, out: &mut O) {
+        let now = tick(now_ns);
+        for number in 0..self.services.len() {
+            loop {
+                let service = &mut self.services[number];
+                if service.waiting.is_empty() || service.unanswered >= self.config.limits.copies_unanswered {
+                    break;
+                }
+                if service.down {
+                    if !service.probe_is_due(now) {
+                        break;
+                    }
+                    service.next_probe = now.wrapping_add(timing::DOWN_PROBE);
+                }
+                let Some(s) = service.waiting.pop_front() else { break };
+                let session = &mut self.sessions[s];
+                // Else it has ended since, and its place may be another's.
+                if session.is_unasked() && session.tries > 0 && usize::from(session.service) == number {
+                    session.tries = 0;
+                    self.send_syn(now_ns, s, out);
+                }
+            }
+        }
+    }
+
     pub(crate) fn send_ack<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let seq = self.sessions[s].snd_max;
         self.send(now_ns, s, flags::ACK, seq, None, out, &mut None);
@@ -225,6 +277,9 @@ impl Engine {
     pub(crate) fn send_reset<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let session = &self.sessions[s];
         let (una, max) = (session.snd_una, session.snd_max);
+        if session.is_unasked() {
+            return;
+        }
         if session.state == State::SynSent {
             self.send(now_ns, s, flags::RST, max, None, out, &mut None);
             return;
@@ -312,9 +367,13 @@ impl Engine {
                 len = usable;
             }
             let starts_turn = !again && session.next_offset == 0 && stored.starts_turn;
+            if starts_turn && self.is_early(now_ns, s, stored.captured_us) {
+                return;
+            }
             if starts_turn && !self.begin_turn(now_ns, s, stored.need) {
                 return;
             }
+            let shift_us = self.shift_us(s);
             let session = &mut self.sessions[s];
             let piece = Piece { segment: session.next_segment, offset: session.next_offset, len };
             let seq = session.snd_nxt;
@@ -322,7 +381,7 @@ impl Engine {
             if again {
                 self.counters[Counter::SegmentsRetransmitted] += 1;
             } else if session.next_offset == 0 {
-                let lag = micros(now_ns).wrapping_sub(stored.captured_us);
+                let lag = micros(now_ns).wrapping_sub(stored.captured_us).saturating_sub(shift_us);
                 self.capture_to_transmit.record(lag);
                 self.lag.record(lag);
             }
@@ -348,6 +407,28 @@ impl Engine {
             self.arm_session(s);
         }
         self.output_end(now_ns, s, out);
+    }
+
+    /// How much later than captured a session's turns begin, microseconds: by its identity, evenly distributed.
+    pub(crate) fn shift_us(&self, s: u32) -> u32 {
+        if self.config.spread_ns == 0 {
+            return 0;
+        }
+        let identity = &self.sessions[s].identity;
+        let hash = flow_hash(self.config.seed, &identity.ip, identity.port);
+        ((self.config.spread_ns / 1000 * u64::from(hash)) >> 32) as u32
+    }
+
+    /// Whether the copies are spread and a turn captured at `captured_us` has to wait; arms the time to look again.
+    fn is_early(&mut self, now_ns: u64, s: u32, captured_us: u32) -> bool {
+        let (shift_us, age_us) = (self.shift_us(s), micros(now_ns).wrapping_sub(captured_us));
+        if age_us >= shift_us {
+            return false;
+        }
+        let ahead = ticks(u64::from(shift_us - age_us) * 1000).max(1);
+        self.sessions[s].release_at = Some(Due::at(tick(now_ns).wrapping_add(ahead)));
+        self.arm_session(s);
+        true
     }
 
     /// Passes the turn gate with the first byte of a turn, if it is open.
@@ -461,6 +542,14 @@ impl Engine {
     pub(crate) fn on_retransmission_timeout<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let now = tick(now_ns);
         let session = &mut self.sessions[s];
+        if session.is_unasked() {
+            if session.tries > 0 {
+                self.end_session(now, s, EndReason::HandshakeTimeout, out);
+            } else {
+                self.ask(now_ns, s, out);
+            }
+            return;
+        }
         session.tries = session.tries.saturating_add(1);
         if session.state == State::SynSent {
             if session.tries >= timing::SYN_TRIES {

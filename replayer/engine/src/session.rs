@@ -235,6 +235,11 @@ impl Session {
         core::hint::black_box(self.recover);
     }
 
+    /// Whether its first SYN is still to be sent.
+    pub(crate) fn is_unasked(&self) -> bool {
+        self.state == State::SynSent && self.snd_nxt == self.snd_una
+    }
+
     /// The retransmission timeout with its backoff, microseconds.
     #[inline]
     pub(crate) fn rto_us(&self) -> u32 {

@@ -106,7 +106,8 @@ impl Engine {
                 && session.snd_nxt == session.snd_max
                 && !session.first_alone
                 && len <= u32::from(session.mss)
-                && len <= room;
+                && len <= room
+                && self.config.spread_ns == 0;
             if !direct {
                 self.output(now_ns, s, out, &mut in_hand);
             } else if !answered || self.begin_turn(now_ns, s, need) {

@@ -88,6 +88,7 @@ impl World {
             held_bytes_per_connection: if bit(6) { 4 << 10 } else { 64 << 10 },
             identities: if bit(7) { 4 } else { 64 },
             unanswered_syns: if bit(4) { 2 } else { 64 },
+            copies_unanswered: 2,
         };
         let mut link = Link { mtu: MTUS[usize::from(tags >> 2 & 3)], ..link() };
         for tag in &mut link.tags[..usize::from(tags % 3)] {

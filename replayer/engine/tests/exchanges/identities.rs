@@ -1,7 +1,7 @@
 //! Copies and the addresses that they use.
 
-use crate::lab::{CLIENT, Lab, ONLINE, S, TARGET, config, endpoint};
-use replayer_common::addr::from_v4;
+use crate::lab::{CLIENT, Lab, MS, ONLINE, S, TARGET, config, endpoint};
+use replayer_common::addr::{Endpoint, from_v4};
 use replayer_common::hash::{FLOW_SEED, flow_hash};
 use replayer_engine::AddressRange;
 use replayer_engine::config::Service;
@@ -186,4 +186,98 @@ fn b044_a_sample_is_a_fifth_of_the_connections_whole_and_always_the_same() {
     let kept = sampled(1);
     assert!((720..880).contains(&kept.len()), "{} of 4000", kept.len());
     assert_eq!(kept, sampled(99), "whatever seed its tables have");
+}
+
+#[test]
+fn b041_copies_beyond_what_a_backlog_holds_wait_for_others_to_be_answered() {
+    let mut config = config();
+    config.copies_millionths = 30_000_000;
+    config.limits.copies_unanswered = 8;
+    let mut lab = Lab::with(config);
+    lab.client("S 0 mss 1460");
+    lab.client_segments(&["A 1 ack 1", "PA 1+100 ack 1"]);
+    let mut asked = Vec::new();
+    let mut delivered = 0;
+    while asked.len() < 30 {
+        let sent = lab.sent();
+        delivered += sent.iter().filter(|segment| segment.payload.len() == 100).count();
+        let syns: Vec<_> = sent.into_iter().filter(|segment| segment.has(2)).collect();
+        assert!(!syns.is_empty() && syns.len() <= 8, "{} SYNs at once", syns.len());
+        // Three answers make room for three.
+        for syn in syns {
+            asked.push(syn.source);
+            lab.target_to(syn.source, &["SA 0 ack 1 mss 1460"]);
+        }
+    }
+    delivered += lab.sent().iter().filter(|segment| segment.payload.len() == 100).count();
+    assert_eq!(asked.iter().collect::<HashSet<_>>().len(), 30, "each copy once");
+    assert_eq!(delivered, 30, "with the data that was captured while they waited");
+    assert_eq!(lab.count(Counter::SessionsOpened), 30);
+    lab.stop();
+}
+
+#[test]
+fn b016_copies_that_wait_for_a_silent_target_are_given_up_in_the_end() {
+    let mut config = config();
+    config.copies_millionths = 30_000_000;
+    config.limits.copies_unanswered = 8;
+    let mut lab = Lab::with(config);
+    lab.client("S 0 mss 1460");
+    lab.client_segments(&["A 1 ack 1", "PA 1+100 ack 1"]);
+    assert_eq!(lab.sent().len(), 8);
+    lab.pass(60 * S);
+    assert_eq!(lab.count(Counter::SessionsHandshakeTimeout), 30);
+    assert_eq!(lab.engine.gauges().sessions_live, 0);
+    assert_eq!(lab.engine.gauges().held_bytes, 0);
+}
+
+#[test]
+fn b041_spread_copies_begin_each_turn_later_by_their_share() {
+    let mut config = config();
+    config.copies_millionths = 20_000_000;
+    config.spread_ns = 1000 * MS;
+    config.hold_limit_ns = 60 * S;
+    let mut lab = Lab::with(config);
+    lab.client("S 0 mss 1460");
+    lab.client_segments(&["A 1 ack 1", "PA 1+100 ack 1"]);
+    lab.expect(&[]);
+    let mut begun: Vec<Vec<(u64, Endpoint)>> = Vec::new();
+    for turn in 0..2 {
+        let start = lab.now;
+        if turn == 1 {
+            // Each copy has read its response long ago, and still keeps its distance.
+            lab.client("PA 101+100 ack 51");
+        }
+        let mut times = Vec::new();
+        while lab.now < start + 1100 * MS {
+            lab.pass(5 * MS);
+            for segment in lab.sent() {
+                if segment.has(2) {
+                    lab.target_to(segment.source, &["SA 0 ack 1 mss 1460"]);
+                } else if !segment.payload.is_empty() {
+                    times.push((lab.now - start, segment.source));
+                    let answer = format!("PA {}+50 ack {}", 1 + 50 * turn, 101 + 100 * turn);
+                    lab.target_to(segment.source, &[&answer]);
+                }
+            }
+            // The SYN's answer lets the data go.
+            for segment in lab.sent().iter().filter(|segment| !segment.payload.is_empty()) {
+                times.push((lab.now - start, segment.source));
+                lab.target_to(segment.source, &["PA 1+50 ack 101"]);
+            }
+        }
+        assert!(lab.engine.take_lag().longest_us < 10_000, "a wanted delay is no lag");
+        begun.push(times);
+    }
+    for times in &begun {
+        assert_eq!(times.len(), 20);
+        assert!(times.iter().all(|&(at, _)| at <= 1010 * MS));
+        let late = times.iter().filter(|&&(at, _)| at > 500 * MS).count();
+        assert!((4..=16).contains(&late), "{times:?}");
+    }
+    for (at, source) in &begun[0] {
+        let (again, _) = begun[1].iter().find(|(_, other)| other == source).expect("the same copies");
+        assert!(at.abs_diff(*again) <= 10 * MS, "{source}: {at} and {again}");
+    }
+    lab.stop();
 }

@@ -62,6 +62,7 @@ pub fn config() -> Config {
         held_bytes_per_connection: 1 << 20,
         identities: 1 << 16,
         unanswered_syns: 1 << 14,
+        copies_unanswered: 1 << 14,
     };
     config
 }
