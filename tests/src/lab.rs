@@ -40,6 +40,8 @@ pub const NIC: &str = "eth0";
 pub const POOL_V4: &str = "172.29.0.0/16";
 /// The same for IPv6.
 pub const POOL_V6: &str = "fd00:29::/64";
+/// Queues that the NIC of an online host has at least; `ethtool -L` there uses more of them.
+const SPARE_QUEUES: u8 = 2;
 /// Owner of a lab that stays up until it is taken down by name.
 const PERSISTENT: &str = "persistent";
 
@@ -64,7 +66,7 @@ pub struct Plan {
     /// the CPU time of a process is its own: for measuring it. Like a NIC, their `eth0` then has a ring that can be full and a queueing discipline.
     #[serde(default)]
     pub receive_threads: bool,
-    /// Transmit and receive queues of an online host's NIC.
+    /// Transmit and receive queues in use of an online host's NIC.
     #[serde(default = "one")]
     pub online_queues: u8,
 }
@@ -293,7 +295,7 @@ impl Lab {
             let name = host_name(role, number);
             let namespace = Namespace::create(&namespace_name(id, &name))?;
             tune(&namespace)?;
-            let queues = if role == Role::Online { plan.online_queues.max(1) } else { 1 };
+            let queues = if role == Role::Online { plan.online_queues.max(SPARE_QUEUES) } else { 1 };
             cables += &format!(
                 "link add {name} mtu {mtu} numtxqueues {queues} numrxqueues {queues} type veth \
                  peer name {NIC} mtu {mtu} numtxqueues {queues} numrxqueues {queues} address {mac} netns {peer}\n\
@@ -309,6 +311,10 @@ impl Lab {
             host.namespace.ip(&addresses_and_routes(host, plan))?;
             set_offloads(&host.namespace, NIC, plan.offloads)?;
             set_offloads(&switch, &host.name, plan.offloads)?;
+            if host.role == Role::Online && plan.online_queues < SPARE_QUEUES {
+                set_queues(&host.namespace, NIC, plan.online_queues)?;
+                set_queues(&switch, &host.name, plan.online_queues)?;
+            }
             if plan.receive_threads && host.role == Role::Online {
                 deliver_by_own_thread(host, &switch)?;
             }
@@ -588,6 +594,12 @@ fn set_offloads(namespace: &Namespace, device: &str, on: bool) -> Result<()> {
         command.args([feature, value]);
     }
     run(&mut command)
+}
+
+/// Uses so many of the queues that a device has.
+fn set_queues(namespace: &Namespace, device: &str, count: u8) -> Result<()> {
+    let count = count.max(1).to_string();
+    run(namespace.command("ethtool").args(["-L", device, "tx", &count, "rx", &count]))
 }
 
 /// Lets a kernel thread of the switch, and not the sender, do what happens to a packet after the host's NIC.
