@@ -59,8 +59,7 @@ pub struct Limits {
     pub held_bytes_per_connection: u32,
     /// Identities of a pool that one worker uses.
     pub identities: usize,
-    /// Sessions of a service whose SYN the target has not answered. A target that answers within a second is asked for so many
-    /// connections a second.
+    /// Sessions of a service whose SYN waits for an answer, while the target has answered nothing for a second.
     pub unanswered_syns: u32,
     /// The same where connections have several copies: sessions beyond it wait until others were answered. No more than what a Linux
     /// server's backlog holds (`net.core.somaxconn`), for it drops the rest.
@@ -144,6 +143,8 @@ pub(crate) mod timing {
     pub(crate) const WATCHED_IDLE: u32 = ticks(300_000 * MS);
     /// While a target refuses or ignores SYNs, one is sent so often to see whether it is back.
     pub(crate) const DOWN_PROBE: u32 = ticks(50 * MS);
+    /// A target that answered nothing for so long since the first unanswered SYN is given no more than `unanswered_syns` of them.
+    pub(crate) const SILENT_AFTER: u32 = ticks(1_000 * MS);
     /// A target that answered nothing for so long since the first unanswered SYN counts as down.
     pub(crate) const DOWN_AFTER: u32 = ticks(3_000 * MS);
     /// After an unexpected ACK in answer to a SYN was answered by RST, when the SYN goes again (RFC 9293 section 3.10.7.3).

@@ -87,7 +87,7 @@ counters! {
     SessionsRefusedLimit "sessions_refused_limit" "not opened: the limit on sessions was reached",
     SessionsRefusedPool "sessions_refused_pool" "not opened: no identity was free",
     SessionsRefusedFamily "sessions_refused_family" "not opened: client and target are not of one address family; give addresses of the target's with -c",
-    SessionsRefusedUnanswered "sessions_refused_unanswered" "not opened: too many SYNs wait for the target's answer",
+    SessionsRefusedUnanswered "sessions_refused_unanswered" "not opened: the target is silent and too many SYNs wait for its answer",
     SessionsRefusedTargetDown "sessions_refused_target_down" "not opened: the target refuses connections or is silent; it is probed",
     SessionsCompleted "sessions_completed" "ended: both sides closed",
     SessionsTargetClosed "sessions_target_closed" "ended: the target closed first",

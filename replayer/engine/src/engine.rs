@@ -376,8 +376,10 @@ impl Engine {
             }
             state.next_probe = now.wrapping_add(timing::DOWN_PROBE);
         }
-        let amplified = self.config.copies_millionths > 1_000_000;
-        if !amplified && state.unanswered >= self.config.limits.unanswered_syns {
+        // A burst to a target that answers is none of these: copies of a thousand connections are opened at once.
+        let silent =
+            state.unanswered_since.is_some_and(|since| now.wrapping_sub(since) >= timing::SILENT_AFTER);
+        if silent && state.unanswered >= self.config.limits.unanswered_syns {
             self.counters[Counter::SessionsRefusedUnanswered] += 1;
             return None;
         }

@@ -1,7 +1,10 @@
 //! What is shed when a limit is reached, and that the rest goes on.
 
-use crate::lab::{Lab, MS, S, config, endpoint};
+use crate::lab::{CLIENT, Lab, MS, ONLINE, S, Segment, Wire, config, endpoint, link};
+use replayer_common::addr::{Endpoint, from_v4};
+use replayer_common::packet::flags;
 use replayer_engine::counters::Counter;
+use replayer_engine::{AddressRange, Engine};
 
 #[test]
 fn b028_a_connection_that_holds_too_much_is_shed_whole_and_joined_again() {
@@ -103,21 +106,59 @@ fn b020_a_silent_target_has_a_bounded_number_of_syns_to_answer() {
     let mut config = config();
     config.limits.unanswered_syns = 100;
     let mut lab = Lab::with(config);
-    for port in 0..900 {
-        lab.client.port = 10_000 + port;
-        lab.client("S 0 mss 1460");
-    }
-    assert_eq!(syns(&mut lab), 100);
-    assert_eq!(lab.count(Counter::SessionsRefusedUnanswered), 800);
-    // An answer makes room for one more.
+    let open = |lab: &mut Lab, first: u16, count: u16| {
+        for port in first..first + count {
+            lab.client.port = port;
+            lab.client("S 0 mss 1460");
+        }
+        syns(lab)
+    };
+    // It may be about to answer: all of a burst go.
+    assert_eq!(open(&mut lab, 10_000, 300), 300);
+    lab.pass(1100 * MS);
+    syns(&mut lab);
+    assert_eq!(open(&mut lab, 20_000, 300), 0);
+    assert_eq!(lab.count(Counter::SessionsRefusedUnanswered), 300);
+    // It answers one: it lives.
     lab.client.port = 10_000;
     lab.target("SA 0 ack 1 mss 1460");
-    for port in 0..2 {
-        lab.client.port = 20_000 + port;
-        lab.client("S 0 mss 1460");
-    }
-    assert_eq!(syns(&mut lab), 1);
+    lab.sent();
+    assert_eq!(open(&mut lab, 30_000, 200), 200);
     lab.stop();
+}
+
+#[test]
+fn b041_a_hundred_copies_of_a_thousand_connections_at_once_are_no_flood() {
+    let mut config = config();
+    config.copies_millionths = 100_000_000;
+    config.pool = vec![AddressRange { first: from_v4([10, 9, 0, 0]), count: 4 }];
+    config.limits.sessions = 100_000;
+    config.limits.identities = 100_000;
+    config.limits.unanswered_syns = 100;
+    let mut engine = Engine::new(config, 0);
+    engine.set_link(0, Some(link()));
+    let mut wire = Wire::new(64);
+    wire.keep = false;
+    for port in 0..1000 {
+        let syn = Segment {
+            source: Endpoint { port: 10_000 + port, ..endpoint(CLIENT) },
+            destination: endpoint(ONLINE),
+            seq: 1_000_000 + u32::from(port),
+            ack: 0,
+            flags: flags::SYN,
+            window: 500,
+            mss: Some(1460),
+            window_scale: None,
+            sack_permitted: false,
+            timestamps: None,
+            payload: Vec::new(),
+        };
+        let frame = wire.captured(&syn);
+        engine.on_captured(5 * S, &mut vec![frame], &mut wire);
+    }
+    // Their SYNs go as fast as the target answers.
+    assert_eq!(engine.gauges().sessions_live, 100_000);
+    assert_eq!(engine.counters()[Counter::SessionsRefusedUnanswered], 0);
 }
 
 #[test]
