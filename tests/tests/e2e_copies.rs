@@ -76,11 +76,6 @@ fn b041_ten_copies_of_each_connection() -> Result<()> {
 }
 
 #[test]
-fn b041_a_hundred_copies_of_each_connection() -> Result<()> {
-    copy_connections(100.0, 200, 1)
-}
-
-#[test]
 fn b041_two_and_a_half_copies_of_each_connection() -> Result<()> {
     copy_connections(2.5, 200, 10)?;
     copy_connections(2.5, 1000, 2)
