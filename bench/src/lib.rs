@@ -2,12 +2,17 @@
 //!
 //! - [`report`]: what a subject returns: figures beside what they are compared with, the machine, a table and JSON
 //! - [`engine`]: the session engine alone, one core, no kernel
+//! - [`path`]: RX ring to TX ring over veth
+//! - [`sending`]: copies into a TX ring, beside other ways to send
 //!
 //! A subject is a function from [`Options`] to figures, listed in [`SUBJECTS`]. Whatever it compares itself with is measured in the
 //! same run, and a figure says what was wanted of it, so that a reader needs no second document.
 
 pub mod engine;
+pub mod path;
 pub mod report;
+pub mod sending;
+mod wire;
 
 use report::Figure;
 
@@ -29,4 +34,8 @@ pub struct Subject {
 }
 
 /// All of them, in the order in which they run.
-pub const SUBJECTS: &[Subject] = &[Subject { name: "engine", what: engine::WHAT, run: engine::run }];
+pub const SUBJECTS: &[Subject] = &[
+    Subject { name: "engine", what: engine::WHAT, run: engine::run },
+    Subject { name: "path", what: path::WHAT, run: path::run },
+    Subject { name: "sending", what: sending::WHAT, run: sending::run },
+];

@@ -3,10 +3,11 @@
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use crate::cargo::cargo;
 use crate::deps;
+use crate::privilege::as_root;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -26,8 +27,21 @@ pub(crate) struct Arguments {
 pub(crate) fn main(arguments: &Arguments) -> Result<()> {
     deps::install(deps::ALL)?;
     deps::install(deps::BENCHMARKS)?;
-    let mut command = cargo();
-    command.args(["run", "--quiet", "--release", "--package", "bench", "--"]).args(&arguments.subjects);
+    let mut build = cargo();
+    build.args(["build", "--quiet", "--release", "--package", "bench"]);
+    if !build.status().context("starting cargo")?.success() {
+        bail!("the build failed: see its messages above");
+    }
+    let program =
+        std::env::current_exe()?.parent().and_then(Path::parent).map(|dir| dir.join("release/bench"));
+    let program = program.context("finding the target directory")?;
+    let program = program.to_str().context("the target directory's path is not UTF-8")?;
+    // All but the engine alone have a kernel in them.
+    let only_engine =
+        !arguments.subjects.is_empty() && arguments.subjects.iter().all(|name| name == "engine");
+    let mut command =
+        if only_engine { Command::new(program) } else { as_root(program, "measuring devices")? };
+    command.args(&arguments.subjects);
     if arguments.json {
         command.arg("--json");
     }
@@ -38,7 +52,7 @@ pub(crate) fn main(arguments: &Arguments) -> Result<()> {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("docs").join("benchmarks");
         command.arg("--save").arg(directory);
     }
-    let status = command.stdin(Stdio::null()).status().context("starting cargo")?;
+    let status = command.stdin(Stdio::null()).status().with_context(|| format!("starting {program}"))?;
     if !status.success() {
         bail!("the benchmarks failed ({status}): see the messages above");
     }

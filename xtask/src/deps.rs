@@ -35,7 +35,10 @@ const FUZZING: &str = "fuzzing (libFuzzer, which libfuzzer-sys compiles)";
 const CLIENTS: &str = "the demo and the tests";
 
 /// What benchmarks need besides.
-pub(crate) const BENCHMARKS: &[Dependency] = &[program("valgrind", "valgrind", BENCH)];
+pub(crate) const BENCHMARKS: &[Dependency] = &[
+    program("valgrind", "valgrind", BENCH),
+    program("tcpreplay", "tcpreplay", "benchmarks of sending, to compare with"),
+];
 
 /// What fuzzing needs besides.
 pub(crate) const FUZZERS: &[Dependency] = &[program("g++", "g++", FUZZING)];
