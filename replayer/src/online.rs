@@ -152,12 +152,8 @@ impl Online {
         config.gap_timeout_ns = seconds(args.gap_timeout, "--gap-timeout")?;
         config.workers = workers;
         let sessions = args.max_sessions.div_ceil(ports.len());
-        config.limits = Limits {
-            sessions,
-            connections: sessions,
-            held_bytes: (args.max_held << 20).div_ceil(ports.len()),
-            ..Limits::default()
-        };
+        config.limits = Limits { sessions, connections: sessions, ..Limits::default() }
+            .with_held((args.max_held << 20).div_ceil(ports.len()));
         let port_modes: Vec<String> = ports.iter().map(|port| port.mode().to_owned()).collect();
         let mut made = Vec::new();
         for (number, (port, channels)) in ports.into_iter().zip(channels).enumerate() {

@@ -66,13 +66,22 @@ pub struct Limits {
     pub copies_unanswered: u32,
 }
 
+impl Limits {
+    /// The same with `bytes` of client data held in all. One connection may hold half of them, so that none takes everything, and at most 1 GiB:
+    /// sequence numbers tell 2 GiB apart.
+    pub fn with_held(self, bytes: usize) -> Limits {
+        let held_bytes_per_connection = (bytes / 2).min(1 << 30) as u32;
+        Limits { held_bytes: bytes, held_bytes_per_connection, ..self }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
             connections: 1 << 20,
             sessions: 1 << 20,
             held_bytes: 512 << 20,
-            held_bytes_per_connection: 64 << 20,
+            held_bytes_per_connection: 256 << 20,
             identities: 1 << 22,
             unanswered_syns: 1 << 14,
             copies_unanswered: 4096,

@@ -106,12 +106,9 @@ fn engine_config(args: &OfflineArgs, services: &[Service], frame_room: u16) -> R
     config.gap_timeout_ns = nanoseconds(args.gap_timeout, "--gap-timeout", 0.001)?;
     config.seed = random_instance();
     config.frame_room = frame_room;
-    config.limits = Limits {
-        sessions: args.max_sessions,
-        connections: args.max_sessions,
-        held_bytes: args.max_held << 20,
-        ..Limits::default()
-    };
+    config.limits =
+        Limits { sessions: args.max_sessions, connections: args.max_sessions, ..Limits::default() }
+            .with_held(args.max_held << 20);
     Ok(config)
 }
 
