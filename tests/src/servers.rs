@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use crate::lab::{Host, Lab};
 use crate::ledger::Ledger;
 use crate::process::Process;
-use crate::stream::Record;
+use crate::stream::{End, Record};
 use crate::wait::{holds_within, settled, wait_for};
 
 /// How long a server may take until it listens.
@@ -212,6 +212,17 @@ impl StreamServer {
 
     /// What it has received once its requests number `expected`, or `limit` has passed.
     pub fn record_of(&mut self, expected: usize, limit: Duration) -> Result<Record> {
+        self.record_when(limit, |record| record.requests() >= expected)
+    }
+
+    /// The same, and all connections have ended: a client's FIN follows the response to its last request.
+    pub fn ended_record_of(&mut self, expected: usize, limit: Duration) -> Result<Record> {
+        self.record_when(limit, |record| {
+            record.requests() >= expected && record.connections.iter().all(|it| it.end != End::Open)
+        })
+    }
+
+    fn record_when(&mut self, limit: Duration, is_complete: impl Fn(&Record) -> bool) -> Result<Record> {
         let mut record = self.record()?;
         let mut failure = None;
         holds_within(limit, || {
@@ -219,7 +230,7 @@ impl StreamServer {
                 Ok(newer) => record = newer,
                 Err(error) => failure = Some(error),
             }
-            failure.is_some() || record.requests() >= expected
+            failure.is_some() || is_complete(&record)
         });
         failure.map_or(Ok(record), Err)
     }

@@ -102,8 +102,9 @@ fn b007_two_assistants_split_the_return_traffic() -> Result<()> {
     let mut online = Role::online_with(&lab, lab.online(), &services, &channels, &[])?;
 
     assert_all_answered(&Load::run(&lab, "load", &load(lab.online().v4().into(), STREAM, 1))?, 2000);
-    let [at_online, at_target] =
-        servers.each_mut().map(|server| server.as_mut().ok().context("a server")?.record_of(2000, ARRIVAL));
+    let [at_online, at_target] = servers
+        .each_mut()
+        .map(|server| server.as_mut().ok().context("a server")?.ended_record_of(2000, ARRIVAL));
     let comparison = stream::compare(&at_online?, &at_target?);
     assert!(comparison.differences.is_empty(), "{comparison:#?}");
     assert_eq!(comparison.compared, 40);
@@ -187,7 +188,7 @@ fn b045_one_service_is_copied_to_two_targets() -> Result<()> {
     assert_all_answered(&Load::run(&lab, "load", &load(lab.online().v4().into(), STREAM, 1))?, 2000);
     let expected = online.record()?;
     for server in &mut servers {
-        let comparison = stream::compare(&expected, &server.record_of(2000, ARRIVAL)?);
+        let comparison = stream::compare(&expected, &server.ended_record_of(2000, ARRIVAL)?);
         assert!(comparison.differences.is_empty(), "{comparison:#?}");
         assert_eq!(comparison.compared, 40);
     }

@@ -12,7 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use replayer_tests::clients::Load;
 use replayer_tests::lab::{Host, Lab, Plan};
 use replayer_tests::packet::{FRAME_LIMIT, Frames, PacketSocket};
-use replayer_tests::pairs::StreamPair;
+use replayer_tests::pairs::{ARRIVAL, StreamPair};
 use replayer_tests::replay::{Role, service};
 use replayer_tests::servers::second_entrance;
 
@@ -74,6 +74,7 @@ fn b011_tagged_packets_of_a_mirror_port_are_replayed() -> Result<()> {
         let summary = Load::run(&lab, "load", &load)?;
         assert_eq!((summary.responses, summary.errors), (500, 0), "{summary:?}");
         streams.ensure_equal(500)?;
+        streams.target.ended_record_of(500, ARRIVAL)?;
         assert!(mirror_port.stop()? > 1000);
         let report = online.stop_online()?;
         assert_eq!(report.counter("sessions_completed"), 20, "{:?}", report.counters);
