@@ -48,28 +48,25 @@ pub(crate) fn seq_before(a: u32, b: u32) -> bool {
     (a.wrapping_sub(b) as i32) < 0
 }
 
-/// Where responses may have ended: the first ends of writes that no turn has passed (see [`Session::note_response`]), oldest first. A client
-/// that pipelines may be many responses behind its target, and the next turn asks for the oldest.
+/// Where responses may have ended: the last ends of writes seen (see [`Session::note_response`]), oldest first.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Marks {
     /// Sequence numbers, in bytes: so that other bytes fit behind.
     ends: [[u8; 4]; MARKS],
-    /// How many, and `CUT`.
+    /// How many there were: one more than are kept says that older ones were pushed out.
     count: u8,
 }
 
 /// Boundaries that are kept.
 const MARKS: usize = 4;
-/// There was no room for those after the last. None is added until all are passed: there would be a gap between.
-const CUT: u8 = 0x80;
 
 impl Marks {
     fn len(&self) -> usize {
-        usize::from(self.count & !CUT)
+        usize::from(self.count).min(MARKS)
     }
 
-    fn is_cut(&self) -> bool {
-        self.count & CUT != 0
+    fn overflowed(&self) -> bool {
+        usize::from(self.count) > MARKS
     }
 
     fn known(&self) -> impl Iterator<Item = u32> {
@@ -78,22 +75,20 @@ impl Marks {
 
     pub(crate) fn push(&mut self, end: u32) {
         if self.len() == MARKS {
-            self.count |= CUT;
-        }
-        if !self.is_cut() {
+            self.ends.rotate_left(1);
+            self.ends[MARKS - 1] = end.to_ne_bytes();
+            self.count = MARKS as u8 + 1;
+        } else {
             self.ends[self.len()] = end.to_ne_bytes();
             self.count += 1;
         }
     }
 
-    /// Whether boundaries at or after `seq` are not known.
-    fn unknown_from(&self, seq: u32) -> bool {
-        self.is_cut() && self.known().all(|end| seq_before(end, seq))
-    }
-
-    /// The first boundary at or after `seq`. When it is not known, `seq` itself is the best guess.
+    /// The first boundary at or after `seq`. When boundaries between the two were pushed out, where the response ended is not known, and
+    /// `seq` itself is the better guess.
     fn first_from(&self, seq: u32) -> Option<u32> {
-        self.known().find(|&end| !seq_before(end, seq)).or(self.is_cut().then_some(seq))
+        let (found, end) = self.known().enumerate().find(|&(_, end)| !seq_before(end, seq))?;
+        Some(if found == 0 && self.overflowed() { seq } else { end })
     }
 
     /// Whether `seq` is known to be a boundary.
@@ -104,59 +99,14 @@ impl Marks {
     /// Forgets the boundaries up to `seq`.
     fn forget_up_to(&mut self, seq: u32) {
         let passed = self.known().filter(|&end| !seq_before(seq, end)).count();
-        self.count -= passed as u8;
-        self.ends.rotate_left(passed);
+        if passed > 0 {
+            self.count = (self.len() - passed) as u8;
+            self.ends.rotate_left(passed);
+        }
     }
 
     fn clear(&mut self) {
-        *self = Marks::default();
-    }
-}
-
-/// What a session's past says of the target's byte count.
-///
-/// Where a write ended at a turn's very count and the target had sent more already, it answers several requests at once, with the sizes of
-/// the online server. So often as that was seen is what the count alone is believed for: boundaries are not all known then, and two
-/// responses may share a segment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Count(u8);
-
-impl Count {
-    /// The target sends without being asked: its silences say nothing, only the count does.
-    pub(crate) const ALONE: Count = Count(u8::MAX);
-    /// The most belief that is kept.
-    const MOST: u8 = 16;
-    /// What a count without a boundary costs.
-    const MISS: u8 = 4;
-
-    /// A write ended at the count, before other data.
-    fn confirm(&mut self) {
-        if *self != Count::ALONE {
-            self.0 = (self.0 + 1).min(Count::MOST);
-        }
-    }
-
-    /// Whether a count is believed whose boundary nobody can know.
-    fn is_believed(self) -> bool {
-        self.0 > 0
-    }
-
-    /// Whether a target that has sent less than the count is still to send it, however long it is silent.
-    fn is_sure(self) -> bool {
-        self.0 >= Count::MISS && self != Count::ALONE
-    }
-
-    /// Whether a count is believed that no boundary was seen at; not often in a row.
-    fn spend(&mut self) -> bool {
-        let sure = self.is_sure();
-        self.0 = self.0.saturating_sub(Count::MISS);
-        sure
-    }
-
-    fn doubt(&mut self) {
-        if *self != Count::ALONE {
-            self.0 = 0;
-        }
+        self.count = 0;
     }
 }
 
@@ -236,7 +186,8 @@ pub(crate) struct Session {
     pub(crate) awaiting_response: bool,
     pub(crate) watch_early: bool,
     pub(crate) holding: bool,
-    pub(crate) count: Count,
+    /// The target sends without being asked: its silences say nothing, only its byte count does.
+    pub(crate) flowing: bool,
     pub(crate) hold_since: Tick,
     pub(crate) response_at: Tick,
     /// When the first response byte after `turn_base` came.
@@ -383,29 +334,13 @@ impl Session {
         }
         if enough {
             // The last segment of a response may be a full one.
-            let exact = self.marks.has(expected)
-                || self.response_pushed && self.rcv_nxt == expected
-                || self.count.is_believed() && self.marks.unknown_from(expected);
-            if exact && self.marks.has(expected) && self.rcv_nxt != expected {
-                self.count.confirm();
-            }
+            let exact = self.marks.has(expected) || self.response_pushed && self.rcv_nxt == expected;
             let end = if exact { Some(expected) } else { self.marks.first_from(expected) };
-            if let Some(end) = end {
-                let trusted = end != expected && end.wrapping_sub(self.turn_base) <= self.whole;
-                let end = if exact || trusted || self.count == Count::ALONE {
-                    Some(end)
-                } else {
-                    self.count.spend().then_some(expected)
-                };
-                if let Some(end) = end {
-                    self.turn_base = end;
-                    if end == self.rcv_nxt {
-                        self.marks.clear();
-                    } else {
-                        self.marks.forget_up_to(end);
-                    }
-                    return Gate::Bytes;
-                }
+            let trusted = |end: u32| end != expected && end.wrapping_sub(self.turn_base) <= self.whole;
+            if let Some(end) = end.filter(|&end| exact || self.flowing || trusted(end)) {
+                self.turn_base = end;
+                self.marks.forget_up_to(end);
+                return Gate::Bytes;
             }
         }
         let length = self.rcv_nxt.wrapping_sub(self.turn_base);
@@ -424,8 +359,7 @@ impl Session {
         let limit = self.hold_since.wrapping_add(hold_limit);
         let something = seq_before(self.turn_base, self.rcv_nxt);
         // A count that is reached in the middle of a burst waits for the burst's end, like a response that is shorter.
-        let complete = enough || self.response_pushed && !self.count.is_sure();
-        let ended = something && complete && self.in_flight() == 0;
+        let ended = something && (enough || self.response_pushed) && self.in_flight() == 0;
         let quiet_at = self.response_at.wrapping_add(self.quiet_ticks());
         if ended && !before(now, quiet_at) {
             // What is longer than a flight comes in several, with pauses and ends of writes where they fall.
@@ -438,11 +372,9 @@ impl Session {
             return Gate::Quiet;
         }
         if !before(now, limit) {
+            // All that was asked for has come, and silence never: it does not wait for us either.
+            self.flowing |= enough;
             self.begin_count();
-            if enough {
-                // All that was asked for has come, and silence never: it does not wait for us either.
-                self.count = Count::ALONE;
-            }
             return Gate::HoldLimit;
         }
         Gate::Wait(if ended && before(quiet_at, limit) { quiet_at } else { limit })
@@ -452,7 +384,6 @@ impl Session {
     fn begin_count(&mut self) {
         self.turn_base = self.rcv_nxt;
         self.marks.clear();
-        self.count.doubt();
     }
 
     /// The earliest deadline.
@@ -516,7 +447,7 @@ impl Session {
             response_at: 0,
             response_began: 0,
             whole: 0,
-            count: Count::default(),
+            flowing: false,
             turn_seq: iss,
             watch_early: false,
             holding: false,
@@ -713,84 +644,6 @@ mod tests {
         for turn in 0..2 {
             assert_eq!(s.gate(20, 1000, 1), Gate::Bytes, "turn {turn}");
         }
-    }
-
-    /// A client with many requests under way, and a target that is faster than the online server: however far it is ahead, each turn asks for
-    /// the oldest response and goes at once.
-    #[test]
-    fn b023_a_target_that_is_far_ahead_of_a_pipelining_client_keeps_its_surplus() {
-        let mut s = session();
-        let size = |response: u32| 100 + response * 37 % 50;
-        let mut answered = 0;
-        for turn in 0..200 {
-            // In step at first, then up to 20 responses ahead, then in step again.
-            let ahead = [1, 1, 3, 9, 20, 20, 20, 7, 1][turn as usize * 9 / 200];
-            while answered < turn + ahead {
-                response(&mut s, size(answered), true, turn);
-                answered += 1;
-            }
-            assert_eq!(s.gate(size(turn), 1000, turn), Gate::Bytes, "turn {turn}");
-        }
-    }
-
-    /// A target that was ahead of its client and then pauses has not ended its responses.
-    #[test]
-    fn b023_a_pause_of_a_pipelining_session_is_no_end() {
-        let mut s = session();
-        for _ in 0..8 {
-            response(&mut s, 100, true, 1);
-        }
-        for turn in 0..8 {
-            assert_eq!(s.gate(100, 100_000, 1), Gate::Bytes, "turn {turn}");
-        }
-        assert!(matches!(s.gate(100, 100_000, 1), Gate::Wait(_)));
-        response(&mut s, 50, true, 2);
-        assert_eq!(s.gate(100, 100_000, 90_000), Gate::Wait(100_001));
-        assert_eq!(s.gate(100, 100_000, 100_001), Gate::HoldLimit);
-        // Shorter than online, then: from here on by silence again.
-        s.holding = false;
-        response(&mut s, 50, true, 100_002);
-        quiet(&mut s, 100, 100_002);
-    }
-
-    /// Now and then two responses share a segment, so that nobody sees where the first ended.
-    #[test]
-    fn b023_two_responses_in_one_segment_do_not_lose_the_count() {
-        let mut s = session();
-        let size = |response: u32| 100 + response * 37 % 50;
-        let mut answered = 0;
-        for turn in 0..200 {
-            while answered < turn + 3 {
-                if answered % 20 == 17 {
-                    response(&mut s, size(answered) + size(answered + 1), true, turn);
-                    answered += 2;
-                } else {
-                    response(&mut s, size(answered), true, turn);
-                    answered += 1;
-                }
-            }
-            assert_eq!(s.gate(size(turn), 1000, turn), Gate::Bytes, "turn {turn}");
-        }
-    }
-
-    /// Longer than online, in more writes than are remembered: its end is waited for, each time.
-    #[test]
-    fn b026_the_count_is_not_believed_where_responses_are_longer_in_many_writes() {
-        let mut s = session();
-        let mut now = 1;
-        for _ in 0..5 {
-            for _ in 0..10 {
-                response(&mut s, 100, true, now);
-            }
-            now = quiet(&mut s, 450, now);
-            assert_eq!(s.turn_base, s.rcv_nxt);
-        }
-        // One of the same size in many writes, known by its end.
-        for _ in 0..10 {
-            response(&mut s, 100, true, now);
-        }
-        assert_eq!(s.gate(1000, 1000, now), Gate::Bytes);
-        assert_eq!(s.turn_base, s.rcv_nxt);
     }
 
     #[test]
