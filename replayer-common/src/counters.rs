@@ -41,33 +41,89 @@ macro_rules! verdicts {
     };
 }
 
-verdicts! {
+/// Verdicts of a program that selects requests: its own, and the reasons why a packet is none that is to be captured.
+macro_rules! selecting {
+    ($(#[doc = $about:literal])+ $name:ident { $($own:tt)* }) => {
+        verdicts! {
+            $(#[doc = $about])+
+            $name {
+                $($own)*
+                /// For no service: another port, another address, not TCP, or not IP.
+                Unrelated = "unrelated",
+                /// For a wildcard service, but not addressed to this host (bridged, or seen in promiscuous mode).
+                NotForHost = "not_for_host",
+                /// Of a connection that the sample leaves out.
+                NotSampled = "not_sampled",
+                /// An acknowledgment without data, of which the replay makes its own.
+                PureAck = "pure_ack",
+                /// A TCP fragment to a service's address; fragments are not replayed.
+                Fragment = "fragment",
+                /// Ends inside its headers.
+                Truncated = "truncated",
+                /// Its header fields contradict each other.
+                Malformed = "malformed",
+                /// More or longer IPv6 extension headers than are followed.
+                ExtensionHeaders = "extension_headers",
+            }
+        }
+        selecting!(@reasons $name Unrelated NotForHost NotSampled PureAck Fragment Truncated Malformed ExtensionHeaders);
+    };
+    (@reasons $name:ident $($reason:ident)+) => {
+        impl $name {
+            /// The verdict for a packet that is not to be captured.
+            #[inline(always)]
+            pub fn refused(reason: Refusal) -> $name {
+                match reason {
+                    $(Refusal::$reason => $name::$reason,)+
+                }
+            }
+        }
+    };
+}
+
+selecting! {
+    /// Why a packet is not to be captured.
+    Refusal {}
+}
+
+selecting! {
     /// What `mirror` (tcx ingress on the capture interface) did. The packet itself always goes on unchanged.
     MirrorVerdict {
         /// Cloned to the mirror.
         Mirrored = "mirrored",
-        /// For no service: another port, another address, not TCP, or not IP.
-        Unrelated = "unrelated",
-        /// For a wildcard service, but not addressed to this host (bridged, or seen in promiscuous mode).
-        NotForHost = "not_for_host",
-        /// Of a connection that the sample leaves out.
-        NotSampled = "not_sampled",
-        /// An acknowledgment without data, of which the replay makes its own.
-        PureAck = "pure_ack",
-        /// A TCP fragment to a service's address; fragments are not replayed.
-        Fragment = "fragment",
-        /// Ends inside its headers.
-        Truncated = "truncated",
-        /// Its header fields contradict each other.
-        Malformed = "malformed",
-        /// More or longer IPv6 extension headers than are followed.
-        ExtensionHeaders = "extension_headers",
         /// For a service, while mirroring was switched off (no mirror interface configured).
         Off = "off",
         /// To be mirrored, but the mirror's queue was full: captured traffic was lost.
         MirrorFull = "mirror_full",
         /// To be mirrored, but the clone failed: no memory, or the mirror is gone or down. Captured traffic was lost.
         CloneFailed = "clone_failed",
+    }
+}
+
+selecting! {
+    /// What `ring` (tcx ingress on the capture interface) did. The packet itself always goes on unchanged.
+    RingVerdict {
+        /// Copied into its worker's ring.
+        Copied = "copied",
+        /// For a service, while there was no ring for its worker.
+        NoRing = "no_ring",
+        /// To be copied, but the ring was full: captured traffic was lost.
+        RingFull = "ring_full",
+        /// To be copied, but larger than a record: captured traffic was lost.
+        TooLarge = "too_large",
+        /// To be copied, but its bytes could not be read: captured traffic was lost.
+        CopyFailed = "copy_failed",
+    }
+}
+
+selecting! {
+    /// What `span` (XDP on a mirror port's NIC) did. What other hosts sent to each other and is not taken ends here, as it would
+    /// without promiscuous mode; the rest goes on to the kernel.
+    SpanVerdict {
+        /// Handed to the AF_XDP socket of its queue.
+        Redirected = "redirected",
+        /// To be captured, but there was no AF_XDP socket on its queue: captured traffic was lost.
+        NoSocket = "no_socket",
     }
 }
 

@@ -23,30 +23,39 @@ pub mod names {
     /// Array of [`PORT_WORDS`](super::PORT_WORDS) `u64`: bit `port % 64` of word `port / 64` is set when any service
     /// has that port. It makes unrelated traffic cheap, and what it leaves out no program looks at.
     pub const PORTS: &str = "PORTS";
-    /// Array of one [`CaptureConfig`](super::CaptureConfig).
+    /// Array of one [`CaptureConfig`](super::CaptureConfig), for `mirror`, `ring` and `span`.
     pub const CONFIG: &str = "CONFIG";
-    /// Array of [`HANDSHAKE_SLOTS`](super::HANDSHAKE_SLOTS) `u32`, private to `mirror`.
+    /// Array of [`HANDSHAKE_SLOTS`](super::HANDSHAKE_SLOTS) `u32`, private to `mirror`, `ring` and `span`, of which one runs.
     pub const HANDSHAKES: &str = "HANDSHAKES";
+    /// Array of maps: the ring buffer of each shard, private to `ring` and its reader.
+    pub const RINGS: &str = "RINGS";
+    /// Array of [`MAX_QUEUES`](super::MAX_QUEUES) `u64` by shard: not zero while the ring's reader sleeps. Whoever wakes it sets it to zero.
+    pub const SLEEPING: &str = "SLEEPING";
     /// XSKMAP: queue index to AF_XDP socket.
     pub const XSKS: &str = "XSKS";
     /// Hash: [`Ip`](crate::addr::Ip) of this host to `u32`, which has no meaning.
     pub const LOCAL_ADDRESSES: &str = "LOCAL_ADDRESSES";
     /// Per-CPU array of `u64` by [`MirrorVerdict`](crate::counters::MirrorVerdict).
     pub const MIRROR_COUNTERS: &str = "MIRROR_COUNTERS";
+    /// Per-CPU array of `u64` by [`RingVerdict`](crate::counters::RingVerdict).
+    pub const RING_COUNTERS: &str = "RING_COUNTERS";
+    /// Per-CPU array of `u64` by [`SpanVerdict`](crate::counters::SpanVerdict).
+    pub const SPAN_COUNTERS: &str = "SPAN_COUNTERS";
     /// Per-CPU array of `u64` by [`CaptureVerdict`](crate::counters::CaptureVerdict).
     pub const CAPTURE_COUNTERS: &str = "CAPTURE_COUNTERS";
     /// Per-CPU array of `u64` by [`ResponsesVerdict`](crate::counters::ResponsesVerdict).
     pub const RESPONSES_COUNTERS: &str = "RESPONSES_COUNTERS";
 }
 
-/// A service: the address and port that requests go to (`mirror`) or responses come from (`responses`).
+/// A service: the address and port that requests go to (`mirror`, `ring`, `span`) or responses come from (`responses`).
 ///
 /// For each service two entries are to be inserted: [`ServiceKey::new`], and [`ServiceKey::address_only`], by which
 /// fragments, which have no ports, are recognised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct ServiceKey {
-    /// The address; [`ANY`](crate::addr::ANY) for every address of this host (`mirror` only).
+    /// The address; [`ANY`](crate::addr::ANY) for every address of this host (`mirror` and `ring`), for every address (`span`); not
+    /// for `responses`.
     pub addr: Ip,
     /// The port, host order; 0, which is no port of a service, for the address alone.
     pub port: u16,
@@ -70,21 +79,40 @@ impl ServiceKey {
     }
 }
 
-/// What `mirror` has to know. One writer; the kernel copies it as a whole, but a program may see a torn update: each
+/// What comes before the packet in a record of a ring. Both are native integers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct RingHeader {
+    /// Bytes of the packet, from the Ethernet header on. The record may be longer.
+    pub len: u32,
+    /// Payload of the segments that receive offload put together to this packet, bytes; 0: it is one segment.
+    pub segment_len: u32,
+}
+
+/// Bytes of a [`RingHeader`].
+pub const RING_HEADER_LEN: usize = size_of::<RingHeader>();
+/// The largest packet in a ring: what an IP length field can say, behind an Ethernet header with two VLAN tags, rounded up.
+pub const RING_MAX_PACKET: usize = 65_536 + 32 - RING_HEADER_LEN;
+
+/// What the programs on the capture interface have to know. One writer; the kernel copies it as a whole, but a program may see a torn update: each
 /// field is meaningful by itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct CaptureConfig {
-    /// Connections whose flow hash is below this are mirrored: [`sample_threshold`](crate::hash::sample_threshold).
+    /// Connections whose flow hash is below this are captured: [`sample_threshold`](crate::hash::sample_threshold).
     /// 2^32 is all of them.
     pub sample_threshold: u64,
-    /// The mirror's near end; 0 switches mirroring off.
+    /// `mirror`: the mirror's near end; 0 switches mirroring off.
     pub mirror_ifindex: u32,
-    /// Shards: queues of the mirror. A connection's shard is its flow hash modulo this; 0 counts as 1.
+    /// `mirror` and `ring`: queues of the mirror, or rings. A connection's shard is its flow hash modulo this; 0 counts as 1.
     pub shards: u32,
+    /// `span`: the interface's own address. What is sent to another host's ends here.
+    pub mac: [u8; 6],
+    /// Zero.
+    pub pad: [u8; 2],
 }
 
-const _: () = assert!(size_of::<CaptureConfig>() == 16 && align_of::<CaptureConfig>() == 8);
+const _: () = assert!(size_of::<CaptureConfig>() == 24 && align_of::<CaptureConfig>() == 8);
 
 /// Where a port's bit is in the `PORTS` map: the word's index and the bit's mask.
 #[inline(always)]

@@ -1,6 +1,9 @@
 //! The programs that run in the kernel.
 //!
+//! - [`select`]: which packets are to be replayed, the same for the next three
 //! - [`mirror`]: tcx ingress on the production interface; clones what is to be replayed, changes nothing
+//! - [`ring`]: the same, but copies it into ring buffers
+//! - [`span`]: XDP on the NIC of a mirror port; hands what is to be replayed to an AF_XDP socket
 //! - [`capture`]: XDP on the mirror's far end; hands every frame to an AF_XDP socket
 //! - [`responses`]: XDP on the assistant; takes the target's segments off the wire
 //! - [`maps`]: what the programs share with user space
@@ -23,6 +26,9 @@ mod frame;
 mod maps;
 mod mirror;
 mod responses;
+mod ring;
+mod select;
+mod span;
 
 /// The helpers in use ask for no particular licence; the kernel wants to be told one.
 #[unsafe(link_section = "license")]

@@ -1,9 +1,10 @@
 //! The maps. Layouts, limits and meanings are in `replayer_common::maps`; a static's name is the map's name.
 
-use aya_ebpf::macros::map;
+use aya_ebpf::btf_maps::{ArrayOfMaps, RingBuf};
+use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, XskMap};
 use replayer_common::addr::Ip;
-use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict};
+use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict, RingVerdict, SpanVerdict};
 use replayer_common::maps::{
     CaptureConfig, HANDSHAKE_SLOTS, MAX_LOCAL_ADDRESSES, MAX_QUEUES, MAX_SERVICES, PORT_WORDS, ServiceKey,
     port_bit,
@@ -17,6 +18,11 @@ pub static PORTS: Array<u64> = Array::with_max_entries(PORT_WORDS, 0);
 pub static CONFIG: Array<CaptureConfig> = Array::with_max_entries(1, 0);
 #[map]
 pub static HANDSHAKES: Array<u32> = Array::with_max_entries(HANDSHAKE_SLOTS, 0);
+/// The rings are made by user space, as large as it wants; the smallest one stands for them here.
+#[btf_map]
+pub static RINGS: ArrayOfMaps<Ring, { MAX_QUEUES as usize }> = ArrayOfMaps::new();
+#[map]
+pub static SLEEPING: Array<u64> = Array::with_max_entries(MAX_QUEUES, 0);
 #[map]
 pub static XSKS: XskMap = XskMap::with_max_entries(MAX_QUEUES, 0);
 #[map]
@@ -25,11 +31,18 @@ pub static LOCAL_ADDRESSES: HashMap<Ip, u32> = HashMap::with_max_entries(MAX_LOC
 pub static MIRROR_COUNTERS: PerCpuArray<u64> =
     PerCpuArray::with_max_entries(MirrorVerdict::ALL.len() as u32, 0);
 #[map]
+pub static RING_COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(RingVerdict::ALL.len() as u32, 0);
+#[map]
+pub static SPAN_COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(SpanVerdict::ALL.len() as u32, 0);
+#[map]
 pub static CAPTURE_COUNTERS: PerCpuArray<u64> =
     PerCpuArray::with_max_entries(CaptureVerdict::ALL.len() as u32, 0);
 #[map]
 pub static RESPONSES_COUNTERS: PerCpuArray<u64> =
     PerCpuArray::with_max_entries(ResponsesVerdict::ALL.len() as u32, 0);
+
+/// A ring of records.
+pub type Ring = RingBuf<u8, 4096>;
 
 /// Moves one counter of the running CPU.
 #[inline(always)]

@@ -138,6 +138,7 @@ impl Online {
             sample_threshold: ramp.threshold(Duration::ZERO),
             mirror_ifindex: mirror.near_index(),
             shards: workers,
+            ..CaptureConfig::default()
         };
         programs.set_capture(capture_config)?;
 

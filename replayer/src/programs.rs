@@ -209,11 +209,12 @@ impl Programs {
 
     /// What [`Program::Mirror`] samples, and where it clones to.
     pub fn set_capture(&mut self, config: CaptureConfig) -> Result<(), ProgramsError> {
-        let mut bytes = [0; 16];
+        let mut bytes = [0; 24];
         bytes[..8].copy_from_slice(&config.sample_threshold.to_ne_bytes());
         bytes[8..12].copy_from_slice(&config.mirror_ifindex.to_ne_bytes());
-        bytes[12..].copy_from_slice(&config.shards.to_ne_bytes());
-        self.array::<[u8; 16]>(names::CONFIG)?.set(0, bytes, 0).map_err(map_error(names::CONFIG))
+        bytes[12..16].copy_from_slice(&config.shards.to_ne_bytes());
+        bytes[16..22].copy_from_slice(&config.mac);
+        self.array::<[u8; 24]>(names::CONFIG)?.set(0, bytes, 0).map_err(map_error(names::CONFIG))
     }
 
     /// The addresses of this host: what a target sends to one of them is not taken by [`Program::Responses`].

@@ -135,6 +135,7 @@ pub fn run(args: &RecordArgs) -> Result<()> {
         sample_threshold: sample_threshold(args.sample.0),
         mirror_ifindex: mirror.near_index(),
         shards: 1,
+        ..CaptureConfig::default()
     })?;
     let mirror_mode = programs.attach_mirror(&device.name)?;
     eprintln!(

@@ -145,8 +145,12 @@ impl Capture {
         let mirror = Mirror::create(1500, queues).expect("a mirror");
         let mut programs = Programs::load().expect("the programs");
         programs.set_services(&BTreeSet::from([(addr::from_v4(SERVICE.octets()), 80)])).expect("services");
-        let config =
-            CaptureConfig { sample_threshold: ALL, mirror_ifindex: mirror.near_index(), shards: queues };
+        let config = CaptureConfig {
+            sample_threshold: ALL,
+            mirror_ifindex: mirror.near_index(),
+            shards: queues,
+            ..CaptureConfig::default()
+        };
         programs.set_capture(config).expect("configuration");
         let ports = (0..queues)
             .map(|queue| {

@@ -12,15 +12,16 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::process::Command;
 use std::time::Duration;
 
-use aya::maps::{Array, HashMap, Map, PerCpuArray, XskMap};
+use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray, RingBuf, XskMap};
 use aya::programs::{SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp, XdpMode};
 use aya::{Ebpf, Pod};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use replayer_common::addr::{ANY, Ip, from_std};
-use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict};
+use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict, RingVerdict, SpanVerdict};
 use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
-use replayer_common::maps::{CaptureConfig, ServiceKey, names, port_bit};
-use replayer_common::packet::flags;
+use replayer_common::maps::{CaptureConfig, RING_HEADER_LEN, RingHeader, ServiceKey, names, port_bit};
+use replayer_common::packet::{flags, locate};
 use replayer_tests::wait::wait_for;
 
 const OBJECT: &[u8] = aya::include_bytes_aligned!("../../replayer-ebpf/replayer.bpf.o");
@@ -44,6 +45,26 @@ fn b011_b039_every_frame_gets_its_verdict() {
             assert_eq!(run.moved, [(case.mirror.as_str(), 1)], "{name}: counters of mirror");
             assert_eq!(run.returned, TCX_NEXT, "{name}: mirror");
             assert!(run.frame == case.frame, "{name}: mirror changed the packet");
+
+            // The same packets are captured in every way, and for the same reasons left alone.
+            let run = kernel.ring(&case.frame);
+            let expected = if case.mirror == "mirrored" { "copied" } else { &case.mirror };
+            assert_eq!((run.verdict(), run.returned), (expected, TCX_NEXT), "{name}: ring");
+            assert!(run.frame == case.frame, "{name}: ring changed the packet");
+            let copied = kernel.record().map(|(header, bytes)| (header.len as usize, bytes));
+            let expected = (case.mirror == "mirrored").then(|| (case.frame.len(), case.frame.clone()));
+            assert_eq!(copied, expected, "{name}: the record in the ring");
+
+            let run = kernel.span(&case.frame);
+            let (expected, action) = match &case.mirror[..] {
+                "mirrored" => ("redirected", XDP_REDIRECT),
+                // A wildcard service means every address that a mirror port shows.
+                "not_for_host" if case.about_fragment() => ("fragment", XDP_DROP),
+                "not_for_host" => ("redirected", XDP_REDIRECT),
+                other => (other, if for_another_host(&case.frame) { XDP_DROP } else { XDP_PASS }),
+            };
+            assert_eq!((run.verdict(), run.returned), (expected, action), "{name}: span");
+            assert!(run.frame == case.frame, "{name}: span changed the packet");
 
             let run = kernel.responses(&case.frame);
             assert_eq!(run.moved, [(case.responses.as_str(), 1)], "{name}: counters of responses");
@@ -125,6 +146,105 @@ fn b048_what_could_not_be_mirrored_is_counted() {
         ip("link set near down");
         let verdict = kernel.mirror(&request).verdict();
         assert!(["clone_failed", "mirror_full"].contains(&verdict), "the mirror is down: {verdict}");
+    });
+}
+
+#[test]
+fn b048_what_finds_no_room_in_the_ring_is_counted_and_what_is_there_stays_whole() {
+    in_own_namespace(|| {
+        let request = cases().remove("v4-data").expect("the case").frame;
+        let mut kernel = Kernel::new();
+        let (mut copied, mut full) = (0, 0);
+        while full < 10 {
+            let run = kernel.ring(&request);
+            assert_eq!(run.returned, TCX_NEXT, "the packet goes on");
+            match run.verdict() {
+                "copied" if full == 0 => copied += 1,
+                "ring_full" => full += 1,
+                other => panic!("{other} after {copied} copied and {full} that found no room"),
+            }
+        }
+        // A record of 128 bytes and its header of 8; the kernel keeps a ring from filling to the last byte.
+        assert!((RING_BYTES / 136 - 2..=RING_BYTES / 136).contains(&copied), "{copied} records");
+        for at in 0..copied {
+            let (header, bytes) = kernel.record().expect("a record");
+            assert!(header.segment_len == 0 && bytes == request, "record {at}");
+        }
+        assert!(kernel.record().is_none());
+        assert_eq!(kernel.ring(&request).verdict(), "copied", "there is room again");
+    });
+}
+
+#[test]
+fn a_packet_without_a_ring_is_counted() {
+    in_own_namespace(|| {
+        let request = cases().remove("v4-data").expect("the case").frame;
+        let mut kernel = Kernel::new();
+        // Shards that nobody has made a ring for.
+        kernel.configure(CaptureConfig { shards: QUEUES, ..kernel.config });
+        let mut verdicts = BTreeMap::new();
+        for port in 30_000..30_100u16 {
+            let mut frame = request.clone();
+            frame[SRC_PORT..SRC_PORT + 2].copy_from_slice(&port.to_be_bytes());
+            let client = from_std("192.0.2.1".parse().expect("an address"));
+            let shard = flow_hash(FLOW_SEED, &client, port) % QUEUES;
+            let expected = if shard == 0 { "copied" } else { "no_ring" };
+            let verdict = kernel.ring(&frame).verdict();
+            assert_eq!(verdict, expected, "port {port} of shard {shard}");
+            *verdicts.entry(verdict).or_insert(0) += 1;
+        }
+        assert_eq!(verdicts.len(), 2, "{verdicts:?}");
+    });
+}
+
+/// A reader that sleeps in poll(2) is woken by the first record, one that does not is left alone.
+#[test]
+fn only_a_reader_that_sleeps_is_woken() {
+    in_own_namespace(|| {
+        let request = cases().remove("v4-data").expect("the case").frame;
+        let mut kernel = Kernel::new();
+        assert_eq!(kernel.sleeping(), 0);
+        assert_eq!(kernel.ring(&request).verdict(), "copied");
+        assert_eq!(kernel.sleeping(), 0);
+        assert!(kernel.record().is_some() && kernel.record().is_none());
+        kernel.set_sleeping();
+        let fd = kernel.reader.as_fd().try_clone_to_owned().expect("a descriptor");
+        let sleeper = std::thread::spawn(move || {
+            let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+            poll(&mut fds, PollTimeout::from(5000u16)).expect("poll")
+        });
+        // Without a wake-up it would sleep on, whenever it began to.
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(kernel.ring(&request).verdict(), "copied");
+        assert_eq!(sleeper.join().expect("the sleeper"), 1, "woken before its time");
+        assert_eq!(kernel.sleeping(), 0, "and only once");
+        // The empty record that woke it is not seen.
+        assert!(kernel.record().is_some() && kernel.record().is_none());
+    });
+}
+
+#[test]
+fn span_leaves_to_the_kernel_what_it_would_have_got_anyway() {
+    in_own_namespace(|| {
+        let unrelated = cases().remove("v4-other-port").expect("the case").frame;
+        let mut kernel = Kernel::new();
+        let own = [2, 0, 0, 0, 0, 0x77];
+        kernel.configure(CaptureConfig { mac: own, ..kernel.config });
+        for (destination, action) in [
+            (own, XDP_PASS),
+            ([2, 0, 0, 0, 0, 0x78], XDP_DROP),
+            ([0xff; 6], XDP_PASS),
+            ([1, 0x80, 0xc2, 0, 0, 0x0e], XDP_PASS),
+        ] {
+            let mut frame = unrelated.clone();
+            frame[..6].copy_from_slice(&destination);
+            let run = kernel.span(&frame);
+            assert_eq!((run.verdict(), run.returned), ("unrelated", action), "to {destination:02x?}");
+        }
+        let request = cases().remove("v4-data").expect("the case").frame;
+        kernel.set_socket(0, None);
+        let run = kernel.span(&request);
+        assert_eq!((run.verdict(), run.returned), ("no_socket", XDP_DROP));
     });
 }
 
@@ -269,6 +389,8 @@ fn cost_per_packet() {
         for name in ["arp", "udp", "v4-other-port", "v6-other-port", "v4-other-address", "v4-ack", "v6-ack"] {
             let nanoseconds = kernel.cost("mirror", &cases[name].frame);
             println!("mirror    {:18} {nanoseconds:4} ns  {}", name, cases[name].mirror);
+            println!("ring      {:18} {:4} ns", name, kernel.cost("ring", &cases[name].frame));
+            println!("span      {:18} {:4} ns", name, kernel.cost("span", &cases[name].frame));
         }
         for name in ["arp", "v4-response-other-port", "v4-response-to-this-host"] {
             let nanoseconds = kernel.cost("responses", &cases[name].frame);
@@ -277,6 +399,10 @@ fn cost_per_packet() {
     });
 }
 
+/// `BPF_MAP_TYPE_RINGBUF` of `linux/bpf.h`.
+const RINGBUF: u32 = 27;
+/// Size of the ring in these tests.
+const RING_BYTES: u32 = 1 << 16;
 /// Queues of the mirror in these tests.
 const QUEUES: u32 = 4;
 
@@ -286,6 +412,8 @@ struct Kernel {
     config: CaptureConfig,
     /// Kept open: the map of sockets forgets one that is closed.
     sockets: BTreeMap<u32, OwnedFd>,
+    /// Of the ring of shard 0, the only one.
+    reader: RingBuf<MapData>,
 }
 
 /// What a program made of a frame.
@@ -323,7 +451,7 @@ impl Kernel {
         }
         ip("link set lo up");
         let mut ebpf = Ebpf::load(OBJECT).expect("loading the committed object");
-        for name in ["mirror", "capture", "responses"] {
+        for name in ["mirror", "ring", "span", "capture", "responses"] {
             match ebpf.program_mut(name).expect("the program") {
                 aya::programs::Program::Xdp(program) => program.load(),
                 aya::programs::Program::SchedClassifier(program) => program.load(),
@@ -335,8 +463,17 @@ impl Kernel {
             sample_threshold: sample_threshold(100.0),
             mirror_ifindex: ifindex("near"),
             shards: 1,
+            ..CaptureConfig::default()
         };
-        let mut kernel = Kernel { ebpf, config, sockets: BTreeMap::new() };
+        let ring = Map::RingBuf(
+            MapData::create(aya_obj::Map::new_from_params(RINGBUF, 0, 0, RING_BYTES, 0), "ring", None)
+                .expect("a ring"),
+        );
+        let reader = RingBuf::try_from(ring).expect("a ring");
+        let mut rings: ArrayOfMaps<_, RingBuf<MapData>> =
+            ebpf.map_mut(names::RINGS).expect("the map").try_into().expect("an array of maps");
+        rings.set(0, &reader, 0).expect("setting");
+        let mut kernel = Kernel { ebpf, config, sockets: BTreeMap::new(), reader };
         kernel.configure(config);
         let ip = |text: &str| from_std(text.parse().expect("an address"));
         for (addr, port) in [(ip("198.51.100.7"), 80), (ip("2001:db8::7"), 80), (ANY, 8080)] {
@@ -392,6 +529,33 @@ impl Kernel {
 
     fn mirror(&mut self, frame: &[u8]) -> Run {
         self.run("mirror", names::MIRROR_COUNTERS, mirror_name, frame)
+    }
+
+    fn ring(&mut self, frame: &[u8]) -> Run {
+        self.run("ring", names::RING_COUNTERS, |at| RingVerdict::ALL[at].name(), frame)
+    }
+
+    fn span(&mut self, frame: &[u8]) -> Run {
+        self.run("span", names::SPAN_COUNTERS, |at| SpanVerdict::ALL[at].name(), frame)
+    }
+
+    /// The next record of the ring: its header and the packet.
+    fn record(&mut self) -> Option<(RingHeader, Vec<u8>)> {
+        let record = self.reader.next()?;
+        let (header, bytes) = record.split_at(RING_HEADER_LEN);
+        let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().expect("four bytes"));
+        let header = RingHeader { len: word(0), segment_len: word(4) };
+        Some((header, bytes[..header.len as usize].to_vec()))
+    }
+
+    fn sleeping(&mut self) -> u64 {
+        let map: Array<_, u64> = self.map(names::SLEEPING).try_into().expect("an array");
+        map.get(&0, 0).expect("getting")
+    }
+
+    fn set_sleeping(&mut self) {
+        let mut map: Array<_, u64> = self.map(names::SLEEPING).try_into().expect("an array");
+        map.set(0, 1, 0).expect("setting");
     }
 
     fn responses(&mut self, frame: &[u8]) -> Run {
@@ -450,6 +614,18 @@ struct Case {
     /// The length that `responses` cuts the frame to, if it takes it.
     cut_len: Option<usize>,
     frame: Vec<u8>,
+}
+
+impl Case {
+    /// Whether it is a fragment to the wildcard service's port or address.
+    fn about_fragment(&self) -> bool {
+        locate(&&self.frame[..]).is_ok_and(|packet| packet.fragment)
+    }
+}
+
+/// Whether a frame's destination is one host, and not the one at address zero.
+fn for_another_host(frame: &[u8]) -> bool {
+    frame.len() >= 6 && frame[0] & 1 == 0 && frame[..6] != [0; 6]
 }
 
 /// Reads the file of frames; its form is described at its beginning.
