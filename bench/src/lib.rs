@@ -4,11 +4,13 @@
 //! - [`engine`]: the session engine alone, one core, no kernel
 //! - [`path`]: RX ring to TX ring over veth
 //! - [`sending`]: copies into a TX ring, beside other ways to send
+//! - [`live`]: the roles in the lab, with real servers and clients
 //!
 //! A subject is a function from [`Options`] to figures, listed in [`SUBJECTS`]. Whatever it compares itself with is measured in the
 //! same run, and a figure says what was wanted of it, so that a reader needs no second document.
 
 pub mod engine;
+pub mod live;
 pub mod path;
 pub mod report;
 pub mod sending;
@@ -38,4 +40,5 @@ pub const SUBJECTS: &[Subject] = &[
     Subject { name: "engine", what: engine::WHAT, run: engine::run },
     Subject { name: "path", what: path::WHAT, run: path::run },
     Subject { name: "sending", what: sending::WHAT, run: sending::run },
+    Subject { name: "live", what: live::WHAT, run: live::run },
 ];

@@ -1,6 +1,7 @@
 //! tcpdump on a host of a lab: what it captures is a file to be replayed.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -29,8 +30,21 @@ impl Capture {
     /// The same, to a file of a certain name.
     pub fn start_to(lab: &Lab, host: &Host, filter: &str, file: &Path) -> Result<Self> {
         let mut command = host.command("tcpdump");
-        command.args(["-i", NIC, "-s", "0", "-B", "65536", "--immediate-mode", "-Z", "root", "-w"]).arg(file);
-        let mut process = start(lab, host, "tcpdump", command.arg(filter))?;
+        command.args(["-i", NIC, "-s", "0", "--immediate-mode"]);
+        Self::run(lab, host, command, filter, file)
+    }
+
+    /// Captures what passes the switch's end of the host's cable, both ways, with nanoseconds: there a packet has left the host, by
+    /// whatever way. Only the first 256 bytes of each, in blocks, so that it costs little.
+    pub fn on_cable(lab: &Lab, host: &Host, filter: &str) -> Result<Self> {
+        let mut command = lab.switch().command("tcpdump");
+        command.args(["-i", host.name(), "-s", "256", "--time-stamp-precision=nano"]);
+        Self::run(lab, host, command, filter, &lab.dir().join(format!("cable-{}.pcap", host.name())))
+    }
+
+    fn run(lab: &Lab, host: &Host, mut command: Command, filter: &str, file: &Path) -> Result<Self> {
+        command.args(["-B", "65536", "-Z", "root", "-w"]).arg(file).arg(filter);
+        let mut process = start(lab, host, "tcpdump", &mut command)?;
         process.wait_for_message("listening on", LIMIT)?;
         Ok(Self { process, file: file.to_owned() })
     }

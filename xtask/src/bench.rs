@@ -28,7 +28,9 @@ pub(crate) fn main(arguments: &Arguments) -> Result<()> {
     deps::install(deps::ALL)?;
     deps::install(deps::BENCHMARKS)?;
     let mut build = cargo();
-    build.args(["build", "--quiet", "--release", "--package", "bench"]);
+    // The roles and the lab's programs as well: `live` runs them.
+    let packages = ["bench", "replayer", "replayer-tests"].map(|name| format!("--package={name}"));
+    build.args(["build", "--quiet", "--release", "--bins"]).args(packages);
     if !build.status().context("starting cargo")?.success() {
         bail!("the build failed: see its messages above");
     }

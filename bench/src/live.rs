@@ -1,0 +1,265 @@
+//! The roles at work: nginx on the online host and on the target, real clients, all of it in the lab, everything on this machine's cores.
+//!
+//! Added delay is measured on the wire, not by the program under test: tcpdump at the switch's end of the online host's cable sees a
+//! request on its way in and its copy on its way out. CPU time is measured in a lab where the packets that the roles send are received by
+//! threads of the switch, so that a role's time is its own. What capture alone costs the online server is measured with `replayer record`, whose
+//! capture is the online role's, beside nothing and beside tcpdump with the same packets to the same file system.
+
+use crate::Options;
+use crate::report::{Figure, Wanted};
+use anyhow::{Context, Result, ensure};
+use replayer::pcap::reader::Reader;
+use replayer_common::packet::parse_tcp_frame;
+use replayer_tests::capture::Capture;
+use replayer_tests::clients::{Load, output_of};
+use replayer_tests::lab::{Lab, NIC, Plan};
+use replayer_tests::pairs::NginxPair;
+use replayer_tests::process::Process;
+use replayer_tests::replay::Replay;
+use replayer_tests::servers::{Nginx, NginxRequests, start, tool};
+use replayer_tests::wait::settled;
+use std::collections::HashMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// What the subject measures.
+pub const WHAT: &str = "the roles at work: real servers and clients, all hosts on this machine";
+
+const HTTP: u16 = 8080;
+/// Requests a second that a production server is meant to have.
+const STEADY_RATE: u32 = 20_000;
+/// Requests a second at which these machines have time left.
+const EASY_RATE: u32 = 5_000;
+const CONNECTIONS: u32 = 50;
+/// How long after a load copies may still arrive, and how long nothing may come until all have.
+const ARRIVAL: Duration = Duration::from_secs(10);
+const QUIET: Duration = Duration::from_millis(700);
+/// tcpdump gets packets from the kernel in blocks, the last of them at most a second late.
+const TCPDUMP_BUFFER: Duration = Duration::from_millis(1500);
+/// Ways to capture, as `--capture` names them.
+const BACK_ENDS: &[&str] = &["mirror"];
+
+/// Measures all of it.
+pub fn run(options: Options) -> Result<Vec<Figure>> {
+    let seconds = if options.quick { 1 } else { 4 };
+    let rounds = if options.quick { 1 } else { 3 };
+    let mut figures = saturated(seconds, rounds)?;
+    figures.extend(steady(seconds, rounds)?);
+    figures.extend(delays(seconds)?);
+    figures.extend(capture_alone(seconds, rounds)?);
+    Ok(figures)
+}
+
+/// As many requests as the machine takes, all of them replayed.
+fn saturated(seconds: u32, rounds: usize) -> Result<Vec<Figure>> {
+    let lab = Lab::up(Plan::default())?;
+    let _nginx = NginxPair::start(&lab, HTTP)?;
+    let (mut online, mut target) = (NginxRequests::default(), NginxRequests::default());
+    let (mut alone, mut replayed, mut missing) = (Vec::new(), Vec::new(), 0);
+    for _ in 0..rounds {
+        alone.push(wrk(&lab, seconds)?);
+        let before = (online.read(lab.online())?, target.read(lab.target())?);
+        let replay = Replay::start(&lab, &[HTTP], &[])?;
+        replayed.push(wrk(&lab, seconds)?);
+        settled(QUIET, ARRIVAL, || target.read(lab.target()).ok());
+        let after = (online.read(lab.online())?, target.read(lab.target())?);
+        missing += (after.0 - before.0).abs_diff(after.1 - before.1);
+        replay.stop()?;
+    }
+    let alone = Figure::median("wrk, 16 connections, without a replay", alone, "requests/s");
+    let replayed = Figure::median("wrk, 16 connections, replayed", replayed, "requests/s")
+        .beside("without a replay", alone.value);
+    let missing = Figure::new("of these requests, not at the target", missing as f64, "requests")
+        .wanted(Wanted::AtMost(0.0));
+    Ok(vec![replayed, missing, alone])
+}
+
+/// CPU time of the roles for a request, and while there is nothing to do.
+fn steady(seconds: u32, rounds: usize) -> Result<Vec<Figure>> {
+    let lab = Lab::up(Plan { receive_threads: true, ..Plan::default() })?;
+    let _nginx = NginxPair::start(&lab, HTTP)?;
+    let replay = Replay::start(&lab, &[HTTP], &[])?;
+    let mut target = NginxRequests::default();
+    let cpu = || anyhow::Ok((replay.online.process.cpu_seconds()?, replay.assistant.process.cpu_seconds()?));
+    let (mut online, mut assistant, mut missing) = (Vec::new(), Vec::new(), 0);
+    for _ in 0..rounds {
+        let (before, arrived) = (cpu()?, target.read(lab.target())?);
+        let requests = load(&lab, STEADY_RATE, seconds)?;
+        settled(QUIET, ARRIVAL, || target.read(lab.target()).ok());
+        let after = cpu()?;
+        missing += requests.abs_diff(target.read(lab.target())? - arrived);
+        online.push((after.0 - before.0) * 1e6 / requests as f64);
+        assistant.push((after.1 - before.1) * 1e6 / requests as f64);
+    }
+    let (before, since) = (cpu()?, Instant::now());
+    std::thread::sleep(Duration::from_secs(seconds.into()));
+    let (after, idle) = (cpu()?, since.elapsed().as_secs_f64());
+    replay.stop()?;
+    let what = format!("{STEADY_RATE} requests/s on {CONNECTIONS} connections");
+    Ok(vec![
+        Figure::median(format!("{what}: CPU of the online role"), online, "us/request")
+            .wanted(Wanted::AtMost(4.0)),
+        Figure::median(format!("{what}: CPU of the assistant"), assistant, "us/request")
+            .wanted(Wanted::AtMost(2.0)),
+        Figure::new(format!("{what}: not at the target"), missing as f64, "requests")
+            .wanted(Wanted::AtMost(0.0)),
+        Figure::new("idle: CPU of the online role", 100.0 * (after.0 - before.0) / idle, "% of a core")
+            .wanted(Wanted::AtMost(0.5)),
+        Figure::new("idle: CPU of the assistant", 100.0 * (after.1 - before.1) / idle, "% of a core")
+            .wanted(Wanted::AtMost(0.5)),
+    ])
+}
+
+/// From a request on its way to the online host until its copy has left it.
+fn delays(seconds: u32) -> Result<Vec<Figure>> {
+    let lab = Lab::up(Plan::default())?;
+    let _nginx = NginxPair::start(&lab, HTTP)?;
+    let replay = Replay::start(&lab, &[HTTP], &[])?;
+    let mut figures = Vec::new();
+    for rate in [EASY_RATE, STEADY_RATE] {
+        let filter = format!("tcp dst port {HTTP} and tcp[tcpflags] & tcp-push != 0");
+        let capture = Capture::on_cable(&lab, lab.online(), &filter)?;
+        let requests = load(&lab, rate, seconds)?;
+        std::thread::sleep(TCPDUMP_BUFFER);
+        let mut delays = added_delays(&capture.stop()?, &lab)?;
+        ensure!(delays.len() as u64 == requests, "{} delays of {requests} requests", delays.len());
+        delays.sort_unstable();
+        for (name, share) in [("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)] {
+            let at = ((delays.len() as f64 * share) as usize).min(delays.len() - 1);
+            let name = format!("{rate} requests/s: added delay, {name}");
+            let figure = Figure::new(name, delays[at] as f64 / 1e3, "us");
+            let wanted = share == 0.99 && rate == EASY_RATE;
+            figures.push(if wanted { figure.wanted(Wanted::AtMost(200.0)) } else { figure });
+        }
+    }
+    replay.stop()?;
+    Ok(figures)
+}
+
+/// For each request in the file its copy's delay, ns. A request is found again by its bytes, which hold an id.
+fn added_delays(file: &Path, lab: &Lab) -> Result<Vec<u64>> {
+    let (online, target) =
+        (lab.online().v4().to_ipv6_mapped().octets(), lab.target().v4().to_ipv6_mapped().octets());
+    let mut reader = Reader::open(file)?;
+    let (mut arrived, mut delays) = (HashMap::new(), Vec::new());
+    while reader.advance()? {
+        let packet = reader.packet().context("a packet was read")?;
+        let Ok(segment) = parse_tcp_frame(packet.data) else { continue };
+        let payload = &packet.data[usize::from(segment.payload_offset)..];
+        if segment.payload_len == 0 {
+            continue;
+        }
+        if segment.dst == online {
+            arrived.entry(payload.to_vec()).or_insert(packet.time_ns);
+        } else if segment.dst == target
+            && let Some(time_ns) = arrived.remove(payload)
+        {
+            delays.push(packet.time_ns.saturating_sub(time_ns));
+        }
+    }
+    ensure!(arrived.is_empty(), "{} requests had no copy", arrived.len());
+    Ok(delays)
+}
+
+/// What capture costs the online server: its rate when it is saturated and its response times when it is not.
+fn capture_alone(seconds: u32, rounds: usize) -> Result<Vec<Figure>> {
+    let lab = Lab::up(Plan::default())?;
+    let _nginx = Nginx::start(&lab, lab.online(), HTTP)?;
+    let mut names = vec!["no capture".to_owned(), "tcpdump".to_owned()];
+    names.extend(BACK_ENDS.iter().map(|name| format!("capture by {name}")));
+    let mut samples = vec![(Vec::new(), Vec::new()); names.len()];
+    for _ in 0..rounds {
+        for (name, samples) in names.iter().zip(&mut samples) {
+            let capture = recorder(&lab, name)?;
+            samples.0.push(wrk(&lab, seconds)?);
+            samples.1.push(latency(&lab, EASY_RATE, seconds)?);
+            if let Some(mut capture) = capture {
+                capture.stop()?;
+            }
+        }
+    }
+    let mut figures: Vec<Figure> = Vec::new();
+    for (name, (rates, latencies)) in names.iter().zip(samples) {
+        let rate = Figure::median(format!("{name}: online server saturated"), rates, "requests/s");
+        let p99 = Figure::median(format!("{name}: p99 at {EASY_RATE} requests/s"), latencies, "us");
+        let (rate, p99) = match figures.as_slice() {
+            [first_rate, first_p99, ..] => {
+                (rate.beside("no capture", first_rate.value), p99.beside("no capture", first_p99.value))
+            }
+            _ => (rate, p99),
+        };
+        figures.extend([rate, p99]);
+    }
+    Ok(figures)
+}
+
+/// Starts what captures the requests to the online server, and only that.
+fn recorder(lab: &Lab, name: &str) -> Result<Option<Process>> {
+    let file = lab.dir().join("recorded");
+    let online = lab.online();
+    let (mut command, ready) = match name.strip_prefix("capture by ") {
+        Some(_) => {
+            let mut command = online.command(tool("replayer")?);
+            command.args(["record", "-i", NIC, "-x", &HTTP.to_string(), "--files", "1", "-w"]).arg(file);
+            (command, "record ready")
+        }
+        None if name == "tcpdump" => {
+            let mut command = online.command("tcpdump");
+            command.args(["-i", NIC, "-s", "0", "-Z", "root", "-w"]).arg(file);
+            command.arg(format!("tcp dst port {HTTP}"));
+            (command, "listening on")
+        }
+        None => return Ok(None),
+    };
+    let mut process = start(lab, online, "recorder", &mut command)?;
+    process.wait_for_message(ready, Duration::from_secs(10))?;
+    Ok(Some(process))
+}
+
+/// Runs loadgen at a rate; how many requests were answered, which must be all.
+fn load(lab: &Lab, rate: u32, seconds: u32) -> Result<u64> {
+    Ok(summary(lab, rate, seconds)?.responses)
+}
+
+/// 99 % of the responses were complete after so many microseconds.
+fn latency(lab: &Lab, rate: u32, seconds: u32) -> Result<f64> {
+    Ok(summary(lab, rate, seconds)?.latency_us.p99)
+}
+
+fn summary(lab: &Lab, rate: u32, seconds: u32) -> Result<replayer_tests::load::Summary> {
+    let arguments = format!(
+        "--connect {}:{HTTP} --protocol http --expect-server online --connections {CONNECTIONS} --rate {rate} \
+         --seconds {seconds}",
+        lab.online().v4()
+    );
+    let summary = Load::run(lab, "bench", &arguments)?;
+    ensure!((summary.errors, summary.unanswered) == (0, 0), "a client saw errors: {summary:?}");
+    Ok(summary)
+}
+
+/// As many requests as are answered, on 16 keep-alive connections; how many a second.
+fn wrk(lab: &Lab, seconds: u32) -> Result<f64> {
+    let url = format!("http://{}:{HTTP}/wrk", lab.online().v4());
+    let text = output_of(lab.client().command("wrk").args(["-t1", "-c16", &format!("-d{seconds}"), &url]))?;
+    rated(&text).with_context(|| format!("unexpected output of wrk: {text}"))
+}
+
+/// Reads `Requests/sec:  12345.67`; none when wrk saw errors.
+fn rated(text: &str) -> Option<f64> {
+    if text.contains("Socket errors") || text.contains("Non-2xx") {
+        return None;
+    }
+    text.lines().find_map(|line| line.strip_prefix("Requests/sec:"))?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_of_wrk_is_read_unless_it_saw_errors() {
+        let text = "  100 requests in 1.00s, 1.00MB read\nRequests/sec:  12345.67\nTransfer/sec: 1.0MB\n";
+        assert_eq!(rated(text), Some(12345.67));
+        assert_eq!(rated(&format!("  Socket errors: connect 0, read 1\n{text}")), None);
+    }
+}
