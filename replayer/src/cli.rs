@@ -1,13 +1,13 @@
 //! The command line: what was typed, parsed into types. What it means is decided in the roles' own files.
 
 use crate::placement::{CpuList, Workers};
+use crate::replay::ReplayArgs;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use replayer_common::addr::{ANY, Endpoint, from_std};
 use replayer_engine::AddressRange;
 use replayer_engine::config::Service;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
 use std::str::FromStr;
 
 /// Replays the live TCP requests of a production server to a target server.
@@ -37,15 +37,9 @@ pub enum Role {
 /// Arguments of the online role.
 #[derive(Debug, Args)]
 pub struct OnlineArgs {
-    /// What to copy to where; IPv6 addresses in brackets; the same source may have several targets.
-    #[arg(
-        short = 'x',
-        long = "service",
-        value_name = "[SRC_IP:]SRC_PORT-DST_IP:DST_PORT",
-        required = true,
-        value_delimiter = ','
-    )]
-    pub services: Vec<ServiceArg>,
+    /// What is replayed, and how.
+    #[command(flatten)]
+    pub replay: ReplayArgs,
 
     /// The assistants; the port is that of -p unless given.
     #[arg(
@@ -61,49 +55,13 @@ pub struct OnlineArgs {
     #[arg(short = 'i', long = "interface", value_name = "IFACE")]
     pub interface: Option<String>,
 
-    /// Send on this interface [default: by the route to the target].
-    #[arg(short = 'o', long = "output-interface", value_name = "IFACE")]
-    pub output_interface: Option<String>,
-
-    /// Source addresses to use instead of the clients' own.
-    #[arg(short = 'c', long = "client-pool", value_name = "IP|CIDR|FIRST-LAST", value_delimiter = ',')]
-    pub pool: Vec<PoolArg>,
-
-    /// Copies of each connection; may be fractional.
-    #[arg(short = 'n', long = "copies", value_name = "COPIES", default_value = "1")]
-    pub copies: CopiesArg,
-
     /// Spread the copies of a connection over so many milliseconds, instead of all at once.
     #[arg(long, value_name = "MS", default_value_t = 0)]
     pub spread: u32,
 
-    /// Share of connections to replay; always the same ones.
-    #[arg(short = 'r', long = "sample", value_name = "PERCENT", default_value = "100")]
-    pub sample: PercentArg,
-
     /// Reach that share, or all connections, step by step within so many seconds after the start.
     #[arg(short = 'g', long = "ramp", value_name = "SECONDS", default_value_t = 0)]
     pub ramp: u32,
-
-    /// The assistants' port.
-    #[arg(short = 'p', long = "assistant-port", value_name = "PORT", default_value_t = crate::channel::limits::DEFAULT_PORT)]
-    pub assistant_port: u16,
-
-    /// Leave out connections that were open before the start.
-    #[arg(short = 'O', long = "new-connections-only")]
-    pub new_connections_only: bool,
-
-    /// Send each request at once instead of waiting for the response to the one before.
-    #[arg(short = 'W', long = "no-wait")]
-    pub no_wait: bool,
-
-    /// The longest that a request waits for the response before it, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 2.0)]
-    pub hold_limit: f64,
-
-    /// How long a hole in a captured stream may stay open, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
-    pub gap_timeout: f64,
 
     /// Threads that replay, each with a share of the clients and a TX queue of the output interface: a number, or auto, which is one for
     /// every two CPUs, or for each of --cpus, as far as there are queues [default: 1, or one for each of --cpus].
@@ -113,30 +71,6 @@ pub struct OnlineArgs {
     /// The CPUs that the workers are bound to, one each [default: several workers are bound to the last CPUs, a single one to none].
     #[arg(long, value_name = "LIST")]
     pub cpus: Option<CpuList>,
-
-    /// The most sessions at once.
-    #[arg(long, value_name = "COUNT", default_value_t = 1 << 20)]
-    pub max_sessions: usize,
-
-    /// The most client data held at once, in MiB.
-    #[arg(long, value_name = "MIB", default_value_t = 512)]
-    pub max_held: usize,
-
-    /// The key that the assistants were started with.
-    #[arg(long, value_name = "KEY", default_value = "", hide_default_value = true)]
-    pub key: String,
-
-    /// Write all counters to this file as JSON at the end.
-    #[arg(long, value_name = "FILE")]
-    pub report: Option<PathBuf>,
-
-    /// Print a line of figures every so many seconds.
-    #[arg(long, value_name = "SECONDS")]
-    pub stats: Option<u32>,
-
-    /// How that line looks.
-    #[arg(long, value_name = "FORMAT", default_value = "text")]
-    pub stats_format: StatsFormat,
 }
 
 /// How figures are printed.

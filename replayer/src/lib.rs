@@ -1,6 +1,7 @@
 //! Replayer: replays the live TCP requests of a production server to a target server.
 //!
 //! - [`cli`]: the command line
+//! - [`replay`]: the flags that both replaying roles have, and what they mean
 //! - [`online`]: the online role: puts the parts together
 //! - [`sizing`]: whether there are identities enough
 //! - [`placement`]: how many workers there are, and where they run
@@ -38,6 +39,7 @@ pub mod placement;
 pub mod privileges;
 pub mod programs;
 pub mod record;
+pub mod replay;
 pub mod report;
 pub mod signals;
 pub mod sizing;

@@ -16,6 +16,7 @@ use crate::net::{Device, Monitor, NetError, Network};
 use crate::placement::Placement;
 use crate::privileges;
 use crate::programs::{Program, Programs};
+use crate::replay::{ReplayArgs, online_name};
 use crate::report::Figures;
 use crate::signals::Signals;
 use crate::sizing::{self, Demand, Supply};
@@ -24,11 +25,11 @@ use anyhow::{Context, Result, bail};
 use core_affinity::CoreId;
 use nix::net::if_::if_nameindex;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use replayer_common::addr::{ANY, Endpoint, is_v4, to_std};
+use replayer_common::addr::{ANY, Endpoint, to_std};
 use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
 use replayer_common::maps::CaptureConfig;
 use replayer_engine::Engine;
-use replayer_engine::config::{Config, Limits, Service};
+use replayer_engine::config::{Limits, Service};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
@@ -68,7 +69,7 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
     if lost > 0 {
         eprintln!("  {lost} packets lost in the mirror: the kernel had no room for their clones");
     }
-    if let Some(path) = &args.report {
+    if let Some(path) = &args.replay.report {
         let report = figures.report(online.kernel(), seconds, cpu);
         let written = std::fs::write(path, format!("{report:#}\n")).with_context(|| {
             format!("cannot write the report to {}; choose a writable path", path.display())
@@ -105,17 +106,25 @@ struct Running {
 
 impl Online {
     fn start(args: &OnlineArgs) -> Result<Online> {
-        let services: Vec<Service> = args.services.iter().map(|service| service.0).collect();
-        check_services(args, &services)?;
+        args.replay.check()?;
+        if args.spread > 60_000 {
+            bail!("--spread {}: give at most 60000 milliseconds", args.spread);
+        }
+        let services = args.replay.services();
         let mut network = Network::open()?;
-        let output = output_device(&mut network, args.output_interface.as_deref(), &services)?;
+        let output = output_device(&mut network, args.replay.output_interface.as_deref(), &services)?;
         let capture = capture_device(&mut network, args, &services)?;
         let placement = Placement::choose(args.workers, args.cpus.as_ref())?;
-        let mut channels =
-            connect(&args.assistants, args.assistant_port, &args.key, &services, placement.workers)?;
+        let mut channels = connect(
+            &args.assistants,
+            args.replay.assistant_port,
+            &args.replay.key,
+            &services,
+            placement.workers,
+        )?;
         let monitor = Monitor::start(
             services.iter().map(|service| to_std(&service.target.ip)).collect(),
-            args.output_interface.clone(),
+            args.replay.output_interface.clone(),
         )?;
 
         let mirror = Mirror::create(capture.mtu, placement.workers)?;
@@ -123,7 +132,7 @@ impl Online {
         let online: BTreeSet<_> =
             services.iter().map(|service| (service.online.ip, service.online.port)).collect();
         programs.set_services(&online)?;
-        let threshold = sample_threshold(args.sample.0);
+        let threshold = sample_threshold(args.replay.sample.0);
         let capture_mode = programs.attach_capture(&mirror)?;
         let ports = open_ports(&placement, &mirror, &capture, &output)?;
         let workers = ports.len() as u32;
@@ -142,19 +151,9 @@ impl Online {
         };
         programs.set_capture(capture_config)?;
 
-        let mut config = Config::new(services.clone());
-        config.copies_millionths = args.copies.0;
+        let mut config = args.replay.engine_config(ports.len())?;
         config.sample_threshold = threshold;
-        config.pool = args.pool.iter().map(|range| range.0).collect();
         config.spread_ns = u64::from(args.spread) * 1_000_000;
-        config.wait_for_responses = !args.no_wait;
-        config.new_connections_only = args.new_connections_only;
-        config.hold_limit_ns = seconds(args.hold_limit, "--hold-limit")?;
-        config.gap_timeout_ns = seconds(args.gap_timeout, "--gap-timeout")?;
-        config.workers = workers;
-        let sessions = args.max_sessions.div_ceil(ports.len());
-        config.limits = Limits { sessions, connections: sessions, ..Limits::default() }
-            .with_held((args.max_held << 20).div_ceil(ports.len()));
         let port_modes: Vec<String> = ports.iter().map(|port| port.mode().to_owned()).collect();
         let mut made = Vec::new();
         for (number, (port, channels)) in ports.into_iter().zip(channels).enumerate() {
@@ -177,7 +176,7 @@ impl Online {
         let ports: BTreeSet<u16> = services.iter().map(|service| service.online.port).collect();
         let ports: Vec<u16> = ports.into_iter().collect();
         let earlier = open_connections(args, &ports);
-        say_shortfalls(args, workers, &config.limits, &earlier);
+        say_shortfalls(&args.replay, workers, &config.limits, &earlier);
         let mirror_mode = programs.attach_mirror(&capture.name)?;
         let later = open_connections(args, &ports);
         let (quiet, others) = between_turns(&earlier, &later);
@@ -237,7 +236,7 @@ impl Online {
     /// Prints a line now and then, until a signal comes or something is broken beyond repair.
     fn serve(&mut self, args: &OnlineArgs, signals: &Signals, started: Instant) -> Result<()> {
         let mut before = Figures::default();
-        let interval = Duration::from_secs(u64::from(args.stats.unwrap_or(1).max(1)));
+        let interval = Duration::from_secs(u64::from(args.replay.stats.unwrap_or(1).max(1)));
         let mut next = Instant::now() + interval;
         let attached = Instant::now();
         while !signals.wait_until(self.next_step().map_or(next, |step| step.min(next)))? {
@@ -250,9 +249,9 @@ impl Online {
             }
             self.check_devices()?;
             self.say_tls();
-            if args.stats.is_some() {
+            if args.replay.stats.is_some() {
                 let figures = self.figures();
-                match args.stats_format {
+                match args.replay.stats_format {
                     StatsFormat::Json => println!("{}", figures.line_json(started.elapsed().as_secs_f64())),
                     StatsFormat::Text => eprintln!("{}", figures.line_text(&before, interval.as_secs_f64())),
                 }
@@ -416,7 +415,7 @@ impl Running {
 }
 
 /// Warns of a pool, or of limits, that are too small for the traffic of now.
-fn say_shortfalls(args: &OnlineArgs, workers: u32, limits: &Limits, open: &[Connection]) {
+fn say_shortfalls(args: &ReplayArgs, workers: u32, limits: &Limits, open: &[Connection]) {
     /// How long connections are counted.
     const LOOK: Duration = Duration::from_millis(250);
     let supply = Supply::of(args, workers, limits.identities);
@@ -477,60 +476,6 @@ fn open_ports(
         }
     }
     Ok(ports)
-}
-
-/// A service's online side, for people.
-pub(crate) fn online_name(service: &Service) -> String {
-    if service.online.ip == ANY {
-        format!("port {}", service.online.port)
-    } else {
-        service.online.to_string()
-    }
-}
-
-fn seconds(value: f64, flag: &str) -> Result<u64> {
-    if !(0.001..=3600.0).contains(&value) {
-        bail!("{flag} {value}: give 0.001 to 3600 seconds");
-    }
-    Ok((value * 1e9) as u64)
-}
-
-/// What clap cannot see: contradictions between arguments.
-fn check_services(args: &OnlineArgs, services: &[Service]) -> Result<()> {
-    for (at, service) in services.iter().enumerate() {
-        if services[..at].contains(service) {
-            bail!("-x names {} to {} twice; for more copies use -n", online_name(service), service.target);
-        }
-        if let Some(range) = args.pool.iter().find(|range| is_v4(&range.0.first) != is_v4(&service.target.ip))
-        {
-            bail!(
-                "-c {} and the target {} are not of one address family; give addresses of the target's",
-                to_std(&range.0.first),
-                service.target
-            );
-        }
-    }
-    if args.max_sessions == 0 || args.max_sessions > 1 << 24 {
-        bail!("--max-sessions {}: give 1 to {}", args.max_sessions, 1 << 24);
-    }
-    if args.max_held == 0 || args.max_held > 1 << 17 {
-        bail!("--max-held {}: give 1 to {} MiB", args.max_held, 1 << 17);
-    }
-    let copies = args.copies.0.div_ceil(1_000_000);
-    for service in services {
-        let targets = services.iter().filter(|other| other.online == service.online).count() as u64;
-        if copies * targets > u64::from(u16::MAX) {
-            bail!(
-                "-n {copies} for {targets} targets of {}: a connection can have at most {} sessions; give fewer copies",
-                online_name(service),
-                u16::MAX
-            );
-        }
-    }
-    if args.spread > 60_000 {
-        bail!("--spread {}: give at most 60000 milliseconds", args.spread);
-    }
-    Ok(())
 }
 
 /// The device that sends. A target whose next hop does not answer may come up later; one without a route is a mistake.
@@ -626,7 +571,7 @@ pub(crate) fn connect(
 }
 
 fn open_connections(args: &OnlineArgs, ports: &[u16]) -> Vec<Connection> {
-    if args.new_connections_only {
+    if args.replay.new_connections_only {
         return Vec::new();
     }
     connections::established(ports).unwrap_or_else(|error| {

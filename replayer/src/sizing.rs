@@ -3,8 +3,8 @@
 //! What the traffic will need is estimated from what the host sees now: the connections that are open, and how many were accepted
 //! in a moment.
 
-use crate::cli::OnlineArgs;
 use crate::connections::Connection;
+use crate::replay::ReplayArgs;
 use replayer_common::addr::{Ip, to_std};
 use replayer_engine::{PORTS_PER_ADDRESS, QUARANTINE_SECONDS};
 use std::collections::HashMap;
@@ -34,7 +34,7 @@ pub struct Demand {
 
 impl Supply {
     /// With so many identities for a worker at most.
-    pub fn of(args: &OnlineArgs, workers: u32, identities_of_worker: usize) -> Supply {
+    pub fn of(args: &ReplayArgs, workers: u32, identities_of_worker: usize) -> Supply {
         let addresses: u64 = args.pool.iter().map(|range| u64::from(range.0.count)).sum();
         let most = identities_of_worker as u64 * u64::from(workers);
         Supply {

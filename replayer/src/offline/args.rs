@@ -1,6 +1,6 @@
 //! The arguments of the offline role.
 
-use crate::cli::{CopiesArg, PercentArg, PoolArg, ServiceArg, StatsFormat};
+use crate::replay::ReplayArgs;
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use std::path::PathBuf;
@@ -19,15 +19,9 @@ pub struct OfflineArgs {
     #[arg(long)]
     pub sequential: bool,
 
-    /// What to copy to where: addresses and ports as in the file, then the target's; IPv6 addresses in brackets.
-    #[arg(
-        short = 'x',
-        long = "service",
-        value_name = "[SRC_IP:]SRC_PORT-DST_IP:DST_PORT",
-        required = true,
-        value_delimiter = ','
-    )]
-    pub services: Vec<ServiceArg>,
+    /// What is replayed, and how.
+    #[command(flatten)]
+    pub replay: ReplayArgs,
 
     /// The assistants; the port is that of -p unless given.
     #[arg(
@@ -38,10 +32,6 @@ pub struct OfflineArgs {
         value_delimiter = ','
     )]
     pub assistants: Vec<String>,
-
-    /// Send on this interface [default: by the route to the target].
-    #[arg(short = 'o', long = "output-interface", value_name = "IFACE")]
-    pub output_interface: Option<String>,
 
     /// Send nothing: run the engine against a target that answers at once, and say what would be sent.
     #[arg(long)]
@@ -90,62 +80,6 @@ pub struct OfflineArgs {
     /// End after so many seconds.
     #[arg(long, value_name = "SECONDS")]
     pub duration: Option<f64>,
-
-    /// Use these source addresses, with ports 1024 to 65535, instead of the clients' own.
-    #[arg(short = 'c', long = "pool", value_name = "IP|CIDR|FIRST-LAST", value_delimiter = ',')]
-    pub pool: Vec<PoolArg>,
-
-    /// Copies of each connection; may be fractional.
-    #[arg(short = 'n', long = "copies", value_name = "COPIES", default_value = "1")]
-    pub copies: CopiesArg,
-
-    /// Share of connections to replay; always the same ones.
-    #[arg(short = 'r', long = "sample", value_name = "PERCENT", default_value = "100")]
-    pub sample: PercentArg,
-
-    /// The assistants' port.
-    #[arg(short = 'p', long = "assistant-port", value_name = "PORT", default_value_t = crate::channel::limits::DEFAULT_PORT)]
-    pub assistant_port: u16,
-
-    /// Leave out connections whose beginning is not in the file.
-    #[arg(short = 'O', long = "new-connections-only")]
-    pub new_connections_only: bool,
-
-    /// Send each request when it is due instead of waiting for the response to the one before.
-    #[arg(short = 'W', long = "no-wait")]
-    pub no_wait: bool,
-
-    /// The longest that a request waits for the response before it, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 2.0)]
-    pub hold_limit: f64,
-
-    /// How long a hole in a captured stream may stay open, in seconds of the file's time.
-    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
-    pub gap_timeout: f64,
-
-    /// The most sessions at once.
-    #[arg(long, value_name = "COUNT", default_value_t = 1 << 20)]
-    pub max_sessions: usize,
-
-    /// The most client data held at once, in MiB.
-    #[arg(long, value_name = "MIB", default_value_t = 512)]
-    pub max_held: usize,
-
-    /// The key that the assistants were started with.
-    #[arg(long, value_name = "KEY", default_value = "", hide_default_value = true)]
-    pub key: String,
-
-    /// Write all counters to this file as JSON at the end.
-    #[arg(long, value_name = "FILE")]
-    pub report: Option<PathBuf>,
-
-    /// Print a line of figures every so many seconds [default: 1 on a terminal].
-    #[arg(long, value_name = "SECONDS")]
-    pub stats: Option<u32>,
-
-    /// How that line looks.
-    #[arg(long, value_name = "FORMAT", default_value = "text")]
-    pub stats_format: StatsFormat,
 }
 
 impl OfflineArgs {

@@ -1,14 +1,15 @@
 //! The offline role with a network: a worker whose packets come from files, a port that only transmits, the assistants' channels.
 
-use super::{LAST_RESPONSE_NS, OfflineArgs, conclude, engine_config, nanoseconds, print_file, start_feed};
+use super::{LAST_RESPONSE_NS, OfflineArgs, conclude, engine_config, print_file, start_feed};
 use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
 use crate::cli::StatsFormat;
 use crate::clock;
 use crate::inspect::progress_line;
 use crate::net::{Monitor, Network};
 use crate::offline::feed::Shown;
-use crate::online::{connect, online_name, output_device};
+use crate::online::{connect, output_device};
 use crate::privileges;
+use crate::replay::online_name;
 use crate::report::Figures;
 use crate::signals::Signals;
 use crate::worker::{Shared, Snapshot, Worker};
@@ -35,12 +36,12 @@ pub(super) fn run(args: &OfflineArgs, services: &[Service]) -> Result<()> {
     privileges::check()?;
     let signals = Signals::install()?;
     let mut network = Network::open()?;
-    let output = output_device(&mut network, args.output_interface.as_deref(), services)?;
-    let mut channels = connect(&args.assistants, args.assistant_port, &args.key, services, 1)?;
+    let output = output_device(&mut network, args.replay.output_interface.as_deref(), services)?;
+    let mut channels = connect(&args.assistants, args.replay.assistant_port, &args.replay.key, services, 1)?;
     let channels = channels.pop().context("-s names no assistant")?;
     let monitor = Monitor::start(
         services.iter().map(|service| to_std(&service.target.ip)).collect(),
-        args.output_interface.clone(),
+        args.replay.output_interface.clone(),
     )?;
     let port = Port::open(&PortConfig {
         frames: FRAMES,
@@ -62,9 +63,9 @@ pub(super) fn run(args: &OfflineArgs, services: &[Service]) -> Result<()> {
         wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).context("eventfd")?,
     });
     let port_mode = port.mode().to_owned();
-    let engine = Engine::new(engine_config(args, services, room as u16)?, clock::now());
+    let engine = Engine::new(engine_config(args, room as u16)?, clock::now());
     let mut worker = Worker::new(engine, port, channels, monitor.watch(), shared.clone());
-    worker.feed(feed, nanoseconds(args.hold_limit, "--hold-limit", 0.001)? + LAST_RESPONSE_NS);
+    worker.feed(feed, args.replay.hold_limit_ns()? + LAST_RESPONSE_NS);
     eprintln!("offline: sending on {}: {port_mode}", output.name);
     for service in services {
         eprintln!("offline: {} is copied to {}", online_name(service), service.target);
@@ -111,8 +112,8 @@ impl Running {
     /// Shows progress until the files are replayed, or a signal comes: true for a signal.
     fn serve(&self, args: &OfflineArgs, signals: &Signals, shown: &Shown, started: Instant) -> Result<bool> {
         let mut signalled = false;
-        let terminal = std::io::stderr().is_terminal() && args.stats_format == StatsFormat::Text;
-        let interval = Duration::from_secs(u64::from(args.stats.unwrap_or(1).max(1)));
+        let terminal = std::io::stderr().is_terminal() && args.replay.stats_format == StatsFormat::Text;
+        let interval = Duration::from_secs(u64::from(args.replay.stats.unwrap_or(1).max(1)));
         let mut next = Instant::now() + interval;
         let mut before = Figures::default();
         while !self.worker.as_ref().is_none_or(JoinHandle::is_finished) {
@@ -124,13 +125,13 @@ impl Running {
                 continue;
             }
             next += interval;
-            if args.stats.is_none() && !terminal {
+            if args.replay.stats.is_none() && !terminal {
                 continue;
             }
             let figures = self.figures();
             let line = figures.line_text(&before, interval.as_secs_f64());
             let progress = progress_line(&shown.progress(), shown.figures().packets, started);
-            match args.stats_format {
+            match args.replay.stats_format {
                 StatsFormat::Json => {
                     let mut line = figures.line_json(started.elapsed().as_secs_f64());
                     line["file"] = serde_json::to_value(shown.figures())?;

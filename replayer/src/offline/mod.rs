@@ -18,6 +18,7 @@ use crate::inspect::{inspect, progress_line};
 use crate::pcap::input::STANDARD_INPUT;
 use crate::pcap::writer::Writer;
 use crate::pcap::{Files, Order};
+use crate::replay::{nanoseconds, online_name};
 use crate::report::Figures;
 use crate::signals::Signals;
 use crate::worker::Snapshot;
@@ -25,10 +26,9 @@ use anyhow::{Context, Result, bail};
 pub use args::OfflineArgs;
 use dry_run::Memory;
 use feed::{Feed, FeedConfig, FeedPace, Shown};
-use replayer_common::addr::{is_v4, to_std};
 use replayer_common::hash::sample_threshold;
 use replayer_engine::Engine;
-use replayer_engine::config::{Config, Limits, Service};
+use replayer_engine::config::{Config, Service};
 use replayer_engine::counters::Counter;
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,8 +45,8 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 /// When the role cannot start, with the cause and the remedy; when a file cannot be read to its end, after what was before that was
 /// replayed; when nothing in the files is for a service.
 pub fn run(args: &OfflineArgs) -> Result<()> {
-    let services: Vec<Service> = args.services.iter().map(|service| service.0).collect();
-    check(args, &services)?;
+    let services = args.replay.services();
+    check(args)?;
     if args.dry_run || args.write.is_some() {
         return run_dry(args, &services);
     }
@@ -54,26 +54,8 @@ pub fn run(args: &OfflineArgs) -> Result<()> {
 }
 
 /// What clap cannot see.
-fn check(args: &OfflineArgs, services: &[Service]) -> Result<()> {
-    for (at, service) in services.iter().enumerate() {
-        if services[..at].contains(service) {
-            bail!("-x names {} to {} twice; for more copies use -n", service.online, service.target);
-        }
-        if let Some(range) = args.pool.iter().find(|range| is_v4(&range.0.first) != is_v4(&service.target.ip))
-        {
-            bail!(
-                "-c {} and the target {} are not of one address family; give addresses of the target's",
-                to_std(&range.0.first),
-                service.target
-            );
-        }
-    }
-    if args.max_sessions == 0 || args.max_sessions > 1 << 24 {
-        bail!("--max-sessions {}: give 1 to {}", args.max_sessions, 1 << 24);
-    }
-    if args.max_held == 0 || args.max_held > 1 << 17 {
-        bail!("--max-held {}: give 1 to {} MiB", args.max_held, 1 << 17);
-    }
+fn check(args: &OfflineArgs) -> Result<()> {
+    args.replay.check()?;
     if args.loops.0 != Some(1) && args.files.iter().any(|file| file.as_os_str() == STANDARD_INPUT) {
         bail!("--loop: standard input can be read only once; name a file");
     }
@@ -83,32 +65,19 @@ fn check(args: &OfflineArgs, services: &[Service]) -> Result<()> {
     Ok(())
 }
 
-fn nanoseconds(value: f64, flag: &str, least: f64) -> Result<u64> {
-    if !(least..=1e9).contains(&value) {
-        bail!("{flag} {value}: give {least} to 1000000000 seconds");
-    }
-    Ok((value * 1e9) as u64)
-}
+/// The longest time that an argument may say, seconds: 31 years.
+const LONGEST: f64 = 1e9;
 
 fn order(args: &OfflineArgs) -> Order {
     if args.sequential { Order::Sequential } else { Order::Merged }
 }
 
-fn engine_config(args: &OfflineArgs, services: &[Service], frame_room: u16) -> Result<Config> {
-    let mut config = Config::new(services.to_vec());
-    config.copies_millionths = args.copies.0;
+fn engine_config(args: &OfflineArgs, frame_room: u16) -> Result<Config> {
+    let mut config = args.replay.engine_config(1)?;
     // The feed chooses the sample, by the addresses in the file.
     config.sample_threshold = 1 << 32;
-    config.pool = args.pool.iter().map(|range| range.0).collect();
-    config.wait_for_responses = !args.no_wait;
-    config.new_connections_only = args.new_connections_only;
-    config.hold_limit_ns = nanoseconds(args.hold_limit, "--hold-limit", 0.001)?;
-    config.gap_timeout_ns = nanoseconds(args.gap_timeout, "--gap-timeout", 0.001)?;
     config.seed = random_instance();
     config.frame_room = frame_room;
-    config.limits =
-        Limits { sessions: args.max_sessions, connections: args.max_sessions, ..Limits::default() }
-            .with_held(args.max_held << 20);
     Ok(config)
 }
 
@@ -117,14 +86,15 @@ fn start_feed(args: &OfflineArgs, services: &[Service], frame_room: usize, in_fl
         files: args.files.clone(),
         order: order(args),
         services: services.iter().map(|service| service.online).collect(),
-        sample_threshold: sample_threshold(args.sample.0),
+        sample_threshold: sample_threshold(args.replay.sample.0),
         loops: args.loops.0,
-        start_ns: nanoseconds(args.start, "--start", 0.0)?,
-        stop_ns: args.stop.map(|stop| nanoseconds(stop, "--stop", 0.0)).transpose()?,
+        start_ns: nanoseconds(args.start, "--start", 0.0, LONGEST)?,
+        stop_ns: args.stop.map(|stop| nanoseconds(stop, "--stop", 0.0, LONGEST)).transpose()?,
         frame_room,
     };
-    let duration = args.duration.map(|seconds| nanoseconds(seconds, "--duration", 0.001)).transpose()?;
-    let max_gap = args.max_gap.map(|ms| nanoseconds(ms / 1000.0, "--max-gap", 0.0)).transpose()?;
+    let duration =
+        args.duration.map(|seconds| nanoseconds(seconds, "--duration", 0.001, LONGEST)).transpose()?;
+    let max_gap = args.max_gap.map(|ms| nanoseconds(ms / 1000.0, "--max-gap", 0.0, LONGEST)).transpose()?;
     Feed::start(
         config,
         FeedPace {
@@ -132,16 +102,15 @@ fn start_feed(args: &OfflineArgs, services: &[Service], frame_room: usize, in_fl
             max_gap: max_gap.map(Duration::from_nanos),
             duration: duration.map(Duration::from_nanos),
             in_flight,
-            copies: args.copies.0.div_ceil(1_000_000) * services.len() as u64,
-            hold_limit_ns: nanoseconds(args.hold_limit, "--hold-limit", 0.001)?,
+            copies: args.replay.most_copies() * services.len() as u64,
+            hold_limit_ns: args.replay.hold_limit_ns()?,
         },
     )
 }
 
 fn run_dry(args: &OfflineArgs, services: &[Service]) -> Result<()> {
     let started = Instant::now();
-    let mut engine =
-        Engine::new(engine_config(args, services, dry_run::FRAME_ROOM as u16)?, dry_run::START_NS);
+    let mut engine = Engine::new(engine_config(args, dry_run::FRAME_ROOM as u16)?, dry_run::START_NS);
     for service in 0..services.len() {
         engine.set_link(service, Some(dry_run::LINK));
     }
@@ -156,11 +125,11 @@ fn run_dry(args: &OfflineArgs, services: &[Service]) -> Result<()> {
     let mut feed = start_feed(args, services, dry_run::FRAME_ROOM, u64::MAX)?;
     let shown = feed.shown();
     let epoch_ns = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64);
-    let copies = args.copies.0.div_ceil(1_000_000) as usize * services.len();
+    let copies = args.replay.most_copies() as usize * services.len();
     let mut out = Memory::new(services, copies, writer, epoch_ns, random_instance());
     let signals = Signals::install()?;
     let stop = AtomicBool::new(false);
-    let patience_ns = nanoseconds(args.hold_limit, "--hold-limit", 0.001)? + LAST_RESPONSE_NS;
+    let patience_ns = args.replay.hold_limit_ns()? + LAST_RESPONSE_NS;
     let terminal = std::io::stderr().is_terminal();
     let mut show_at = Instant::now() + PROGRESS_INTERVAL;
     let mut signalled = false;
@@ -171,7 +140,7 @@ fn run_dry(args: &OfflineArgs, services: &[Service]) -> Result<()> {
         show_at = Instant::now() + PROGRESS_INTERVAL;
         signalled |= signals.wait_until(Instant::now()).unwrap_or(false);
         stop.store(signalled, Ordering::Relaxed);
-        if terminal || args.stats.is_some() {
+        if terminal || args.replay.stats.is_some() {
             show(&shown, engine, started, terminal);
         }
     })
@@ -258,7 +227,7 @@ fn conclude(
     interrupted: bool,
 ) -> Result<()> {
     let file = shown.figures();
-    if let Some(path) = &args.report {
+    if let Some(path) = &args.replay.report {
         let mut report = figures.report(serde_json::Value::Null, seconds, cpu);
         report["role"] = "offline".into();
         report["file"] = serde_json::to_value(file)?;
@@ -282,7 +251,7 @@ fn conclude(
 
 /// No packet was for a service: which services the files have instead.
 fn nothing_matched(args: &OfflineArgs, services: &[Service], packets: u64) -> String {
-    let wanted: Vec<String> = services.iter().map(crate::online::online_name).collect();
+    let wanted: Vec<String> = services.iter().map(online_name).collect();
     let mut text = format!("none of the {packets} packets goes to {}", wanted.join(" or to "));
     if args.files.iter().any(|file| file.as_os_str() == STANDARD_INPUT) {
         return text + "; `replayer inspect` says what is in a file";

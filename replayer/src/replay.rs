@@ -1,0 +1,196 @@
+//! What the online and the offline role have in common: the flags that say what is replayed to where, the checks of what clap cannot see,
+//! and the engine's configuration that comes of them.
+
+use crate::cli::{CopiesArg, PercentArg, PoolArg, ServiceArg, StatsFormat};
+use anyhow::{Result, bail};
+use clap::Args;
+use replayer_common::addr::{ANY, is_v4, to_std};
+use replayer_engine::config::{Config, Limits, Service};
+use std::path::PathBuf;
+
+/// Flags of both roles.
+#[derive(Debug, Args)]
+pub struct ReplayArgs {
+    /// What to copy to where: what clients sent to, then the target; IPv6 addresses in brackets; the same source may have several targets.
+    #[arg(
+        short = 'x',
+        long = "service",
+        value_name = "[SRC_IP:]SRC_PORT-DST_IP:DST_PORT",
+        required = true,
+        value_delimiter = ','
+    )]
+    pub services: Vec<ServiceArg>,
+
+    /// Send on this interface [default: by the route to the target].
+    #[arg(short = 'o', long = "output-interface", value_name = "IFACE")]
+    pub output_interface: Option<String>,
+
+    /// Use these source addresses, with ports 1024 to 65535, instead of the clients' own.
+    #[arg(
+        short = 'c',
+        long = "client-pool",
+        alias = "pool",
+        value_name = "IP|CIDR|FIRST-LAST",
+        value_delimiter = ','
+    )]
+    pub pool: Vec<PoolArg>,
+
+    /// Copies of each connection; may be fractional.
+    #[arg(short = 'n', long = "copies", value_name = "COPIES", default_value = "1")]
+    pub copies: CopiesArg,
+
+    /// Share of connections to replay; always the same ones.
+    #[arg(short = 'r', long = "sample", value_name = "PERCENT", default_value = "100")]
+    pub sample: PercentArg,
+
+    /// The assistants' port.
+    #[arg(short = 'p', long = "assistant-port", value_name = "PORT", default_value_t = crate::channel::limits::DEFAULT_PORT)]
+    pub assistant_port: u16,
+
+    /// Leave out connections whose beginning was not captured.
+    #[arg(short = 'O', long = "new-connections-only")]
+    pub new_connections_only: bool,
+
+    /// Send each request when it is due instead of waiting for the response to the one before.
+    #[arg(short = 'W', long = "no-wait")]
+    pub no_wait: bool,
+
+    /// The longest that a request waits for the response before it, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 2.0)]
+    pub hold_limit: f64,
+
+    /// How long a hole in a captured stream may stay open, in seconds (of a file's own time).
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
+    pub gap_timeout: f64,
+
+    /// The most sessions at once.
+    #[arg(long, value_name = "COUNT", default_value_t = 1 << 20)]
+    pub max_sessions: usize,
+
+    /// The most client data held at once, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    pub max_held: usize,
+
+    /// The key that the assistants were started with.
+    #[arg(long, value_name = "KEY", default_value = "", hide_default_value = true)]
+    pub key: String,
+
+    /// Write all counters to this file as JSON at the end.
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+
+    /// Print a line of figures every so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    pub stats: Option<u32>,
+
+    /// How that line looks.
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub stats_format: StatsFormat,
+}
+
+impl ReplayArgs {
+    /// The services of `-x`.
+    pub fn services(&self) -> Vec<Service> {
+        self.services.iter().map(|service| service.0).collect()
+    }
+
+    /// Copies of a connection at most.
+    pub fn most_copies(&self) -> u64 {
+        self.copies.0.div_ceil(1_000_000)
+    }
+
+    /// Contradictions between the flags.
+    ///
+    /// # Errors
+    /// When there is one; with the remedy.
+    pub fn check(&self) -> Result<()> {
+        let services = self.services();
+        for (at, service) in services.iter().enumerate() {
+            if services[..at].contains(service) {
+                bail!(
+                    "-x names {} to {} twice; for more copies use -n",
+                    online_name(service),
+                    service.target
+                );
+            }
+            let other_family = |range: &&PoolArg| is_v4(&range.0.first) != is_v4(&service.target.ip);
+            if let Some(range) = self.pool.iter().find(other_family) {
+                bail!(
+                    "-c {} and the target {} are not of one address family; give addresses of the target's",
+                    to_std(&range.0.first),
+                    service.target
+                );
+            }
+            let targets = services.iter().filter(|other| other.online == service.online).count() as u64;
+            let copies = self.most_copies();
+            if copies * targets > u64::from(u16::MAX) {
+                bail!(
+                    "-n {copies} for {targets} targets of {}: a connection can have at most {} sessions; give fewer copies",
+                    online_name(service),
+                    u16::MAX
+                );
+            }
+        }
+        if self.max_sessions == 0 || self.max_sessions > 1 << 24 {
+            bail!("--max-sessions {}: give 1 to {}", self.max_sessions, 1 << 24);
+        }
+        if self.max_held == 0 || self.max_held > 1 << 17 {
+            bail!("--max-held {}: give 1 to {} MiB", self.max_held, 1 << 17);
+        }
+        self.hold_limit_ns()?;
+        self.gap_timeout_ns()?;
+        Ok(())
+    }
+
+    /// `--hold-limit`.
+    ///
+    /// # Errors
+    /// When it is out of range.
+    pub fn hold_limit_ns(&self) -> Result<u64> {
+        nanoseconds(self.hold_limit, "--hold-limit", 0.001, 3600.0)
+    }
+
+    fn gap_timeout_ns(&self) -> Result<u64> {
+        nanoseconds(self.gap_timeout, "--gap-timeout", 0.001, 3600.0)
+    }
+
+    /// What an engine is told, where `workers` of them share sessions and memory. Its seed, its number, its sample and its frames are the
+    /// role's.
+    ///
+    /// # Errors
+    /// When a time is out of range.
+    pub fn engine_config(&self, workers: usize) -> Result<Config> {
+        let mut config = Config::new(self.services());
+        config.copies_millionths = self.copies.0;
+        config.pool = self.pool.iter().map(|range| range.0).collect();
+        config.wait_for_responses = !self.no_wait;
+        config.new_connections_only = self.new_connections_only;
+        config.hold_limit_ns = self.hold_limit_ns()?;
+        config.gap_timeout_ns = self.gap_timeout_ns()?;
+        config.workers = workers as u32;
+        let sessions = self.max_sessions.div_ceil(workers);
+        config.limits = Limits { sessions, connections: sessions, ..Limits::default() }
+            .with_held((self.max_held << 20).div_ceil(workers));
+        Ok(config)
+    }
+}
+
+/// Seconds as nanoseconds.
+///
+/// # Errors
+/// When they are not between `least` and `most`.
+pub(crate) fn nanoseconds(value: f64, flag: &str, least: f64, most: f64) -> Result<u64> {
+    if !(least..=most).contains(&value) {
+        bail!("{flag} {value}: give {least} to {most} seconds");
+    }
+    Ok((value * 1e9) as u64)
+}
+
+/// A service's online side, for people.
+pub(crate) fn online_name(service: &Service) -> String {
+    if service.online.ip == ANY {
+        format!("port {}", service.online.port)
+    } else {
+        service.online.to_string()
+    }
+}
