@@ -5,12 +5,14 @@
 //! - [`path`]: RX ring to TX ring over veth
 //! - [`sending`]: copies into a TX ring, beside other ways to send
 //! - [`live`]: the roles in the lab, with real servers and clients
+//! - [`offline`]: capture files: pace, speed, memory
 //!
 //! A subject is a function from [`Options`] to figures, listed in [`SUBJECTS`]. Whatever it compares itself with is measured in the
 //! same run, and a figure says what was wanted of it, so that a reader needs no second document.
 
 pub mod engine;
 pub mod live;
+pub mod offline;
 pub mod path;
 pub mod report;
 pub mod sending;
@@ -41,4 +43,5 @@ pub const SUBJECTS: &[Subject] = &[
     Subject { name: "path", what: path::WHAT, run: path::run },
     Subject { name: "sending", what: sending::WHAT, run: sending::run },
     Subject { name: "live", what: live::WHAT, run: live::run },
+    Subject { name: "offline", what: offline::WHAT, run: offline::run },
 ];

@@ -186,7 +186,10 @@ pub fn inspect(files: &mut Files, show_progress: bool) -> Report {
             && shown_at.elapsed() >= PROGRESS_INTERVAL
         {
             shown_at = Instant::now();
-            eprint!("\r\x1b[K{}", progress_line(&progress, inspection.report.packets, started));
+            eprint!(
+                "\r\x1b[K{}",
+                progress_line(progress.read(), progress.size(), inspection.report.packets, started)
+            );
         }
     }
     if shown_at != started {
@@ -196,19 +199,18 @@ pub fn inspect(files: &mut Files, show_progress: bool) -> Report {
     inspection.finish()
 }
 
-/// How far reading is, for a person.
-pub fn progress_line(progress: &crate::pcap::files::Progress, packets: u64, started: Instant) -> String {
+/// How far it is, for a person: `done` bytes of `size`, and so many packets.
+pub fn progress_line(done: u64, size: Option<u64>, packets: u64, started: Instant) -> String {
     let seconds = started.elapsed().as_secs_f64().max(0.001);
-    let read = progress.read();
     let mut line = format!("{packets} packets, {:.0}/s", packets as f64 / seconds);
-    if let Some(size) = progress.size().filter(|&size| size > 0) {
-        let share = (read as f64 / size as f64).clamp(0.0, 1.0);
+    if let Some(size) = size.filter(|&size| size > 0) {
+        let share = (done as f64 / size as f64).clamp(0.0, 1.0);
         let _ = write!(line, ", {:.1} % of {:.1} MB", share * 100.0, size as f64 / 1e6);
         if share > 0.0 {
             let _ = write!(line, ", {:.0} s left", seconds * (1.0 - share) / share);
         }
     } else {
-        let _ = write!(line, ", {:.1} MB", read as f64 / 1e6);
+        let _ = write!(line, ", {:.1} MB", done as f64 / 1e6);
     }
     line
 }

@@ -241,7 +241,8 @@ fn is_loss(counter: Counter) -> bool {
         || counter.name().starts_with("lost_bytes")
 }
 
-fn histogram(h: &Histogram) -> Value {
+/// A histogram's values that are reported.
+pub(crate) fn histogram(h: &Histogram) -> Value {
     json!({
         "count": h.count(),
         "p50": h.quantile(0.5),

@@ -5,6 +5,7 @@
 //! - [`process`]: a started program, its output, and its certain end
 //! - [`servers`]: nginx, redis and the project's stream server, started on a host of the lab
 //! - [`capture`]: tcpdump on a host
+//! - [`made`]: capture files made by a program
 //! - [`clients`]: load, and counters of what arrives at a host
 //! - [`pairs`]: the same server on both sides, compared
 //! - [`conversation`]: one connection, driven step by step
@@ -25,6 +26,7 @@ pub mod http;
 pub mod lab;
 pub mod ledger;
 pub mod load;
+pub mod made;
 pub mod namespace;
 pub mod packet;
 pub mod pairs;

@@ -28,7 +28,7 @@ pub(crate) fn main(arguments: &Arguments) -> Result<()> {
     deps::install(deps::ALL)?;
     deps::install(deps::BENCHMARKS)?;
     let mut build = cargo();
-    // The roles and the lab's programs as well: `live` runs them.
+    // The roles and the lab's programs as well: `live` and `offline` run them.
     let packages = ["bench", "replayer", "replayer-tests"].map(|name| format!("--package={name}"));
     build.args(["build", "--quiet", "--release", "--bins"]).args(packages);
     if !build.status().context("starting cargo")?.success() {

@@ -11,11 +11,13 @@
 //! (or SYN-ACK) without a hole and acknowledges all of it starts a turn, so the connection is joined there.
 
 use super::pace::{Pace, Speed};
+use crate::pcap::files::Progress;
 use crate::pcap::{Files, Order, ReadError};
 use anyhow::Result;
 use replayer_common::addr::{ANY, Endpoint};
 use replayer_common::hash::{FLOW_SEED, flow_hash, pair_hash};
 use replayer_common::packet::{Reject, TcpSegment, flags, parse_tcp};
+use replayer_engine::histogram::Histogram;
 use replayer_engine::{BATCH, Engine, Output};
 use serde::Serialize;
 use std::path::PathBuf;
@@ -40,6 +42,8 @@ const MAX_SPAN_NS: u64 = 10 * 365 * 86_400 * 1_000_000_000;
 const LOOK_NS: u64 = 1_000_000;
 /// Packets whose times in the file are further apart are not given in one batch: holes are timed by batches.
 const BATCH_SPAN_NS: u64 = 100_000_000;
+/// How often it is shown how far the replay is.
+const SHOW_NS: u64 = 50_000_000;
 /// A port that is shifted stays on its side of this: servers treat lower ones as privileged.
 const FIRST_PORT: u16 = 1024;
 /// A step that is coprime to the number of ports: loops that follow each other have ports far apart.
@@ -132,13 +136,23 @@ impl Counters {
     }
 }
 
-/// What the reader thread shows.
+/// How far the feed's side is.
+#[derive(Debug, Default)]
+struct Replayed {
+    bytes: AtomicU64,
+    packets: AtomicU64,
+    lateness: Mutex<Histogram>,
+}
+
+/// What the reader thread and the feed show.
 #[derive(Debug, Default)]
 pub struct Shown {
     counters: Counters,
     /// What was wrong with the files.
     problems: Mutex<Vec<ReadError>>,
-    progress: Mutex<crate::pcap::files::Progress>,
+    /// Bytes of the files, if known, in one loop.
+    size: Mutex<Option<u64>>,
+    replayed: Replayed,
     stop: AtomicBool,
     /// The feed's side: everything was given to the engine.
     over: AtomicBool,
@@ -155,9 +169,21 @@ impl Shown {
         std::mem::take(&mut self.problems.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// How far reading is.
-    pub fn progress(&self) -> crate::pcap::files::Progress {
-        self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// How far the replay is, in this loop: bytes of the files whose packets were given to the engine, and of all, if known. Reading is
+    /// ahead of that.
+    pub fn progress(&self) -> (u64, Option<u64>) {
+        let size = *self.size.lock().unwrap_or_else(PoisonError::into_inner);
+        (self.replayed.bytes.load(Ordering::Relaxed), size)
+    }
+
+    /// Packets of the files that are behind that.
+    pub fn packets_replayed(&self) -> u64 {
+        self.replayed.packets.load(Ordering::Relaxed)
+    }
+
+    /// How much later than due packets were given to the engine, microseconds; none where the target sets the pace.
+    pub fn lateness(&self) -> Histogram {
+        self.replayed.lateness.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether everything was given to the engine.
@@ -181,6 +207,8 @@ struct Chunk {
     bytes: Vec<u8>,
     /// With their times in the stream of all loops, ns.
     items: Vec<(u64, Item)>,
+    /// How far the files were read at its end, in this loop: bytes, and packets in all loops.
+    read: (u64, u64),
 }
 
 // ---- the reader thread ----
@@ -194,6 +222,7 @@ struct Reading {
     remembered: Vec<(u32, Remembered)>,
     scratch: Vec<u8>,
     seen: Seen,
+    progress: Progress,
 }
 
 /// Counts of this thread that were not published yet.
@@ -231,7 +260,8 @@ impl Reading {
                     }
                 },
             };
-            *self.shown.progress.lock().unwrap_or_else(PoisonError::into_inner) = opened.progress();
+            self.progress = opened.progress();
+            *self.shown.size.lock().unwrap_or_else(PoisonError::into_inner) = self.progress.size();
             let given = self.seen.figures.packets_given;
             let Ok(end_ns) = self.read(&mut opened, time_ns, number) else { return };
             time_ns = end_ns;
@@ -411,7 +441,8 @@ impl Reading {
             return Ok(());
         }
         let Ok(next) = self.empty.recv() else { return Err(Gone) };
-        let chunk = std::mem::replace(&mut self.chunk, next);
+        let mut chunk = std::mem::replace(&mut self.chunk, next);
+        chunk.read = (self.progress.read(), self.seen.figures.packets);
         self.full.send(chunk).map_err(|_| Gone)
     }
 
@@ -536,6 +567,10 @@ pub struct Feed {
     credited_at: u64,
     /// The file's time of the batch that is being put together.
     batch_time_ns: u64,
+    /// How far the files were read at the end of the chunk before.
+    read_before: (u64, u64),
+    lateness: Histogram,
+    shown_at: u64,
     shown: Arc<Shown>,
     reader: Option<JoinHandle<()>>,
     over: bool,
@@ -580,6 +615,7 @@ impl Feed {
                 // One packet more than where it is sent.
                 bytes: Vec::with_capacity(CHUNK_BYTES + (64 << 10)),
                 items: Vec::with_capacity(CHUNK_PACKETS),
+                read: (0, 0),
             };
             // It has room for all.
             let _ = empty.try_send(chunk);
@@ -594,6 +630,7 @@ impl Feed {
             remembered: vec![(0, Remembered::Client); REMEMBERED],
             scratch: Vec::new(),
             seen: Seen::default(),
+            progress: Progress::default(),
         };
         let reader = std::thread::Builder::new().name("reader".into()).spawn(move || reading.run(files))?;
         Ok(Feed {
@@ -613,6 +650,9 @@ impl Feed {
             looked_at: 0,
             credited_at: 0,
             batch_time_ns: 0,
+            read_before: (0, 0),
+            lateness: Histogram::default(),
+            shown_at: 0,
             shown,
             reader: Some(reader),
             over: false,
@@ -662,6 +702,9 @@ impl Feed {
                     return true;
                 }
                 if let Some(mut chunk) = self.chunk.take() {
+                    // The next one may be of the next loop, whose bytes count from the beginning.
+                    let ended = matches!(chunk.items.last(), Some((_, Item::End)));
+                    self.read_before = (if ended { 0 } else { chunk.read.0 }, chunk.read.1);
                     chunk.bytes.clear();
                     chunk.items.clear();
                     // It has room for all chunks; the reader may be gone.
@@ -690,7 +733,28 @@ impl Feed {
 
     fn finish(&mut self) {
         self.over = true;
+        self.show();
         self.shown.over.store(true, Ordering::Release);
+    }
+
+    /// Shows how far it is: within a chunk by its items, since a chunk may be minutes.
+    fn show(&self) {
+        let (mut bytes, mut packets) = self.read_before;
+        if let Some(chunk) = &self.chunk {
+            let part = |before: u64, end: u64| {
+                let share = self.at as f64 / chunk.items.len().max(1) as f64;
+                before + (end.saturating_sub(before) as f64 * share) as u64
+            };
+            (bytes, packets) = (part(bytes, chunk.read.0), part(packets, chunk.read.1));
+        }
+        self.shown.replayed.bytes.store(bytes, Ordering::Relaxed);
+        self.shown.replayed.packets.store(packets, Ordering::Relaxed);
+        self.shown
+            .replayed
+            .lateness
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone_from(&self.lateness);
     }
 
     /// Gives the engine what is due at `now`, at most a batch. Returns how many packets that were.
@@ -735,7 +799,11 @@ impl Feed {
                     let len = bytes.len().min(room.len());
                     room[..len].copy_from_slice(&bytes[..len]);
                     batch.push((frame, len));
-                    self.credit = self.credit.saturating_sub(1);
+                    if self.speed.waits_for_target() {
+                        self.credit = self.credit.saturating_sub(1);
+                    } else {
+                        self.lateness.record(((now - started - due) / 1000).min(u64::from(u32::MAX)) as u32);
+                    }
                     given += 1;
                 }
                 Item::Turn(client, server) => {
@@ -751,6 +819,10 @@ impl Feed {
             self.due = None;
         }
         engine.on_captured(now, batch, out);
+        if now >= self.shown_at + SHOW_NS {
+            self.shown_at = now;
+            self.show();
+        }
         given
     }
 

@@ -85,6 +85,14 @@ pub(super) fn run(args: &OfflineArgs, services: &[Service]) -> Result<()> {
     eprintln!("offline: {}", figures.summary(seconds, cpu));
     let file = shown.figures();
     eprintln!("  of {} packets in the files, {} went to the services", file.packets, file.packets_given);
+    let late = shown.lateness();
+    if late.count() > 0 {
+        let (median, p99) = (late.quantile(0.5), late.quantile(0.99));
+        eprintln!(
+            "  given to the engine after they were due: median {median} us, p99 {p99} us, max {} us",
+            late.max()
+        );
+    }
     print_file(&file);
     let interrupted = *ended.as_ref().unwrap_or(&false);
     conclude(args, services, &figures, &shown, (seconds, cpu), interrupted)?;
@@ -130,13 +138,14 @@ impl Running {
             }
             let figures = self.figures();
             let line = figures.line_text(&before, interval.as_secs_f64());
-            let progress = progress_line(&shown.progress(), shown.figures().packets, started);
+            let (done, size) = shown.progress();
+            let progress = progress_line(done, size, shown.packets_replayed(), started);
             match args.replay.stats_format {
                 StatsFormat::Json => {
                     let mut line = figures.line_json(started.elapsed().as_secs_f64());
                     line["file"] = serde_json::to_value(shown.figures())?;
-                    line["file_bytes_read"] = shown.progress().read().into();
-                    line["file_bytes"] = shown.progress().size().into();
+                    line["file_bytes_replayed"] = done.into();
+                    line["file_bytes"] = size.into();
                     println!("{line}");
                 }
                 StatsFormat::Text if terminal => eprint!("\r\x1b[K{progress}; {line}"),

@@ -19,7 +19,7 @@ use crate::pcap::input::STANDARD_INPUT;
 use crate::pcap::writer::Writer;
 use crate::pcap::{Files, Order};
 use crate::replay::{nanoseconds, online_name};
-use crate::report::Figures;
+use crate::report::{Figures, histogram};
 use crate::signals::Signals;
 use crate::worker::Snapshot;
 use anyhow::{Context, Result, bail};
@@ -165,7 +165,8 @@ fn run_dry(args: &OfflineArgs, services: &[Service]) -> Result<()> {
 }
 
 fn show(shown: &Shown, engine: &Engine, started: Instant, terminal: bool) {
-    let line = progress_line(&shown.progress(), shown.figures().packets, started);
+    let (done, size) = shown.progress();
+    let line = progress_line(done, size, shown.packets_replayed(), started);
     let counters = engine.counters();
     let line = format!(
         "{line}; {} requests in {} sessions, {} live",
@@ -231,6 +232,7 @@ fn conclude(
         let mut report = figures.report(serde_json::Value::Null, seconds, cpu);
         report["role"] = "offline".into();
         report["file"] = serde_json::to_value(file)?;
+        report["late_us"] = histogram(&shown.lateness());
         std::fs::write(path, format!("{report:#}\n")).with_context(|| {
             format!("cannot write the report to {}; choose a writable path", path.display())
         })?;

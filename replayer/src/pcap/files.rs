@@ -140,7 +140,7 @@ impl Progress {
         self.files.iter().map(|(_, read)| read.load(Ordering::Relaxed)).sum()
     }
 
-    /// Bytes that the files have; `None` when one of them is a pipe.
+    /// Bytes that the files have; `None` when one of them has no known size: a pipe.
     pub fn size(&self) -> Option<u64> {
         self.files.iter().map(|(size, _)| *size).sum()
     }
