@@ -163,6 +163,8 @@ pub(crate) mod timing {
     pub(crate) const QUIET_MAX_US: u32 = 50_000;
     /// SYNs that wait for the target's answer at the same time, from which on it may have no room to remember them.
     pub(crate) const SYN_BURST: u32 = 4;
+    /// For how long after such a burst that is still thought of the target.
+    pub(crate) const SYN_BURST_AGE: u32 = ticks(60_000 * MS);
     /// How long a narrower path that was found is believed in (RFC 4821 section 7.5 and RFC 8201 section 4: 10 minutes).
     pub(crate) const PATH_MTU_AGE: u32 = ticks(600_000 * MS);
     /// Where holes are timed by a capture file's time: how often they are looked at.

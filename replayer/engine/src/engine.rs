@@ -49,6 +49,8 @@ pub(crate) struct ServiceState {
     pub(crate) heard_at: Tick,
     /// An MTU that was found to be the path's, and when.
     pub(crate) narrow_path: Option<(u16, Tick)>,
+    /// When so many SYNs waited for the target's answer that it may have had no room to remember them.
+    pub(crate) burst_at: Option<Tick>,
     /// Sessions whose first SYN waits until fewer are unanswered, oldest first; some have ended since.
     pub(crate) waiting: VecDeque<u32>,
     /// A client of this service spoke TLS.
@@ -148,6 +150,7 @@ impl Engine {
                 unanswered: 0,
                 heard_at: now,
                 narrow_path: None,
+                burst_at: None,
                 waiting: VecDeque::with_capacity(if amplified { limits.sessions } else { 0 }),
                 tls: false,
                 unanswered_since: None,

@@ -6,6 +6,7 @@
 use crate::config::timing;
 use crate::engine::Engine;
 use crate::output::Output;
+use crate::sender::Piece;
 use crate::session::MIN_MSS;
 use crate::slab::NONE;
 use crate::timer::{Tick, tick, ticks};
@@ -53,6 +54,11 @@ impl Engine {
             let session = &mut self.sessions[s];
             session.mss = mss;
             session.narrowed_to = mtu;
+        } else if session.first_alone {
+            // A target that has seen nothing of the connection yet resets it at an old number; the first byte it acknowledges.
+            let seq = session.snd_una;
+            let piece = Piece { segment: session.una_segment, offset: seq.wrapping_sub(stored.seq), len: 1 };
+            self.send_data(now_ns, s, false, seq, piece, out, &mut None);
         } else {
             // An old number is answered by an acknowledgment (RFC 9293 section 3.10.7.4).
             let seq = session.snd_una.wrapping_sub(1);

@@ -175,6 +175,8 @@ impl Engine {
             session.ack_now = true;
             return;
         }
+        // Anything else says that the target has the connection.
+        session.first_alone = false;
         if record.has(present::TIMESTAMPS) && !seq_before(record.ts_val, session.ts_recent) {
             session.ts_recent = record.ts_val;
         }
@@ -308,7 +310,6 @@ impl Engine {
         session.snd_wnd = window;
         session.dup_acks = 0;
         session.tries = 0;
-        session.first_alone = false;
         if session.narrowed_to != 0 {
             self.narrower_path_found(now, s);
         }

@@ -208,7 +208,12 @@ impl Engine {
             service.unanswered_since.get_or_insert(tick(now_ns));
             // A Linux whose queue of SYNs is full remembers none of the rest (SYN cookies, net/ipv4/syncookies.c): it learns of the
             // connection by its first segment, and resets it when another one comes before.
-            session.first_alone = service.unanswered >= timing::SYN_BURST;
+            let now = tick(now_ns);
+            if service.unanswered >= timing::SYN_BURST {
+                service.burst_at = Some(now);
+            }
+            session.first_alone =
+                service.burst_at.is_some_and(|at| now.wrapping_sub(at) < timing::SYN_BURST_AGE);
             service.unanswered += 1;
         }
         let iss = session.snd_una;
@@ -268,7 +273,9 @@ impl Engine {
     }
 
     pub(crate) fn send_ack<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
-        let seq = self.sessions[s].snd_max;
+        let session = &self.sessions[s];
+        // The first segment may be lost, and a number behind it be the first that the target sees of the connection.
+        let seq = if session.first_alone { session.snd_una } else { session.snd_max };
         self.send(now_ns, s, flags::ACK, seq, None, out, &mut None);
     }
 

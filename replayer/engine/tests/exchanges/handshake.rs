@@ -265,3 +265,51 @@ fn b015_in_a_burst_of_syns_each_session_begins_with_one_segment() {
         lab.expect(&all[1..]);
     }
 }
+
+#[test]
+fn b015_after_a_burst_nothing_but_the_first_segment_s_number_is_sent_before_it_is_acknowledged() {
+    let mut lab = Lab::new();
+    for port in 0..5 {
+        lab.client.port = 10_000 + port;
+        lab.client("S 0 mss 1460");
+        lab.target("SA 0 ack 1 mss 1460 win 60000");
+    }
+    lab.sent();
+    // Five at once: the sessions of the next minute are careful.
+    for port in 0..5 {
+        lab.client.port = 11_000 + port;
+        lab.client("S 0 mss 1460");
+    }
+    lab.pass(30 * S);
+    lab.sent();
+    lab.client.port = 12_000;
+    lab.client("S 0 mss 1460");
+    lab.client("A 1+1400 ack 1");
+    lab.client("PA 1401+100 ack 1");
+    lab.expect(&["S 0"]);
+    lab.target("SA 0 ack 1 mss 1460 win 60000");
+    lab.expect(&["A 1+1400 ack 1"]);
+    // It is lost, and the target answered the SYN twice.
+    lab.target("SA 0 ack 1 mss 1460 win 60000");
+    lab.expect(&["A 1 ack 1"]);
+    // Lost again and again: whether the target lives is asked with the first byte.
+    let mut sent = Vec::new();
+    while !sent.contains(&"A 1+1 ack 1".to_owned()) {
+        lab.pass(100 * MS);
+        let of_it = lab.sent().into_iter().filter(|segment| segment.source == lab.client);
+        sent.extend(of_it.map(|segment| lab.text(&segment)).collect::<Vec<_>>());
+        assert!(sent.len() < 10 && sent.iter().all(|text| text.starts_with("A 1+1")), "{sent:?}");
+    }
+    lab.target("A 1 ack 2");
+    lab.target("A 1 ack 1401");
+    lab.expect(&["PA 1401+100 ack 1"]);
+    // A minute later nothing speaks against two at once.
+    lab.pass(61 * S);
+    lab.client.port = 13_000;
+    lab.client("S 0 mss 1460");
+    lab.client("A 1+1400 ack 1");
+    lab.client("PA 1401+100 ack 1");
+    lab.sent();
+    lab.target("SA 0 ack 1 mss 1460 win 60000");
+    lab.expect(&["A 1+1400 ack 1", "PA 1401+100 ack 1"]);
+}
