@@ -4,6 +4,7 @@
 //! - [`engine`]: the session engine alone, one core, no kernel
 //! - [`path`]: RX ring to TX ring over veth
 //! - [`sending`]: copies into a TX ring, beside other ways to send
+//! - [`scale`]: one worker and two
 //! - [`live`]: the roles in the lab, with real servers and clients
 //! - [`offline`]: capture files: pace, speed, memory
 //!
@@ -15,6 +16,7 @@ pub mod live;
 pub mod offline;
 pub mod path;
 pub mod report;
+pub mod scale;
 pub mod sending;
 mod wire;
 
@@ -42,6 +44,7 @@ pub const SUBJECTS: &[Subject] = &[
     Subject { name: "engine", what: engine::WHAT, run: engine::run },
     Subject { name: "path", what: path::WHAT, run: path::run },
     Subject { name: "sending", what: sending::WHAT, run: sending::run },
+    Subject { name: "scale", what: scale::WHAT, run: scale::run },
     Subject { name: "live", what: live::WHAT, run: live::run },
     Subject { name: "offline", what: offline::WHAT, run: offline::run },
 ];

@@ -57,7 +57,7 @@ pub fn run(options: Options) -> Result<Vec<Figure>> {
 }
 
 /// Packets a second that leave when each captured one has [`COPIES`] copies.
-fn amplified(port: &mut replayer::afxdp::Port, duration: Duration) -> Result<f64> {
+pub(crate) fn amplified(port: &mut replayer::afxdp::Port, duration: Duration) -> Result<f64> {
     let mut replayer = Replayer::new(CONNECTIONS, COPIES);
     let mut captured = 0u32;
     let mut step = || {

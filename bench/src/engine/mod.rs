@@ -78,6 +78,16 @@ fn data(sessions: u32, what: &str, load: Load, options: Options) -> Vec<Figure> 
     vec![data, rate, ack, timers]
 }
 
+/// Nanoseconds that a data packet and its acknowledgment take, 64-byte frames, with so many sessions; `ready` is called before the measurement.
+pub(crate) fn data_packet_ns<T>(sessions: u32, ready: impl FnOnce() -> T) -> f64 {
+    let mut bench = Bench::new(sessions, 1);
+    bench.open(0..sessions, SMALL);
+    bench.data(sessions, SMALL, 1);
+    ready();
+    let (data, acknowledgment, timers) = bench.data(sessions, SMALL, 2);
+    data + acknowledgment + timers
+}
+
 /// One captured packet, many copies of it.
 fn amplified(sessions: u32, copies: u32, options: Options) -> Figure {
     let connections = sessions / copies;
