@@ -3,8 +3,8 @@
 
 use anyhow::{Context, Result, ensure};
 use replayer::afxdp::{Endpoint as PortEndpoint, Frame, Port, PortConfig};
+use replayer::capture::mirror::Mirror;
 use replayer::clock;
-use replayer::mirror::Mirror;
 use replayer::netns::Namespace;
 use replayer::programs::Programs;
 use replayer_common::addr::{Endpoint, from_v4};

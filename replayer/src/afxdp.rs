@@ -639,6 +639,11 @@ impl Port {
         self.tx.as_mut().map_or(0, |tx| tx.queued() + tx.batch.len() as u32)
     }
 
+    /// Frames that are kept free of captured packets, for those that the engine makes itself.
+    pub fn reserve(&self) -> u32 {
+        self.areas.len() as u32 / RESERVE
+    }
+
     /// Frames by place.
     pub fn frames(&self) -> Frames {
         self.frames
@@ -705,7 +710,7 @@ impl Port {
 
     /// Fills the fill ring from the free list, in whole batches, down to the reserve.
     fn refill(&mut self) {
-        let reserve = self.areas.len() as u32 / RESERVE;
+        let reserve = self.reserve();
         let Some(rx) = &mut self.rx else { return };
         while self.frames.free >= reserve + BATCH as u32 && rx.fill.nb_free(BATCH as u32) >= BATCH as u32 {
             let start = self.free.len() - BATCH;

@@ -1,5 +1,6 @@
 //! The command line: what was typed, parsed into types. What it means is decided in the roles' own files.
 
+use crate::capture::CaptureArg;
 use crate::placement::{CpuList, Workers};
 use crate::replay::ReplayArgs;
 use anyhow::{Context, Result, anyhow, bail};
@@ -54,6 +55,14 @@ pub struct OnlineArgs {
     /// Capture on this interface [default: the one that has the source address, or the one of the route to the target].
     #[arg(short = 'i', long = "interface", value_name = "IFACE")]
     pub interface: Option<String>,
+
+    /// How requests are taken off the wire.
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub capture: CaptureArg,
+
+    /// With span: let the drivers of both interfaces exchange packets with the replayer without copying them, where they can.
+    #[arg(long)]
+    pub zero_copy: bool,
 
     /// Spread the copies of a connection over so many milliseconds, instead of all at once.
     #[arg(long, value_name = "MS", default_value_t = 0)]

@@ -10,7 +10,8 @@
 //! - [`assistant`]: the assistant role
 //! - [`channel`]: the return channel between them
 //! - [`afxdp`]: the AF_XDP port
-//! - [`mirror`], [`netns`]: the private veth pair and its network namespace
+//! - [`capture`]: how requests get to the workers: mirror, ring, or span
+//! - [`netns`]: network namespaces
 //! - [`programs`]: the BPF programs and their maps
 //! - [`net`]: routes, neighbours, devices
 //! - [`connections`]: the connections that a server has
@@ -23,12 +24,12 @@
 
 pub mod afxdp;
 pub mod assistant;
+pub mod capture;
 pub mod channel;
 pub mod cli;
 pub mod clock;
 pub mod connections;
 pub mod inspect;
-pub mod mirror;
 pub mod moderation;
 pub mod net;
 pub mod netns;

@@ -316,6 +316,9 @@ mod tests {
             rx_queues: 1,
             kind: None,
             vlan,
+            lower: None,
+            master: None,
+            gro_max_size: 65_536,
             addresses: Vec::new(),
         }
     }

@@ -5,17 +5,17 @@
 //! first thing to go.
 
 use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig, PortError};
+use crate::capture::choice::{self, Facts};
+use crate::capture::{self, Backend, Capture, CaptureArg, Source, span};
 use crate::channel::client::{Client, ClientConfig};
 use crate::channel::random_instance;
 use crate::channel::wire::Entry;
 use crate::cli::{OnlineArgs, StatsFormat, assistant_address};
 use crate::clock;
 use crate::connections::{self, Connection};
-use crate::mirror::Mirror;
 use crate::net::{Device, Monitor, NetError, Network};
-use crate::placement::Placement;
+use crate::placement::{Placement, Workers};
 use crate::privileges;
-use crate::programs::{Program, Programs};
 use crate::replay::{ReplayArgs, online_name};
 use crate::report::Figures;
 use crate::signals::Signals;
@@ -27,10 +27,9 @@ use nix::net::if_::if_nameindex;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use replayer_common::addr::{ANY, Endpoint, to_std};
 use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
-use replayer_common::maps::CaptureConfig;
 use replayer_engine::Engine;
 use replayer_engine::config::{Limits, Service};
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -65,12 +64,12 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
     let figures = online.figures();
     let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
     eprintln!("online: {}", figures.summary(seconds, cpu));
-    let lost = online.lost_in_mirror();
+    let lost = capture::lost(&online.verdicts);
     if lost > 0 {
-        eprintln!("  {lost} packets lost in the mirror: the kernel had no room for their clones");
+        eprintln!("  {lost} packets were lost in the capture: the kernel had no room for them");
     }
     if let Some(path) = &args.replay.report {
-        let report = figures.report(online.kernel(), seconds, cpu);
+        let report = figures.report(online.verdicts.clone(), seconds, cpu);
         let written = std::fs::write(path, format!("{report:#}\n")).with_context(|| {
             format!("cannot write the report to {}; choose a writable path", path.display())
         });
@@ -81,10 +80,9 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
 
 /// The running role. Dropping it detaches everything.
 struct Online {
-    programs: Programs,
+    capture: Capture,
     /// Verdicts at the time of the stop.
     verdicts: Value,
-    mirror: Mirror,
     _monitor: Monitor,
     /// Where it captures and where it sends.
     devices: [Device; 2],
@@ -92,7 +90,6 @@ struct Online {
     /// Services whose clients were said to speak TLS.
     tls_said: BTreeSet<usize>,
     ramp: Ramp,
-    capture_config: CaptureConfig,
     workers: Vec<Running>,
 }
 
@@ -110,11 +107,29 @@ impl Online {
         if args.spread > 60_000 {
             bail!("--spread {}: give at most 60000 milliseconds", args.spread);
         }
+        if args.zero_copy && args.capture != CaptureArg::Span {
+            bail!(
+                "--zero-copy is for --capture span: the others copy packets anyway, so as not to touch the production interface"
+            );
+        }
         let services = args.replay.services();
         let mut network = Network::open()?;
         let output = output_device(&mut network, args.replay.output_interface.as_deref(), &services)?;
-        let capture = capture_device(&mut network, args, &services)?;
-        let placement = Placement::choose(args.workers, args.cpus.as_ref())?;
+        let device = capture_device(&mut network, args, &services)?;
+        let wildcard = services.iter().any(|service| service.online.ip == ANY);
+        let facts = Facts::find(&mut network, &device, wildcard)?;
+        let (backend, why) = choice::choose(args.capture, &device, &facts)?;
+        let placement = match backend {
+            Backend::Mirror | Backend::Ring => Placement::choose(args.workers, args.cpus.as_ref())?,
+            Backend::Span => {
+                check_span(&services)?;
+                let workers = span::workers(&device, args.workers)?;
+                check_span_workers(args, &device, workers)?;
+                Placement::choose(Some(Workers::Count(workers)), args.cpus.as_ref()).with_context(|| {
+                    format!("{0} has {workers} receive queues, each with a worker (`ethtool -L {0}` gives it fewer)", device.name)
+                })?
+            }
+        };
         let mut channels = connect(
             &args.assistants,
             args.replay.assistant_port,
@@ -127,36 +142,26 @@ impl Online {
             args.replay.output_interface.clone(),
         )?;
 
-        let mirror = Mirror::create(capture.mtu, placement.workers)?;
-        let mut programs = Programs::load()?;
         let online: BTreeSet<_> =
             services.iter().map(|service| (service.online.ip, service.online.port)).collect();
-        programs.set_services(&online)?;
         let threshold = sample_threshold(args.replay.sample.0);
-        let capture_mode = programs.attach_capture(&mirror)?;
-        let ports = open_ports(&placement, &mirror, &capture, &output)?;
+        let mut capture = Capture::prepare(backend, &device, &online, placement.workers)?;
+        let ports = open_ports(args, &placement, &capture, &device, &output)?;
         let workers = ports.len() as u32;
         channels.truncate(ports.len());
-        for port in &ports {
-            let (queue, socket) =
-                port.rx_queue().zip(port.rx_fd()).context("the port has no capture side")?;
-            programs.set_socket(queue, socket)?;
-        }
+        let sources: Vec<Source> = (0..)
+            .zip(&ports)
+            .map(|(worker, port)| capture.source(worker, workers, Some(port)))
+            .collect::<Result<_>>()?;
         let ramp = Ramp::new(args.ramp, threshold);
-        let capture_config = CaptureConfig {
-            sample_threshold: ramp.threshold(Duration::ZERO),
-            mirror_ifindex: mirror.near_index(),
-            shards: workers,
-            ..CaptureConfig::default()
-        };
-        programs.set_capture(capture_config)?;
+        capture.configure(workers, ramp.threshold(Duration::ZERO))?;
 
         let mut config = args.replay.engine_config(ports.len())?;
         config.sample_threshold = threshold;
         config.spread_ns = u64::from(args.spread) * 1_000_000;
         let port_modes: Vec<String> = ports.iter().map(|port| port.mode().to_owned()).collect();
         let mut made = Vec::new();
-        for (number, (port, channels)) in ports.into_iter().zip(channels).enumerate() {
+        for (number, ((port, source), channels)) in ports.into_iter().zip(sources).zip(channels).enumerate() {
             let mut config = config.clone();
             config.worker = number as u32;
             config.seed = random_instance();
@@ -168,28 +173,28 @@ impl Online {
                     .context("eventfd")?,
             });
             let engine = Engine::new(config, clock::now());
-            let worker = Worker::new(engine, port, channels, monitor.watch(), shared.clone());
+            let worker = Worker::new(engine, port, Some(source), channels, monitor.watch(), shared.clone());
             made.push((worker, shared));
         }
 
         // Everything stands: now the production interface. What its open connections are at is looked up before and after.
         let ports: BTreeSet<u16> = services.iter().map(|service| service.online.port).collect();
         let ports: Vec<u16> = ports.into_iter().collect();
-        let earlier = open_connections(args, &ports);
+        // What a mirror port shows are connections of other hosts.
+        let look = !args.replay.new_connections_only && backend != Backend::Span;
+        let earlier = open_connections(look, &ports);
         say_shortfalls(&args.replay, workers, &config.limits, &earlier);
-        let mirror_mode = programs.attach_mirror(&capture.name)?;
-        let later = open_connections(args, &ports);
+        capture.attach()?;
+        let later = open_connections(look, &ports);
         let (quiet, others) = between_turns(&earlier, &later);
         let mut online = Online {
-            programs,
+            capture,
             verdicts: Value::Null,
-            mirror,
             _monitor: monitor,
-            devices: [capture, output],
+            devices: [device, output],
             services,
             tls_said: BTreeSet::new(),
             ramp,
-            capture_config,
             workers: Vec::new(),
         };
         for (number, (mut worker, shared)) in (0..).zip(made) {
@@ -197,13 +202,8 @@ impl Online {
             online.workers.push(Running::start(number, placement.cpu(number), worker, shared)?);
         }
 
-        let [capture, output] = &online.devices;
-        eprintln!(
-            "online: capturing on {} ({mirror_mode}), mirror {} ({capture_mode}), sending on {}",
-            capture.name,
-            online.mirror.near(),
-            output.name
-        );
+        eprintln!("online: capturing on {}, sending on {}", online.capture, online.devices[1].name);
+        eprintln!("online: {backend}: {why}");
         for (number, (mode, worker)) in port_modes.iter().zip(&online.workers).enumerate() {
             let cpu = worker.cpu.map_or_else(String::new, |cpu| format!(" on CPU {cpu}"));
             eprintln!("online: worker {number}{cpu}: {mode}");
@@ -264,16 +264,15 @@ impl Online {
 
     /// When the share of connections grows next; `None`: it does not any more.
     fn next_step(&self) -> Option<Instant> {
-        let growing = self.capture_config.sample_threshold < self.ramp.full;
+        let growing = self.capture.threshold() < self.ramp.full;
         growing.then(|| Instant::now() + Ramp::STEP)
     }
 
     /// Lets the program take the share of connections that the ramp has come to.
     fn take_step(&mut self, attached: Instant) -> Result<()> {
         let threshold = self.ramp.threshold(attached.elapsed());
-        if threshold != self.capture_config.sample_threshold {
-            self.capture_config.sample_threshold = threshold;
-            self.programs.set_capture(self.capture_config)?;
+        if threshold != self.capture.threshold() {
+            self.capture.configure(self.workers.len() as u32, threshold)?;
         }
         Ok(())
     }
@@ -311,8 +310,8 @@ impl Online {
 
     /// Detaches from the production interface, lets the workers end their sessions, and waits for them.
     fn stop(&mut self) {
-        self.programs.detach_mirror();
-        self.verdicts = self.read_verdicts();
+        self.capture.detach();
+        self.verdicts = self.capture.verdicts();
         for worker in &self.workers {
             worker.shared.stop.store(true, Ordering::Release);
             // A full counter wakes the worker just as well.
@@ -325,41 +324,6 @@ impl Online {
                 eprintln!("online: a worker died while stopping; some sessions may be open at the target");
             }
         }
-    }
-
-    fn kernel(&self) -> Value {
-        self.verdicts.clone()
-    }
-
-    /// Packets that were to be captured and did not reach the AF_XDP socket.
-    fn lost_in_mirror(&self) -> u64 {
-        let verdicts = &self.verdicts;
-        [
-            &verdicts["mirror"]["mirror_full"],
-            &verdicts["mirror"]["clone_failed"],
-            &verdicts["mirror_device_dropped"],
-        ]
-        .into_iter()
-        .filter_map(Value::as_u64)
-        .sum()
-    }
-
-    fn read_verdicts(&mut self) -> Value {
-        let read = |program| match self.programs.counters(program) {
-            Ok(counters) => Value::Object(
-                counters.into_iter().map(|c| (c.name.to_owned(), c.value.into())).collect::<Map<_, _>>(),
-            ),
-            Err(error) => json!({ "error": error.to_string() }),
-        };
-        let dropped = match self.mirror.dropped() {
-            Ok(count) => count.into(),
-            Err(error) => Value::String(error.to_string()),
-        };
-        json!({
-            "mirror": read(Program::Mirror),
-            "mirror_device_dropped": dropped,
-            "capture": read(Program::Capture),
-        })
     }
 }
 
@@ -431,28 +395,43 @@ fn say_shortfalls(args: &ReplayArgs, workers: u32, limits: &Limits, open: &[Conn
     }
 }
 
-/// A port for each worker: its queue of the mirror, and a TX queue of the output device.
+/// A port for each worker: where the back end receives, and a TX queue of the output device.
 fn open_ports(
+    args: &OnlineArgs,
     placement: &Placement,
-    mirror: &Mirror,
-    capture: &Device,
+    capture: &Capture,
+    device: &Device,
     output: &Device,
 ) -> Result<Vec<Port>> {
     let wanted = placement.workers;
-    let frame_size = if capture.mtu.max(output.mtu) + ETHERNET_HEADER <= 2048 - 256 { 2048 } else { 4096 };
+    let frame_size = if device.mtu.max(output.mtu) + ETHERNET_HEADER <= 2048 - 256 { 2048 } else { 4096 };
     let mut ports = Vec::new();
     for worker in 0..wanted {
-        let port = Port::open(&PortConfig {
-            frames: (FRAMES / wanted.next_power_of_two()).max(FRAMES_MIN),
+        let rx = capture.receiving_end(worker);
+        // Without a receiving side there is no half for packets that wait: they wait in the ring.
+        let frames = if rx.is_some() { FRAMES } else { FRAMES / 2 };
+        let mut config = PortConfig {
+            frames: (frames / wanted.next_power_of_two()).max(FRAMES_MIN),
             frame_size,
-            rx: Some(PortEndpoint::new(mirror.far(), worker).within(mirror.namespace().clone())),
+            rx,
             tx: Some(PortEndpoint {
                 device: output.name.clone(),
                 queues: 0..output.tx_queues.max(1),
                 namespace: None,
             }),
-            zero_copy: false,
-        });
+            zero_copy: args.zero_copy,
+        };
+        let mut port = Port::open(&config);
+        if let Err(PortError::Socket { source, .. }) = &port
+            && config.zero_copy
+        {
+            eprintln!(
+                "online: no zero-copy between {} and {} ({source}): packets are copied instead",
+                device.name, output.name
+            );
+            config.zero_copy = false;
+            port = Port::open(&config);
+        }
         match port {
             Ok(port) => ports.push(port),
             Err(PortError::Busy { device, .. } | PortError::NoQueue { device, .. })
@@ -476,6 +455,39 @@ fn open_ports(
         }
     }
     Ok(ports)
+}
+
+/// What a mirror port makes impossible: it shows the packets of many hosts, perhaps those of the replay itself.
+fn check_span(services: &[Service]) -> Result<()> {
+    if let Some(service) = services.iter().find(|service| service.online.ip == ANY) {
+        bail!(
+            "-x {}-{}: a mirror port may show many hosts with that port, the target among them; name the server's address, -x IP:{0}-{1}",
+            service.online.port,
+            service.target
+        );
+    }
+    if let Some(service) =
+        services.iter().find(|service| services.iter().any(|other| other.online == service.target))
+    {
+        bail!(
+            "-x: {} is copied to {}, which is copied itself: if the mirror port shows it, the copies are copied again; start one replayer for each",
+            service.online,
+            service.target
+        );
+    }
+    Ok(())
+}
+
+/// Which worker a connection comes to is decided by the NIC, so ports of a client's own address cannot be shared out.
+fn check_span_workers(args: &OnlineArgs, device: &Device, workers: u32) -> Result<()> {
+    if workers > 1 && args.replay.copies.0 > 1_000_000 && args.replay.pool.is_empty() {
+        let name = &device.name;
+        bail!(
+            "-n with {workers} workers on a mirror port: each needs addresses of its own for the copies; give them with -c, or give {name} one \
+             receive queue by `ethtool -L {name} combined 1` (`rx 1` where `ethtool -l {name}` shows no combined ones)"
+        );
+    }
+    Ok(())
 }
 
 /// The device that sends. A target whose next hop does not answer may come up later; one without a route is a mistake.
@@ -570,8 +582,8 @@ pub(crate) fn connect(
     Ok(all)
 }
 
-fn open_connections(args: &OnlineArgs, ports: &[u16]) -> Vec<Connection> {
-    if args.replay.new_connections_only {
+fn open_connections(look: bool, ports: &[u16]) -> Vec<Connection> {
+    if !look {
         return Vec::new();
     }
     connections::established(ports).unwrap_or_else(|error| {

@@ -15,19 +15,19 @@ use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, XskMap};
+use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, XskMap};
 use aya::programs::links::FdLink;
 use aya::programs::tc::{self, NlOptions, TcAttachOptions, TcAttachType};
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, Xdp, XdpMode};
 use aya::{Ebpf, EbpfError};
 use replayer_common::addr::Ip;
-use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict};
+use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict, RingVerdict, SpanVerdict};
 use replayer_common::maps::{
     CaptureConfig, MAX_LOCAL_ADDRESSES, MAX_QUEUES, MAX_SERVICES, ServiceKey, names, port_bit,
 };
 use thiserror::Error;
 
-use crate::mirror::Mirror;
+use crate::capture::mirror::Mirror;
 
 /// The object with all programs and maps.
 static OBJECT: &[u8] =
@@ -45,8 +45,12 @@ pub struct Programs {
 /// A program of the object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Program {
-    /// tcx ingress on the capture interface.
+    /// tcx ingress on the capture interface, cloning into the mirror.
     Mirror,
+    /// tcx ingress on the capture interface, copying into rings.
+    Ring,
+    /// XDP on a capture interface that serves nobody.
+    Span,
     /// XDP on the mirror's far end.
     Capture,
     /// XDP on the assistant's interface.
@@ -207,7 +211,7 @@ impl Programs {
         Ok(())
     }
 
-    /// What [`Program::Mirror`] samples, and where it clones to.
+    /// What the programs on the capture interface sample, and where [`Program::Mirror`] clones to.
     pub fn set_capture(&mut self, config: CaptureConfig) -> Result<(), ProgramsError> {
         let mut bytes = [0; 24];
         bytes[..8].copy_from_slice(&config.sample_threshold.to_ne_bytes());
@@ -234,7 +238,34 @@ impl Programs {
         Ok(())
     }
 
-    /// Sends what [`Program::Capture`] or [`Program::Responses`] take on a queue to an AF_XDP socket bound to
+    /// Makes the ring of a shard, for [`Program::Ring`] to copy into: its reading end, and the map in which the reader says at the shard's
+    /// place that it sleeps.
+    pub fn add_ring(
+        &mut self,
+        shard: u32,
+        bytes: u32,
+    ) -> Result<(RingBuf<MapData>, Array<MapData, u64>), ProgramsError> {
+        /// `BPF_MAP_TYPE_RINGBUF` (include/uapi/linux/bpf.h).
+        const RINGBUF: u32 = 27;
+        let definition = aya_obj::Map::new_from_params(RINGBUF, 0, 0, bytes, 0);
+        let data = MapData::create(definition, "ring", None).map_err(map_error(names::RINGS))?;
+        let ring = RingBuf::try_from(Map::RingBuf(data)).map_err(map_error(names::RINGS))?;
+        let map = self.ebpf.map_mut(names::RINGS).ok_or_else(|| missing(names::RINGS))?;
+        let mut rings: ArrayOfMaps<_, RingBuf<MapData>> = map.try_into().map_err(map_error(names::RINGS))?;
+        rings.set(shard, &ring, 0).map_err(map_error(names::RINGS))?;
+        // A descriptor of its own, since the reader goes to another thread.
+        let Some(Map::Array(sleeping)) = self.ebpf.map(names::SLEEPING) else {
+            return Err(missing(names::SLEEPING));
+        };
+        let own = sleeping
+            .info()
+            .and_then(|info| MapData::from_id(info.id()))
+            .map_err(map_error(names::SLEEPING))?;
+        let sleeping = Array::try_from(Map::Array(own)).map_err(map_error(names::SLEEPING))?;
+        Ok((ring, sleeping))
+    }
+
+    /// Sends what [`Program::Capture`], [`Program::Span`] or [`Program::Responses`] take on a queue to an AF_XDP socket bound to
     /// that queue.
     pub fn set_socket(&mut self, queue: u32, socket: BorrowedFd<'_>) -> Result<(), ProgramsError> {
         if queue >= MAX_QUEUES {
@@ -245,10 +276,10 @@ impl Programs {
         sockets.set(queue, socket, 0).map_err(map_error(names::XSKS))
     }
 
-    /// Attaches [`Program::Mirror`] to the ingress side of `device`, in front of what is there already: it
-    /// lets everything pass. Kernels without tcx get a clsact filter instead.
-    pub fn attach_mirror(&mut self, device: &str) -> Result<Attachment, ProgramsError> {
-        let name = Program::Mirror.name();
+    /// Attaches [`Program::Mirror`] or [`Program::Ring`] to the ingress side of `device`, in front of what is there already: they
+    /// let everything pass. Kernels without tcx get a clsact filter instead.
+    pub fn attach_ingress(&mut self, which: Program, device: &str) -> Result<Attachment, ProgramsError> {
+        let name = which.name();
         let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
         program.load().map_err(program_error(name))?;
         let attach_error =
@@ -270,7 +301,7 @@ impl Programs {
         let link = program.take_link(link).map_err(program_error(name))?;
         let link =
             FdLink::try_from(link).map_err(|_| ProgramsError::NoLink { name, device: device.to_owned() })?;
-        self.links.push((Program::Mirror, link));
+        self.links.push((which, link));
         Ok(Attachment::Tcx)
     }
 
@@ -286,6 +317,16 @@ impl Programs {
         Ok(link.1)
     }
 
+    /// Attaches [`Program::Span`] to `device`: in native mode where the driver can, else in generic mode. Some drivers (mlx5, ixgbe,
+    /// ENA) reset their link for native mode.
+    pub fn attach_span(&mut self, device: &str) -> Result<Attachment, ProgramsError> {
+        let program: &mut Xdp = program(&mut self.ebpf, Program::Span.name())?;
+        let modes = [Attachment::Native, Attachment::Generic];
+        let link = attach_xdp(program, Program::Span.name(), device, &modes)?;
+        self.links.push((Program::Span, link.0));
+        Ok(link.1)
+    }
+
     /// Attaches [`Program::Responses`] to `device`: in native mode where the driver can, else in generic
     /// mode. Some drivers (mlx5, ixgbe, ENA) reset their link for native mode.
     pub fn attach_responses(&mut self, device: &str) -> Result<Attachment, ProgramsError> {
@@ -296,12 +337,12 @@ impl Programs {
         Ok(link.1)
     }
 
-    /// Detaches `mirror` from the production interface; the maps and the counters stay.
-    pub fn detach_mirror(&mut self) {
-        self.links.retain(|(program, _)| *program != Program::Mirror);
+    /// Detaches a program; the maps and the counters stay.
+    pub fn detach(&mut self, which: Program) {
+        self.links.retain(|(program, _)| *program != which);
         // A clsact filter is held by the program itself.
-        if let Ok(mirror) = program::<SchedClassifier>(&mut self.ebpf, Program::Mirror.name()) {
-            let _ = mirror.unload();
+        if let Ok(classifier) = program::<SchedClassifier>(&mut self.ebpf, which.name()) {
+            let _ = classifier.unload();
         }
     }
 
@@ -318,6 +359,8 @@ impl Programs {
         }
         Ok(match program {
             Program::Mirror => read!(names::MIRROR_COUNTERS, MirrorVerdict),
+            Program::Ring => read!(names::RING_COUNTERS, RingVerdict),
+            Program::Span => read!(names::SPAN_COUNTERS, SpanVerdict),
             Program::Capture => read!(names::CAPTURE_COUNTERS, CaptureVerdict),
             Program::Responses => read!(names::RESPONSES_COUNTERS, ResponsesVerdict),
         })
@@ -351,6 +394,8 @@ impl Program {
     pub fn name(self) -> &'static str {
         match self {
             Program::Mirror => "mirror",
+            Program::Ring => "ring",
+            Program::Span => "span",
             Program::Capture => "capture",
             Program::Responses => "responses",
         }

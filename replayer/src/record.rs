@@ -1,29 +1,29 @@
 //! `replayer record`: writes what a live capture would replay to capture files, to be replayed later.
 //!
-//! The capture is the online role's (`mirror`, `capture`, AF_XDP): requests of clients to the services, whole packets, and nothing else. Files
+//! The capture is the online role's ([`crate::capture`]): requests of clients to the services, whole packets, and nothing else. Files
 //! are pcapng with nanoseconds; one follows the other when it is large or old enough, and the oldest goes when there are too many. A file that is being
 //! written has `.part` at the end of its name, so that whoever takes files away takes whole ones.
 
-use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig, Received};
+use crate::afxdp::{Port, PortConfig, Received};
+use crate::capture::choice::{self, Facts};
+use crate::capture::ring::Reader;
+use crate::capture::{self, Backend, Capture, CaptureArg, Source, span};
 use crate::cli::PercentArg;
-use crate::mirror::Mirror;
-use crate::net::{NetError, Network};
+use crate::net::{Device, NetError, Network};
 use crate::pcap::writer::NgWriter;
 use crate::privileges;
-use crate::programs::{Program, Programs};
 use crate::signals::Signals;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use replayer_common::addr::{ANY, Ip, from_std};
 use replayer_common::hash::sample_threshold;
-use replayer_common::maps::CaptureConfig;
 use serde_json::json;
 use std::collections::{BTreeSet, VecDeque};
 use std::fs::{self, File};
 use std::io::BufWriter;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant, SystemTime};
@@ -47,6 +47,10 @@ pub struct RecordArgs {
     /// Capture on this interface.
     #[arg(short = 'i', long = "interface", value_name = "IFACE")]
     pub interface: String,
+
+    /// How they are taken off the wire.
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub capture: CaptureArg,
 
     /// Where the files go: PREFIX-00001.pcapng and so on.
     #[arg(short = 'w', long = "write", value_name = "PREFIX")]
@@ -117,42 +121,25 @@ pub fn run(args: &RecordArgs) -> Result<()> {
     if !device.up {
         return Err(NetError::Down { name: device.name }.into());
     }
-    let mut mirror = Mirror::create(device.mtu, 1)?;
-    let mut programs = Programs::load()?;
-    programs
-        .set_services(&args.services.iter().map(|service| (service.0, service.1)).collect::<BTreeSet<_>>())?;
-    let capture_mode = programs.attach_capture(&mirror)?;
-    let mut port = Port::open(&PortConfig {
-        frames: FRAMES,
-        frame_size: if device.mtu + ETHERNET_HEADER <= 2048 - 256 { 2048 } else { 4096 },
-        rx: Some(PortEndpoint::new(mirror.far(), 0).within(mirror.namespace().clone())),
-        tx: None,
-        zero_copy: false,
-    })?;
-    let (queue, socket) = port.rx_queue().zip(port.rx_fd()).context("the port has no capture side")?;
-    programs.set_socket(queue, socket)?;
-    programs.set_capture(CaptureConfig {
-        sample_threshold: sample_threshold(args.sample.0),
-        mirror_ifindex: mirror.near_index(),
-        shards: 1,
-        ..CaptureConfig::default()
-    })?;
-    let mirror_mode = programs.attach_mirror(&device.name)?;
-    eprintln!(
-        "record: capturing on {} ({mirror_mode}), mirror {} ({capture_mode}), writing {}",
-        device.name,
-        mirror.near(),
-        files.name(files.number + 1).display()
-    );
+    let services: BTreeSet<_> = args.services.iter().map(|service| (service.0, service.1)).collect();
+    let wildcard = services.iter().any(|(ip, _)| *ip == ANY);
+    let facts = Facts::find(&mut network, &device, wildcard)?;
+    let (backend, why) = choice::choose(args.capture, &device, &facts)?;
+    let mut capture = Capture::prepare(backend, &device, &services, 1)?;
+    let mut taking = Taking::open(&mut capture, backend, &device)?;
+    capture.configure(1, sample_threshold(args.sample.0))?;
+    capture.attach()?;
+    eprintln!("record: capturing on {capture}, writing {}", files.name(files.number + 1).display());
+    eprintln!("record: {backend}: {why}");
     eprintln!("record ready: stop with SIGTERM or Ctrl-C");
 
-    let ended = record(args, &signals, &mut port, &mut files);
-    programs.detach_mirror();
-    // What the kernel had cloned before is still written.
-    let mut received = Vec::with_capacity(BATCH);
-    while ended.is_ok() && take(&mut port, &mut received, &mut files, args.packets)? > 0 {}
+    let ended = record(args, &signals, &mut taking, &mut files);
+    capture.detach();
+    // What the kernel had taken before is still written.
+    while ended.is_ok() && taking.take(&mut files, args.packets)? > 0 {}
     let finished = files.finish();
-    let lost = lost(&programs, &mut mirror, &port);
+    let verdicts = capture.verdicts();
+    let lost = capture::lost(&verdicts) + taking.lost();
     eprintln!("record: {} packets, {} bytes in {} files", files.packets, files.bytes, files.made);
     if let Some(path) = &args.report {
         let report = json!({
@@ -162,6 +149,7 @@ pub fn run(args: &RecordArgs) -> Result<()> {
             "bytes": files.bytes,
             "files": files.made,
             "packets_lost": lost,
+            "kernel": verdicts,
         });
         fs::write(path, format!("{report:#}\n")).with_context(|| {
             format!("cannot write the report to {}; choose a writable path", path.display())
@@ -177,26 +165,32 @@ pub fn run(args: &RecordArgs) -> Result<()> {
     Ok(())
 }
 
-fn record(args: &RecordArgs, signals: &Signals, port: &mut Port, files: &mut RotatingFiles) -> Result<()> {
+fn record(
+    args: &RecordArgs,
+    signals: &Signals,
+    taking: &mut Taking,
+    files: &mut RotatingFiles,
+) -> Result<()> {
     let started = Instant::now();
     let duration = args.duration.map(Duration::try_from_secs_f64).transpose().context("--duration")?;
-    let mut received = Vec::with_capacity(BATCH);
     loop {
-        let count = take(port, &mut received, files, args.packets)?;
+        let count = taking.take(files, args.packets)?;
         files.rotate_if_old()?;
         if args.packets.is_some_and(|limit| files.packets >= limit)
             || duration.is_some_and(|duration| started.elapsed() >= duration)
         {
             return Ok(());
         }
-        if count == BATCH {
+        if count >= BATCH {
             continue;
         }
         if signals.wait_until(Instant::now())? {
             return Ok(());
         }
-        let rx = port.rx_fd().context("the port has no capture side")?;
-        let mut fds = [PollFd::new(rx, PollFlags::POLLIN), PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        let mut fds = [
+            PollFd::new(taking.before_sleep()?, PollFlags::POLLIN),
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+        ];
         let timeout = PollTimeout::try_from(LOOK_INTERVAL.as_millis()).unwrap_or(PollTimeout::MAX);
         match poll(&mut fds, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
@@ -205,44 +199,92 @@ fn record(args: &RecordArgs, signals: &Signals, port: &mut Port, files: &mut Rot
     }
 }
 
-/// Writes what has come, at most a batch.
-fn take(
-    port: &mut Port,
-    received: &mut Vec<Received>,
-    files: &mut RotatingFiles,
-    limit: Option<u64>,
-) -> Result<usize> {
-    let count = port.receive(received);
-    let time_ns = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64);
-    for packet in received.drain(..) {
-        let written = if limit.is_none_or(|limit| files.packets < limit) {
-            let bytes = port.frame(&packet.frame);
-            files.packet(time_ns, &bytes[..(packet.len as usize).min(bytes.len())])
-        } else {
-            Ok(())
-        };
-        port.release(packet.frame);
-        written?;
-    }
-    port.reclaim();
-    Ok(count)
+/// Where packets come from.
+enum Taking {
+    Port(Box<Port>, Vec<Received>),
+    Ring(Box<Reader>, Vec<u8>),
 }
 
-/// Packets that were to be captured and did not reach a file.
-fn lost(programs: &Programs, mirror: &mut Mirror, port: &Port) -> u64 {
-    let in_mirror: u64 = programs
-        .counters(Program::Mirror)
-        .map(|counters| {
-            counters
-                .iter()
-                .filter(|counter| matches!(counter.name, "mirror_full" | "clone_failed"))
-                .map(|counter| counter.value)
-                .sum()
+impl Taking {
+    fn open(capture: &mut Capture, backend: Backend, device: &Device) -> Result<Taking> {
+        if backend == Backend::Span && span::receive_queues(device) > 1 {
+            let name = &device.name;
+            bail!(
+                "{name} has several receive queues, and packets are recorded from one: `ethtool -L {name} combined 1` (`rx 1` where \
+                 `ethtool -l {name}` shows no combined ones)"
+            );
+        }
+        let port = match capture.receiving_end(0) {
+            Some(rx) => Some(Port::open(&PortConfig {
+                frames: FRAMES,
+                frame_size: if device.mtu + ETHERNET_HEADER <= 2048 - 256 { 2048 } else { 4096 },
+                rx: Some(rx),
+                tx: None,
+                zero_copy: false,
+            })?),
+            None => None,
+        };
+        Ok(match (capture.source(0, 1, port.as_ref())?, port) {
+            (Source::Ring(reader), _) => Taking::Ring(reader, Vec::new()),
+            (Source::Port(received), port) => {
+                Taking::Port(Box::new(port.context("the back end has no port")?), received)
+            }
         })
-        .unwrap_or(0);
-    let at_socket =
-        port.statistics().map(|s| s.rx.rx_dropped + s.rx.rx_ring_full + s.rx.rx_fill_ring_empty).unwrap_or(0);
-    in_mirror + mirror.dropped().unwrap_or(0) + at_socket
+    }
+
+    /// Writes what has come, about a batch at most; how many packets.
+    fn take(&mut self, files: &mut RotatingFiles, limit: Option<u64>) -> Result<usize> {
+        let time_ns = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64);
+        let mut written = Ok(());
+        let mut count = 0;
+        let mut write = |bytes: &[u8]| {
+            count += 1;
+            if written.is_ok() && limit.is_none_or(|limit| files.packets < limit) {
+                written = files.packet(time_ns, bytes);
+            }
+        };
+        match self {
+            Taking::Port(port, received) => {
+                port.receive(received);
+                for packet in received.drain(..) {
+                    let bytes = port.frame(&packet.frame);
+                    write(&bytes[..(packet.len as usize).min(bytes.len())]);
+                    port.release(packet.frame);
+                }
+                port.reclaim();
+            }
+            Taking::Ring(reader, scratch) => {
+                for _ in 0..BATCH {
+                    if !reader.next_packets(scratch, &mut write) {
+                        break;
+                    }
+                }
+            }
+        }
+        written.map(|()| count)
+    }
+
+    /// What becomes readable when there is something more.
+    fn before_sleep(&mut self) -> Result<BorrowedFd<'_>> {
+        match self {
+            Taking::Port(port, _) => port.rx_fd().context("the port has no capture side"),
+            Taking::Ring(reader, _) => {
+                reader.about_to_sleep();
+                Ok(Reader::as_fd(reader))
+            }
+        }
+    }
+
+    /// Packets that came to the socket and were lost there.
+    fn lost(&self) -> u64 {
+        match self {
+            Taking::Port(port, _) => port
+                .statistics()
+                .map(|s| s.rx.rx_dropped + s.rx.rx_ring_full + s.rx.rx_fill_ring_empty)
+                .unwrap_or(0),
+            Taking::Ring(..) => 0,
+        }
+    }
 }
 
 /// Files one after the other.
@@ -377,6 +419,7 @@ mod tests {
         RotatingFiles::new(&RecordArgs {
             services: Vec::new(),
             interface: String::new(),
+            capture: CaptureArg::Auto,
             prefix: dir.join("a"),
             file_size,
             file_seconds: None,

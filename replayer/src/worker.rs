@@ -1,18 +1,19 @@
-//! A worker: one thread that owns a mirror queue, its AF_XDP port, its session engine and its return channels. Workers share nothing
+//! A worker: one thread that owns a source of captured packets, its AF_XDP port, its session engine and its return channels. Workers share nothing
 //! that changes; what others want to know of one it publishes now and then.
 //!
 //! ```text
-//! AF_XDP RX ──► engine ──► AF_XDP TX
+//! capture ────► engine ──► AF_XDP TX
 //!                 ▲
 //!   return channels (header records)
 //! ```
 //!
-//! The loop does not sleep while there is work. Without work it waits in poll(2), for the mirror, the channels and the next timer.
+//! The loop does not sleep while there is work. Without work it waits in poll(2), for the capture, the channels and the next timer.
 //! Where many sessions are active and the replay keeps up, it pauses first, so that one wake-up serves many packets
 //! ([`crate::moderation`]): a wake-up costs more than a packet, and nothing is late by more than [`LONGEST_PAUSE_NS`].
 //! When requests are late, nobody pauses, few sessions are waited for without sleeping, and the assistants are told to do the same.
 
-use crate::afxdp::{Flush, Frame, Port, PortCounters, Received, Statistics};
+use crate::afxdp::{Flush, Frame, Port, PortCounters, Statistics};
+use crate::capture::Source;
 use crate::channel::client::{Client, ClientCounters};
 use crate::channel::limits::HURRY;
 use crate::channel::wire::Entry;
@@ -96,7 +97,8 @@ pub struct Worker {
     engine: Engine,
     surroundings: Surroundings,
     shared: Arc<Shared>,
-    received: Vec<Received>,
+    /// `None`: packets come from a feed.
+    source: Option<Source>,
     captured: Vec<(Frame, usize)>,
     headers: Vec<ResponseHeader>,
     renewals: Vec<Option<u32>>,
@@ -244,6 +246,7 @@ impl Worker {
     pub fn new(
         engine: Engine,
         port: Port,
+        source: Option<Source>,
         channels: Vec<Client>,
         network: Watch,
         shared: Arc<Shared>,
@@ -253,8 +256,8 @@ impl Worker {
             renewals: vec![None; channels.len()],
             surroundings: Surroundings { port, channels },
             shared,
-            received: Vec::with_capacity(BATCH),
-            captured: Vec::with_capacity(BATCH),
+            source,
+            captured: Vec::with_capacity(Source::MOST),
             headers: Vec::with_capacity(4096),
             network,
             published_at: 0,
@@ -364,9 +367,9 @@ impl Worker {
         if let Some(feeding) = &mut self.feed {
             return feeding.feed.give(now, &mut self.engine, &mut self.captured, &mut self.surroundings);
         }
-        let count = self.surroundings.port.receive(&mut self.received);
+        let Some(source) = &mut self.source else { return 0 };
+        let count = source.receive(&mut self.surroundings.port, &mut self.captured);
         if count > 0 {
-            self.captured.extend(self.received.drain(..).map(|packet| (packet.frame, packet.len as usize)));
             self.engine.on_captured(now, &mut self.captured, &mut self.surroundings);
         }
         count
@@ -454,16 +457,20 @@ impl Worker {
         for channel in &self.surroundings.channels {
             until = until.min(channel.deadline());
         }
+        if let Some(source) = &mut self.source {
+            source.about_to_sleep();
+        }
         let woken = {
             let wake = PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN);
             let mut fds = [const { None }; 2 + MAX_CHANNELS];
-            let mirror = self.surroundings.port.rx_fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            let captured = self.source.as_ref().and_then(|source| source.fd(&self.surroundings.port));
+            let captured = captured.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
             let channels = self.surroundings.channels.iter().filter_map(|channel| {
                 let write = if channel.wants_write() { PollFlags::POLLOUT } else { PollFlags::empty() };
                 Some(PollFd::new(channel.fd()?, PollFlags::POLLIN | write))
             });
             let mut count = 0;
-            for (place, fd) in fds.iter_mut().zip([wake].into_iter().chain(mirror).chain(channels)) {
+            for (place, fd) in fds.iter_mut().zip([wake].into_iter().chain(captured).chain(channels)) {
                 *place = Some(fd);
                 count += 1;
             }

@@ -17,7 +17,7 @@ use nix::sys::socket::{
     AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, setsockopt, socket, sockopt,
 };
 use replayer::afxdp::{BATCH, Endpoint, Flush, Port, PortConfig, PortCounters, PortError, Received};
-use replayer::mirror::{Mirror, MirrorError};
+use replayer::capture::mirror::{Mirror, MirrorError};
 use replayer::netns::Namespace;
 use replayer::programs::{Attachment, Program, Programs, ProgramsError};
 use replayer_common::addr;
@@ -167,7 +167,7 @@ impl Capture {
             })
             .collect();
         assert_eq!(programs.attach_capture(&mirror).expect("XDP"), Attachment::Native);
-        assert_eq!(programs.attach_mirror("in1").expect("tcx"), Attachment::Tcx);
+        assert_eq!(programs.attach_ingress(Program::Mirror, "in1").expect("tcx"), Attachment::Tcx);
         Capture { programs, ports, mirror }
     }
 

@@ -37,6 +37,12 @@ pub struct Device {
     /// Of a VLAN device: the index of the device below it (`None`: that is in another namespace), and the
     /// tag.
     pub vlan: Option<(Option<u32>, VlanTag)>,
+    /// The device below it, if it is made on top of one.
+    pub lower: Option<u32>,
+    /// The bridge, bond or the like that it is a port of.
+    pub master: Option<u32>,
+    /// The largest packet that receive offload puts together, bytes.
+    pub gro_max_size: u32,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
 }
@@ -78,6 +84,36 @@ impl Network {
         by_index(&self.devices()?, ifindex).cloned()
     }
 
+    /// What a device does for this host, in words, with what would end it; `None`: nothing. Link-local addresses, which every device has,
+    /// serve nobody.
+    pub fn service_of(&mut self, device: &Device) -> Result<Option<String>, NetError> {
+        let name = &device.name;
+        if let Some(address) = device.addresses.iter().find(|address| !is_link_local(address)) {
+            return Ok(Some(format!(
+                "it has the address {address} of this host (`ip addr del {address} dev {name}` would take it away)"
+            )));
+        }
+        let devices = self.devices()?;
+        if let Some(master) = device.master {
+            let master = by_index(&devices, master)?;
+            return Ok(Some(format!("it is a port of {} (`ip link set {name} nomaster`)", master.name)));
+        }
+        // The two ends of a veth pair name each other, and neither is on top.
+        let on_top = |upper: &&Device| {
+            upper.lower == Some(device.ifindex) && upper.up && upper.kind.as_deref() != Some("veth")
+        };
+        if let Some(upper) = devices.iter().find(on_top) {
+            return Ok(Some(format!(
+                "{} is made on top of it (`ip link set {} down`)",
+                upper.name, upper.name
+            )));
+        }
+        if self.routes_through(device.ifindex)? {
+            return Ok(Some(format!("there are routes through it (`ip route flush dev {name}`)")));
+        }
+        Ok(None)
+    }
+
     /// All addresses, each with the index of its device.
     pub fn addresses(&mut self) -> Result<Vec<(u32, IpAddr)>, NetError> {
         let messages = self.netlink.dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
@@ -95,6 +131,13 @@ impl Network {
             Some((message.header.index, address?))
         };
         Ok(messages.into_iter().filter_map(parse).collect())
+    }
+}
+
+fn is_link_local(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
     }
 }
 
@@ -127,6 +170,9 @@ fn parse(message: RouteNetlinkMessage) -> Option<Device> {
         rx_queues: 1,
         kind: None,
         vlan: None,
+        lower: None,
+        master: None,
+        gro_max_size: 0,
         addresses: Vec::new(),
     };
     let mut lower = None;
@@ -142,6 +188,10 @@ fn parse(message: RouteNetlinkMessage) -> Option<Device> {
             LinkAttribute::Link(ifindex) => lower = Some(ifindex).filter(|&ifindex| ifindex != 0),
             // The lower device's index is one of that other namespace.
             LinkAttribute::LinkNetNsId(_) => lower = None,
+            LinkAttribute::Controller(master) => device.master = Some(master).filter(|&master| master != 0),
+            LinkAttribute::GroMaxSize(size) | LinkAttribute::GroIpv4MaxSize(size) => {
+                device.gro_max_size = device.gro_max_size.max(size);
+            }
             LinkAttribute::LinkInfo(infos) => parse_info(infos, &mut device),
             _ => {}
         }
@@ -149,6 +199,7 @@ fn parse(message: RouteNetlinkMessage) -> Option<Device> {
     if let Some((known, _)) = &mut device.vlan {
         *known = lower;
     }
+    device.lower = lower;
     Some(device)
 }
 

@@ -64,6 +64,37 @@ impl Network {
         }
         parse(target, message).ok_or_else(unreachable)
     }
+
+    /// Whether there are routes through a device, those to its own link left out.
+    pub fn routes_through(&mut self, ifindex: u32) -> Result<bool, NetError> {
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut request = RouteMessage::default();
+            request.header.address_family = family;
+            let routes = self.netlink.dump(RouteNetlinkMessage::GetRoute(request))?;
+            let found = routes.iter().any(
+                |route| matches!(route, RouteNetlinkMessage::NewRoute(route) if leads_through(route, ifindex)),
+            );
+            if found {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Whether packets to anything but a link-local destination leave through the device.
+fn leads_through(message: &RouteMessage, ifindex: u32) -> bool {
+    let through = |attribute: &RouteAttribute| match attribute {
+        RouteAttribute::Oif(index) => *index == ifindex,
+        RouteAttribute::MultiPath(hops) => hops.iter().any(|hop| hop.interface_index == ifindex),
+        _ => false,
+    };
+    let link_local = message.attributes.iter().any(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(address)) => address.is_link_local(),
+        RouteAttribute::Destination(RouteAddress::Inet6(address)) => address.is_unicast_link_local(),
+        _ => false,
+    });
+    message.header.kind == RouteType::Unicast && !link_local && message.attributes.iter().any(through)
 }
 
 /// `None` without an output device.

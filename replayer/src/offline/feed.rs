@@ -11,6 +11,7 @@
 //! (or SYN-ACK) without a hole and acknowledges all of it starts a turn, so the connection is joined there.
 
 use super::pace::{Pace, Speed};
+use crate::capture::pieces::{Pieces, USUAL};
 use crate::pcap::files::Progress;
 use crate::pcap::{Files, Order, ReadError};
 use anyhow::Result;
@@ -31,8 +32,6 @@ use std::time::Duration;
 const CHUNKS: usize = 16;
 const CHUNK_BYTES: usize = 1 << 20;
 const CHUNK_PACKETS: usize = 4096;
-/// Payload of the pieces of a packet that is larger than a frame: one full segment on a path of 1500 bytes, with timestamps.
-const PIECE: usize = 1448;
 /// Connections whose last packets are remembered, for joining those whose beginning is missing. A connection that is pushed out is joined
 /// later, or told of twice.
 const REMEMBERED: usize = 1 << 14;
@@ -386,34 +385,13 @@ impl Reading {
 
     /// A packet larger than a frame (an offload put several segments together): cut to segments.
     fn pieces(&mut self, time_ns: u64, frame: &[u8], port: u16, segment: &TcpSegment) -> Result<(), Gone> {
-        let headers_len = usize::from(segment.payload_offset);
-        let (ip, tcp) = (usize::from(segment.ip_offset), usize::from(segment.tcp_offset));
-        let payload = &frame[headers_len..];
-        let payload = &payload[..payload.len().min(segment.payload_len as usize)];
-        let pieces = payload.chunks(PIECE).count().max(1);
-        self.seen.figures.packets_added_by_cutting += pieces as u64 - 1;
-        let mut piece_bytes = Vec::with_capacity(headers_len + PIECE);
-        for at in 0..pieces {
-            let begin = at * PIECE;
-            // A packet that the capture cut has a last piece that says how long it was: the engine counts it.
-            let last = at + 1 == pieces;
-            let piece = &payload[begin..payload.len().min(begin + PIECE)];
-            let said = if last { segment.payload_len as usize - begin } else { piece.len() };
-            piece_bytes.clear();
-            piece_bytes.extend_from_slice(&frame[..headers_len]);
-            piece_bytes.extend_from_slice(piece);
-            let ip_len = headers_len + said.min(usize::from(u16::MAX) - headers_len) - ip;
-            if segment.is_v6 {
-                piece_bytes[ip + 4..ip + 6].copy_from_slice(&((ip_len - 40) as u16).to_be_bytes());
-            } else {
-                piece_bytes[ip + 2..ip + 4].copy_from_slice(&(ip_len as u16).to_be_bytes());
-            }
-            let seq = segment.seq.wrapping_add(begin as u32);
-            piece_bytes[tcp + 4..tcp + 8].copy_from_slice(&seq.to_be_bytes());
-            if !last {
-                piece_bytes[tcp + 13] &= !(flags::FIN | flags::PSH);
-            }
-            self.frame(time_ns, &piece_bytes, port, segment)?;
+        let pieces = Pieces::new(frame, segment, USUAL);
+        self.seen.figures.packets_added_by_cutting += pieces.len() as u64 - 1;
+        let mut bytes = Vec::new();
+        for piece in pieces {
+            bytes.resize(piece.len(), 0);
+            piece.write(&mut bytes);
+            self.frame(time_ns, &bytes, port, segment)?;
         }
         Ok(())
     }

@@ -64,7 +64,7 @@ pub(super) fn run(args: &OfflineArgs, services: &[Service]) -> Result<()> {
     });
     let port_mode = port.mode().to_owned();
     let engine = Engine::new(engine_config(args, room as u16)?, clock::now());
-    let mut worker = Worker::new(engine, port, channels, monitor.watch(), shared.clone());
+    let mut worker = Worker::new(engine, port, None, channels, monitor.watch(), shared.clone());
     worker.feed(feed, args.replay.hold_limit_ns()? + LAST_RESPONSE_NS);
     eprintln!("offline: sending on {}: {port_mode}", output.name);
     for service in services {

@@ -1,0 +1,248 @@
+//! Capture: how requests get from the wire to the workers, with one interface in front of three back ends.
+//!
+//! - [`choice`]: which back end, by `--capture` and by what is there
+//! - [`mirror`]: clones into a private veth pair, at whose far end are AF_XDP sockets
+//! - [`ring`]: copies in BPF ring buffers
+//! - [`span`]: AF_XDP sockets on the NIC of a mirror port, which serves nobody
+//! - [`pieces`]: packets that an offload put together, cut to segments
+//!
+//! What a back end costs, and why it is as it is, is in docs/capture.md.
+//!
+//! What may not happen here: a program is attached before everything behind it stands. All of it goes with this process: programs are
+//! links, rings and sockets are descriptors, and so are the mirror's namespace and the promiscuous mode.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use anyhow::{Context, Result};
+use replayer_common::addr::Ip;
+use replayer_common::maps::CaptureConfig;
+use serde_json::{Map, Value, json};
+
+use crate::afxdp::{Endpoint, Frame, Port, Received};
+use crate::net::Device;
+use crate::programs::{Program, Programs};
+
+pub mod choice;
+pub mod mirror;
+pub mod pieces;
+pub mod ring;
+pub mod span;
+
+pub use choice::{Backend, CaptureArg};
+
+use mirror::Mirror;
+use ring::Reader;
+use span::Promiscuous;
+
+/// One back end on one device. Dropping it detaches and removes everything.
+#[derive(Debug)]
+pub struct Capture {
+    // Fields drop in this order: first the programs are detached.
+    programs: Programs,
+    parts: Parts,
+    device: Device,
+    config: CaptureConfig,
+    /// How it is attached, for people.
+    how: String,
+}
+
+/// What a back end has besides its programs.
+#[derive(Debug)]
+enum Parts {
+    Mirror(Mirror),
+    Ring,
+    Span(Option<Promiscuous>),
+}
+
+impl Capture {
+    /// Makes everything of a back end but what is on the device itself, for requests to `services` and at most `workers` workers.
+    ///
+    /// # Errors
+    /// What the kernel refused, with the remedy. Nothing is left behind.
+    pub fn prepare(
+        backend: Backend,
+        device: &Device,
+        services: &BTreeSet<(Ip, u16)>,
+        workers: u32,
+    ) -> Result<Capture> {
+        let mut config = CaptureConfig { shards: workers, ..CaptureConfig::default() };
+        let mut how = String::new();
+        let mirror = match backend {
+            Backend::Mirror => Some(Mirror::create(device.mtu, workers)?),
+            Backend::Ring | Backend::Span => None,
+        };
+        let mut programs = Programs::load()?;
+        programs.set_services(services)?;
+        let parts = match mirror {
+            Some(mirror) => {
+                config.mirror_ifindex = mirror.near_index();
+                how = format!(", mirror {} ({})", mirror.near(), programs.attach_capture(&mirror)?);
+                Parts::Mirror(mirror)
+            }
+            None if backend == Backend::Ring => Parts::Ring,
+            None => {
+                span::check_mtu(device)?;
+                config.mac = device.mac.unwrap_or_default();
+                Parts::Span(None)
+            }
+        };
+        Ok(Capture { programs, parts, device: device.clone(), config, how })
+    }
+
+    /// Where the port of a worker receives; `None`: it has no receiving side.
+    pub fn receiving_end(&self, worker: u32) -> Option<Endpoint> {
+        match &self.parts {
+            Parts::Mirror(mirror) => {
+                Some(Endpoint::new(mirror.far(), worker).within(mirror.namespace().clone()))
+            }
+            Parts::Ring => None,
+            Parts::Span(_) => Some(Endpoint::new(self.device.name.clone(), worker)),
+        }
+    }
+
+    /// What comes from the wire for a worker out of `workers`: by the receiving side of `port`, which was opened for it, or else.
+    pub fn source(&mut self, worker: u32, workers: u32, port: Option<&Port>) -> Result<Source> {
+        let Parts::Ring = self.parts else {
+            let receiving = port.and_then(|port| port.rx_queue().zip(port.rx_fd()));
+            let (queue, socket) = receiving.context("the port has no capture side")?;
+            self.programs.set_socket(queue, socket)?;
+            return Ok(Source::Port(Vec::with_capacity(crate::afxdp::BATCH)));
+        };
+        Ok(Source::Ring(Box::new(Reader::new(&mut self.programs, worker, workers)?)))
+    }
+
+    /// Takes connections with flow hashes below `threshold`, shared by `workers`. May be called at any time.
+    pub fn configure(&mut self, workers: u32, threshold: u64) -> Result<()> {
+        self.config = CaptureConfig { sample_threshold: threshold, shards: workers, ..self.config };
+        Ok(self.programs.set_capture(self.config)?)
+    }
+
+    /// The threshold of flow hashes that is taken now.
+    pub fn threshold(&self) -> u64 {
+        self.config.sample_threshold
+    }
+
+    /// Attaches to the device: from here on packets come.
+    pub fn attach(&mut self) -> Result<()> {
+        let attachment = match &mut self.parts {
+            Parts::Mirror(_) => self.programs.attach_ingress(Program::Mirror, &self.device.name)?,
+            Parts::Ring => self.programs.attach_ingress(Program::Ring, &self.device.name)?,
+            Parts::Span(promiscuous) => {
+                let attachment = self.programs.attach_span(&self.device.name)?;
+                *promiscuous = Some(Promiscuous::set(&self.device)?);
+                attachment
+            }
+        };
+        self.how.insert_str(0, &attachment.to_string());
+        Ok(())
+    }
+
+    /// Detaches from the device. The counters stay.
+    pub fn detach(&mut self) {
+        if let Parts::Span(promiscuous) = &mut self.parts {
+            *promiscuous = None;
+        }
+        self.programs.detach(self.program());
+    }
+
+    /// What the programs counted, by verdict.
+    pub fn verdicts(&mut self) -> Value {
+        let read = |program: Program| match self.programs.counters(program) {
+            Ok(counters) => Value::Object(
+                counters.into_iter().map(|c| (c.name.to_owned(), c.value.into())).collect::<Map<_, _>>(),
+            ),
+            Err(error) => json!({ "error": error.to_string() }),
+        };
+        let mut verdicts = json!({
+            "capture_by": self.backend().to_string(),
+            self.program().name(): read(self.program()),
+        });
+        if let Parts::Mirror(mirror) = &mut self.parts {
+            verdicts["capture"] = read(Program::Capture);
+            verdicts["mirror_device_dropped"] = match mirror.dropped() {
+                Ok(count) => count.into(),
+                Err(error) => Value::String(error.to_string()),
+            };
+        }
+        verdicts
+    }
+
+    fn program(&self) -> Program {
+        match self.backend() {
+            Backend::Mirror => Program::Mirror,
+            Backend::Ring => Program::Ring,
+            Backend::Span => Program::Span,
+        }
+    }
+
+    fn backend(&self) -> Backend {
+        match self.parts {
+            Parts::Mirror(_) => Backend::Mirror,
+            Parts::Ring => Backend::Ring,
+            Parts::Span(_) => Backend::Span,
+        }
+    }
+}
+
+/// Of the verdicts of a back end: packets that were to be captured and did not reach a worker, whatever the reason. What the sockets or
+/// the rings lost after that is not among them, but `ring` has no such place.
+pub fn lost(verdicts: &Value) -> u64 {
+    let counters: &[(&str, &[&str])] = &[
+        ("mirror", &["mirror_full", "clone_failed"]),
+        ("ring", &["ring_full", "too_large", "copy_failed", "no_ring"]),
+        ("span", &["no_socket"]),
+        ("capture", &["no_socket"]),
+    ];
+    let lost =
+        counters.iter().flat_map(|(program, names)| names.iter().map(move |name| &verdicts[*program][*name]));
+    lost.chain([&verdicts["mirror_device_dropped"]]).filter_map(Value::as_u64).sum()
+}
+
+/// One line for people: where it captures, and how.
+impl fmt::Display for Capture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} by {} ({})", self.device.name, self.backend(), self.how)
+    }
+}
+
+/// Where a worker's packets come from. For one thread at a time.
+pub enum Source {
+    /// The receiving side of its port; what was received, for a moment.
+    Port(Vec<Received>),
+    /// A ring.
+    Ring(Box<Reader>),
+}
+
+impl Source {
+    /// The most packets that one call of [`Source::receive`] adds.
+    pub const MOST: usize = crate::afxdp::BATCH + pieces::MOST;
+
+    /// Appends captured packets to `out` as frames of `port`, some [`BATCH`](crate::afxdp::BATCH) at a time; how many.
+    pub fn receive(&mut self, port: &mut Port, out: &mut Vec<(Frame, usize)>) -> usize {
+        match self {
+            Source::Port(received) => {
+                let count = port.receive(received);
+                out.extend(received.drain(..).map(|packet| (packet.frame, packet.len as usize)));
+                count
+            }
+            Source::Ring(reader) => reader.receive(port, out),
+        }
+    }
+
+    /// Becomes readable when there is something, if [`Source::about_to_sleep`] was called before.
+    pub fn fd<'a>(&'a self, port: &'a Port) -> Option<BorrowedFd<'a>> {
+        match self {
+            Source::Port(_) => port.rx_fd(),
+            Source::Ring(reader) => Some(reader.as_fd()),
+        }
+    }
+
+    /// To be called before waiting for [`Source::fd`].
+    pub fn about_to_sleep(&mut self) {
+        if let Source::Ring(reader) = self {
+            reader.about_to_sleep();
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! The reader of a ring of captured packets, one for each worker.
+//!
+//! The program copies a packet into the ring as the kernel has it: receive offload may have put up to 64 KiB of segments together. The
+//! reader copies it once more, into frames from which it can be transmitted, and cuts it to segments on the way.
+//!
+//! A reader that is about to sleep says so, and only then the program wakes it: a wake-up costs the serving path more than the copy.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use anyhow::{Context, Result};
+use aya::maps::{Array, MapData, RingBuf};
+use replayer_common::maps::{RING_HEADER_LEN, RingHeader};
+use replayer_common::packet::parse_tcp;
+
+use super::pieces::{self, Pieces};
+use crate::afxdp::{BATCH, Frame, Port};
+use crate::programs::Programs;
+
+/// Bytes of all workers' rings together: half a second at 1 Gbit/s.
+const BYTES: u32 = 64 << 20;
+/// A ring has at least so many: some hundred packets of the largest kind.
+const LEAST_BYTES: u32 = 8 << 20;
+
+/// A ring's reading end.
+pub struct Reader {
+    ring: RingBuf<MapData>,
+    /// Of all rings; its own place says whether it sleeps.
+    sleeping: Array<MapData, u64>,
+    shard: u32,
+}
+
+impl Reader {
+    /// Makes the ring of the worker, one of `workers`.
+    pub(super) fn new(programs: &mut Programs, worker: u32, workers: u32) -> Result<Reader> {
+        let bytes = (BYTES / workers.max(1).next_power_of_two()).max(LEAST_BYTES);
+        let (ring, sleeping) = programs
+            .add_ring(worker, bytes)
+            .with_context(|| format!("make a ring of {} MiB for worker {worker}", bytes >> 20))?;
+        Ok(Reader { ring, sleeping, shard: worker })
+    }
+
+    /// Appends packets to `out`, in frames of `port`, until there are [`BATCH`] new ones; how many.
+    pub(super) fn receive(&mut self, port: &mut Port, out: &mut Vec<(Frame, usize)>) -> usize {
+        let (before, room) = (out.len(), port.area());
+        while out.len() - before < BATCH && has_room(port) {
+            let Some(record) = self.ring.next() else { break };
+            for_each_segment(&record, room, |len, write| {
+                // There is one: see `has_room`.
+                if let Some(mut frame) = port.allocate() {
+                    write(&mut port.frame_mut(&mut frame)[..len]);
+                    out.push((frame, len));
+                }
+            });
+        }
+        out.len() - before
+    }
+
+    /// Hands the packets of the next record to `take`, which gets the bytes of one after the other; false when there is none.
+    pub fn next_packets(&mut self, scratch: &mut Vec<u8>, mut take: impl FnMut(&[u8])) -> bool {
+        let Some(record) = self.ring.next() else { return false };
+        for_each_segment(&record, usize::MAX, |len, write| {
+            scratch.resize(len, 0);
+            write(scratch);
+            take(scratch);
+        });
+        true
+    }
+
+    /// To be called before waiting for [`Reader::as_fd`] to become readable.
+    pub fn about_to_sleep(&mut self) {
+        // Cannot fail: the place is there. If it did, the next timer would do instead of a wake-up.
+        let _ = self.sleeping.set(self.shard, 1, 0);
+    }
+}
+
+impl AsFd for Reader {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
+    }
+}
+
+/// Whether there are frames for all that can come of one record, besides those that the engine needs for its own packets. If not, the
+/// packets wait in the ring.
+fn has_room(port: &mut Port) -> bool {
+    let enough = |port: &Port| port.frames().free as usize >= port.reserve() as usize + pieces::MOST;
+    if !enough(port) {
+        port.flush();
+        port.reclaim();
+    }
+    enough(port)
+}
+
+/// Calls `each` for every segment of a record with its length and a function that writes it, `room` bytes at most.
+fn for_each_segment(record: &[u8], room: usize, mut each: impl FnMut(usize, &dyn Fn(&mut [u8]))) {
+    let Some((header, rest)) = record.split_at_checked(RING_HEADER_LEN) else { return };
+    let header = header_of(header);
+    let packet = &rest[..rest.len().min(header.len as usize)];
+    if header.segment_len == 0 && packet.len() <= room {
+        return each(packet.len(), &|to| to.copy_from_slice(packet));
+    }
+    // The program has parsed it by the same function before; if it had not, the engine would count it.
+    let Ok(segment) = parse_tcp(&packet) else {
+        let len = packet.len().min(room);
+        return each(len, &|to| to.copy_from_slice(&packet[..len]));
+    };
+    let headers = usize::from(segment.payload_offset);
+    let size = if header.segment_len > 0 { header.segment_len as usize } else { pieces::USUAL };
+    for piece in Pieces::new(packet, &segment, size.min(room - headers.min(room))) {
+        each(piece.len(), &|to| piece.write(to));
+    }
+}
+
+fn header_of(bytes: &[u8]) -> RingHeader {
+    let word =
+        |at: usize| bytes.get(at..at + 4).and_then(|word| word.try_into().ok()).map_or(0, u32::from_ne_bytes);
+    RingHeader { len: word(0), segment_len: word(4) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_the_packet_and_not_what_lies_behind_it() {
+        let mut record = vec![0; RING_HEADER_LEN];
+        record[..4].copy_from_slice(&5u32.to_ne_bytes());
+        record.extend([1, 2, 3, 4, 5, 99, 99, 99]);
+        let mut seen = Vec::new();
+        for_each_segment(&record, 1500, |len, write| {
+            let mut bytes = vec![0; len];
+            write(&mut bytes);
+            seen.push(bytes);
+        });
+        assert_eq!(seen, [[1, 2, 3, 4, 5]]);
+        // Shorter than its header, or than it says.
+        for_each_segment(&record[..3], 1500, |_, _| panic!("there is nothing"));
+        record[..4].copy_from_slice(&5000u32.to_ne_bytes());
+        for_each_segment(&record, 1500, |len, _| assert_eq!(len, 8));
+    }
+}
