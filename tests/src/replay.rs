@@ -37,6 +37,9 @@ pub struct Report {
     pub counters: BTreeMap<String, u64>,
     /// Sums that must be equal.
     pub accounting: Vec<Identity>,
+    /// What the BPF programs counted, by program and verdict.
+    #[serde(default)]
+    pub kernel: Value,
     /// By worker.
     pub workers: Vec<Share>,
     /// From a request's transmission to the first byte of the target's response.

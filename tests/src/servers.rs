@@ -15,6 +15,7 @@ use nix::sys::signal::Signal;
 
 use crate::lab::{Host, Lab};
 use crate::ledger::Ledger;
+use crate::namespace::run;
 use crate::process::Process;
 use crate::stream::{End, Record};
 use crate::wait::{holds_within, settled, wait_for};
@@ -312,6 +313,27 @@ pub fn second_entrance(lab: &Lab, host: &Host) -> Result<String> {
     ))?;
     host.namespace().ip("link set aside up\n")?;
     Ok(end)
+}
+
+/// The NIC that [`mirror_port`] makes.
+pub const MIRROR_PORT_NIC: &str = "span";
+
+/// Gives `monitor` another NIC, [`MIRROR_PORT_NIC`], with so many queues and no address: the switch's mirror port, which sends it a copy of
+/// all that it sends to `watched`.
+pub fn mirror_port(lab: &Lab, watched: &Host, monitor: &Host, queues: u8) -> Result<()> {
+    let (end, mtu) = (format!("{MIRROR_PORT_NIC}-{}", monitor.name()), lab.plan().mtu);
+    let queues = format!("numtxqueues {queues} numrxqueues {queues}");
+    lab.switch().ip(&format!(
+        "link add {end} mtu {mtu} {queues} up type veth peer name {MIRROR_PORT_NIC} mtu {mtu} {queues} netns {}\n",
+        monitor.namespace().name()
+    ))?;
+    monitor.namespace().ip(&format!("link set {MIRROR_PORT_NIC} up\n"))?;
+    // Netfilter at the port's egress: what the switch has decided to send to the host.
+    let rules = format!(
+        "table netdev mirror {{\nchain {end} {{\ntype filter hook egress device \"{}\" priority 0\ndup to \"{end}\"\n}}\n}}",
+        watched.name()
+    );
+    run(lab.switch().command("nft").arg(rules))
 }
 
 /// Path of a binary of this workspace, from its release build: load tools and roles are run as users run them.

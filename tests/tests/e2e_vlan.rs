@@ -54,7 +54,9 @@ impl MirrorPort {
 
 #[test]
 fn b011_tagged_packets_of_a_mirror_port_are_replayed() -> Result<()> {
-    for tags in [&[0x81, 0, 0, 7][..], &[0x88, 0xa8, 0, 5, 0x81, 0, 0, 7]] {
+    let [one, two] = [&[0x81, 0, 0, 7][..], &[0x88, 0xa8, 0, 5, 0x81, 0, 0, 7]];
+    let ways = ["mirror", "ring", "span"].into_iter().flat_map(|way| [(way, one), (way, two)]);
+    for (way, tags) in ways {
         let lab = Lab::up(Plan { offloads: false, ..Plan::default() })?;
         let mut streams = StreamPair::start(&lab, STREAM)?;
         let entrance = second_entrance(&lab, lab.online())?;
@@ -63,9 +65,9 @@ fn b011_tagged_packets_of_a_mirror_port_are_replayed() -> Result<()> {
         lab.online().namespace().ip("link set aside mtu 1508\n")?;
         let mirror_port = MirrorPort::start(&lab, lab.client(), &entrance, tags)?;
         let mut assistant = Role::assistant(&lab, lab.assistant(), &[])?;
-        let services = [service(STREAM, lab.target().v4(), STREAM)];
+        let services = [format!("{}:{}", lab.online().v4(), service(STREAM, lab.target().v4(), STREAM))];
         let assistants = [lab.assistant().v4().into()];
-        let mut online = Role::online_at(&lab, lab.online(), "aside", &services, &assistants, &[])?;
+        let mut online = Role::online_at(&lab, lab.online(), "aside", &services, &assistants, &["--capture", way])?;
         let load = format!(
             "--connect {}:{STREAM} --connections 20 --per-connection 25 --requests 500 --rate 1000 --body 1-8000 \
              --response 1-8000",
