@@ -2,6 +2,7 @@
 //!
 //! - [`report`]: what a subject returns: figures beside what they are compared with, the machine, a table and JSON
 //! - [`engine`]: the session engine alone, one core, no kernel
+//! - [`capture`]: what capture costs the serving path
 //! - [`path`]: RX ring to TX ring over veth
 //! - [`sending`]: copies into a TX ring, beside other ways to send
 //! - [`scale`]: one worker and two
@@ -11,6 +12,7 @@
 //! A subject is a function from [`Options`] to figures, listed in [`SUBJECTS`]. Whatever it compares itself with is measured in the
 //! same run, and a figure says what was wanted of it, so that a reader needs no second document.
 
+pub mod capture;
 pub mod engine;
 pub mod live;
 pub mod offline;
@@ -42,6 +44,7 @@ pub struct Subject {
 /// All of them, in the order in which they run.
 pub const SUBJECTS: &[Subject] = &[
     Subject { name: "engine", what: engine::WHAT, run: engine::run },
+    Subject { name: "capture", what: capture::WHAT, run: capture::run },
     Subject { name: "path", what: path::WHAT, run: path::run },
     Subject { name: "sending", what: sending::WHAT, run: sending::run },
     Subject { name: "scale", what: scale::WHAT, run: scale::run },

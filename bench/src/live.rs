@@ -37,7 +37,7 @@ const QUIET: Duration = Duration::from_millis(700);
 /// tcpdump gets packets from the kernel in blocks, the last of them at most a second late.
 const TCPDUMP_BUFFER: Duration = Duration::from_millis(1500);
 /// Ways to capture, as `--capture` names them.
-const BACK_ENDS: &[&str] = &["mirror"];
+const BACK_ENDS: &[&str] = &["ring", "mirror"];
 
 /// Measures all of it.
 pub fn run(options: Options) -> Result<Vec<Figure>> {
@@ -198,9 +198,22 @@ fn recorder(lab: &Lab, name: &str) -> Result<Option<Process>> {
     let file = lab.dir().join("recorded");
     let online = lab.online();
     let (mut command, ready) = match name.strip_prefix("capture by ") {
-        Some(_) => {
+        Some(back_end) => {
             let mut command = online.command(tool("replayer")?);
-            command.args(["record", "-i", NIC, "-x", &HTTP.to_string(), "--files", "1", "-w"]).arg(file);
+            command
+                .args([
+                    "record",
+                    "-i",
+                    NIC,
+                    "--capture",
+                    back_end,
+                    "-x",
+                    &HTTP.to_string(),
+                    "--files",
+                    "1",
+                    "-w",
+                ])
+                .arg(file);
             (command, "record ready")
         }
         None if name == "tcpdump" => {

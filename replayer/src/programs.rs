@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, XskMap};
 use aya::programs::links::FdLink;
@@ -364,6 +365,18 @@ impl Programs {
             Program::Capture => read!(names::CAPTURE_COUNTERS, CaptureVerdict),
             Program::Responses => read!(names::RESPONSES_COUNTERS, ResponsesVerdict),
         })
+    }
+
+    /// How long a program has run and how often, as far as the kernel kept statistics (`kernel.bpf_stats_enabled`). It must be loaded.
+    pub fn run_time(&self, program: Program) -> Result<(Duration, u64), ProgramsError> {
+        let name = program.name();
+        let info = match self.ebpf.program(name) {
+            Some(aya::programs::Program::Xdp(program)) => program.info(),
+            Some(aya::programs::Program::SchedClassifier(program)) => program.info(),
+            _ => Err(ProgramError::UnexpectedProgramType),
+        };
+        let info = info.map_err(program_error(name))?;
+        Ok((info.run_time(), info.run_count()))
     }
 
     /// The values of a per-CPU array, each summed over the CPUs.

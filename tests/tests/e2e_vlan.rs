@@ -67,7 +67,8 @@ fn b011_tagged_packets_of_a_mirror_port_are_replayed() -> Result<()> {
         let mut assistant = Role::assistant(&lab, lab.assistant(), &[])?;
         let services = [format!("{}:{}", lab.online().v4(), service(STREAM, lab.target().v4(), STREAM))];
         let assistants = [lab.assistant().v4().into()];
-        let mut online = Role::online_at(&lab, lab.online(), "aside", &services, &assistants, &["--capture", way])?;
+        let mut online =
+            Role::online_at(&lab, lab.online(), "aside", &services, &assistants, &["--capture", way])?;
         let load = format!(
             "--connect {}:{STREAM} --connections 20 --per-connection 25 --requests 500 --rate 1000 --body 1-8000 \
              --response 1-8000",

@@ -14,6 +14,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use replayer_common::addr::Ip;
@@ -167,6 +168,11 @@ impl Capture {
             };
         }
         verdicts
+    }
+
+    /// How long the program on the device has run, and how often, while the kernel kept such statistics (`kernel.bpf_stats_enabled`).
+    pub fn run_time(&self) -> Result<(Duration, u64)> {
+        Ok(self.programs.run_time(self.program())?)
     }
 
     fn program(&self) -> Program {
