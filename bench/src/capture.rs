@@ -21,7 +21,7 @@ use replayer::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
 use replayer::capture::{Backend, Capture, Source};
 use replayer::net::Network;
 use replayer_common::addr::from_v4;
-use replayer_common::packet::flags;
+use replayer_common::packet::{Protocol, flags};
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -306,7 +306,7 @@ impl Reader {
             Way::Nobody => From::Nobody,
             Way::Capture(backend) => {
                 let device = Network::open()?.device("serving")?;
-                let services = BTreeSet::from([(from_v4(SERVER), SERVICE)]);
+                let services = BTreeSet::from([(Protocol::Tcp, from_v4(SERVER), SERVICE)]);
                 let mut capture = Capture::prepare(backend, &device, &services, 1)?;
                 let port = Port::open(&PortConfig {
                     frames: 16_384,

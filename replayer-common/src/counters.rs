@@ -48,7 +48,7 @@ macro_rules! selecting {
             $(#[doc = $about])+
             $name {
                 $($own)*
-                /// For no service: another port, another address, not TCP, or not IP.
+                /// For no service: another port, another address, neither TCP nor UDP, or not IP.
                 Unrelated = "unrelated",
                 /// For a wildcard service, but not addressed to this host (bridged, or seen in promiscuous mode).
                 NotForHost = "not_for_host",
@@ -56,7 +56,7 @@ macro_rules! selecting {
                 NotSampled = "not_sampled",
                 /// An acknowledgment without data, of which the replay makes its own.
                 PureAck = "pure_ack",
-                /// A TCP fragment to a service's address; fragments are not replayed.
+                /// A fragment to a service's address, of its protocol; fragments are not replayed.
                 Fragment = "fragment",
                 /// Ends inside its headers.
                 Truncated = "truncated",
@@ -140,15 +140,15 @@ verdicts! {
 verdicts! {
     /// What `responses` (XDP on the assistant's interface) did. Whatever is not taken goes on to the kernel unchanged.
     ResponsesVerdict {
-        /// A target's segment: cut to its headers and taken.
+        /// A target's segment or datagram: cut to its headers and taken.
         Cut = "cut",
-        /// A target's segment: taken whole, since it could not be cut.
+        /// A target's segment or datagram: taken whole, since it could not be cut.
         Whole = "whole",
-        /// From no target: another port, another address, not TCP, or not IP.
+        /// From no target: another port, another address, neither TCP nor UDP, or not IP.
         Unrelated = "unrelated",
         /// From a target to this host itself.
         ToThisHost = "to_this_host",
-        /// A TCP fragment from a target's address.
+        /// A fragment from a target's address, of its protocol: the kernel of a host that does not forward drops it.
         Fragment = "fragment",
         /// Ends inside its headers.
         Truncated = "truncated",
@@ -156,7 +156,7 @@ verdicts! {
         Malformed = "malformed",
         /// More or longer IPv6 extension headers than are followed.
         ExtensionHeaders = "extension_headers",
-        /// A target's segment, dropped: no AF_XDP socket on its queue. It must not reach a real client.
+        /// A target's segment or datagram, dropped: no AF_XDP socket on its queue. It must not reach a real client.
         NoSocket = "no_socket",
     }
 }

@@ -59,23 +59,25 @@ pub struct ServiceKey {
     pub addr: Ip,
     /// The port, host order; 0, which is no port of a service, for the address alone.
     pub port: u16,
+    /// The transport protocol's number.
+    pub protocol: u8,
     /// Zero.
-    pub pad: u16,
+    pub pad: u8,
 }
 
 const _: () = assert!(size_of::<ServiceKey>() == 20 && align_of::<ServiceKey>() == 2);
 
 impl ServiceKey {
-    /// The service at `addr` and `port` (host order).
+    /// The service at `addr` and `port` (host order), of the protocol with this number.
     #[inline(always)]
-    pub fn new(addr: Ip, port: u16) -> ServiceKey {
-        ServiceKey { addr, port, pad: 0 }
+    pub fn new(protocol: u8, addr: Ip, port: u16) -> ServiceKey {
+        ServiceKey { addr, port, protocol, pad: 0 }
     }
 
-    /// The entry that says that some service has this address.
+    /// The entry that says that some service of the protocol has this address.
     #[inline(always)]
-    pub fn address_only(addr: Ip) -> ServiceKey {
-        ServiceKey::new(addr, 0)
+    pub fn address_only(protocol: u8, addr: Ip) -> ServiceKey {
+        ServiceKey::new(protocol, addr, 0)
     }
 }
 

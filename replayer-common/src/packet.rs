@@ -1,4 +1,4 @@
-//! The header parser: Ethernet, VLAN tags, IPv4 or IPv6, TCP, read from hostile bytes.
+//! The header parser: Ethernet, VLAN tags, IPv4 or IPv6, TCP or UDP, read from hostile bytes.
 //!
 //! One parser for both sides: a BPF program runs it over a packet that it must not read past, user space over a slice.
 //! Hence its habits: every read goes through [`Bytes`], which checks it; every offset has a small constant bound, so
@@ -42,6 +42,37 @@ const ETHERTYPES_VLAN: [u16; 3] = [0x8100, 0x88a8, 0x9100];
 
 /// TCP, as the IP header names it.
 pub const PROTOCOL_TCP: u8 = 6;
+/// UDP, as the IP header names it.
+pub const PROTOCOL_UDP: u8 = 17;
+/// A UDP header (RFC 768).
+pub const UDP_HEADER_LEN: usize = 8;
+
+/// A service's transport protocol.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Protocol {
+    /// TCP.
+    #[default]
+    Tcp = PROTOCOL_TCP,
+    /// UDP.
+    Udp = PROTOCOL_UDP,
+}
+
+impl Protocol {
+    /// Its number in an IP header.
+    pub const fn number(self) -> u8 {
+        self as u8
+    }
+
+    /// The protocol with this number, if it is one of these.
+    pub const fn from_number(number: u8) -> Option<Protocol> {
+        match number {
+            PROTOCOL_TCP => Some(Protocol::Tcp),
+            PROTOCOL_UDP => Some(Protocol::Udp),
+            _ => None,
+        }
+    }
+}
 // IPv6 extension headers (RFC 8200 section 4, RFC 4302).
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
@@ -79,7 +110,7 @@ pub enum Reject {
     Truncated,
     /// Neither IPv4 nor IPv6, or more than [`MAX_VLAN_TAGS`] tags.
     NotIp,
-    /// IP, but not TCP.
+    /// IP, but not the protocol that was asked for: not TCP, most often.
     NotTcp,
     /// A fragment of an IP packet. Only a first fragment has ports, and none has the whole segment.
     Fragment,
@@ -144,7 +175,7 @@ impl IpPacket {
         }
     }
 
-    /// Source and destination port, host order. Only a TCP packet that is no fragment has them where this looks.
+    /// Source and destination port, host order. Only a TCP or UDP packet that is no fragment has them where this looks.
     #[inline(always)]
     pub fn ports(&self, frame: &impl Bytes) -> Result<(u16, u16), Reject> {
         let [a, b, c, d] = frame.bytes(self.transport_offset).ok_or(Reject::Truncated)?;
@@ -188,6 +219,56 @@ impl IpPacket {
             ce: self.ce,
         })
     }
+
+    /// The UDP datagram in this packet.
+    #[inline(always)]
+    pub fn udp(&self, frame: &impl Bytes) -> Result<UdpDatagram, Reject> {
+        if self.protocol != PROTOCOL_UDP {
+            return Err(Reject::NotTcp);
+        }
+        if self.fragment {
+            return Err(Reject::Fragment);
+        }
+        let [s0, s1, d0, d1, l0, l1, c0, c1] = frame.bytes(self.transport_offset).ok_or(Reject::Truncated)?;
+        let len = usize::from(u16::from_be_bytes([l0, l1]));
+        if len < UDP_HEADER_LEN || len > self.transport_len {
+            return Err(Reject::Malformed);
+        }
+        Ok(UdpDatagram {
+            src: self.src(frame)?,
+            dst: self.dst(frame)?,
+            src_port: u16::from_be_bytes([s0, s1]),
+            dst_port: u16::from_be_bytes([d0, d1]),
+            checksum: u16::from_be_bytes([c0, c1]),
+            ip_offset: self.ip_offset as u16,
+            payload_offset: (self.transport_offset + UDP_HEADER_LEN) as u16,
+            payload_len: (len - UDP_HEADER_LEN) as u32,
+            is_v6: self.is_v6,
+        })
+    }
+}
+
+/// A UDP datagram's headers. Offsets are from the frame's beginning and lie within it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UdpDatagram {
+    /// Source address.
+    pub src: Ip,
+    /// Destination address.
+    pub dst: Ip,
+    /// Source port, host order.
+    pub src_port: u16,
+    /// Destination port, host order.
+    pub dst_port: u16,
+    /// The checksum as it is there; zero in IPv4: the sender made none (RFC 768).
+    pub checksum: u16,
+    /// The IP header.
+    pub ip_offset: u16,
+    /// What follows the UDP header.
+    pub payload_offset: u16,
+    /// Payload, bytes, as the UDP length field says; a frame that was cut holds fewer.
+    pub payload_len: u32,
+    /// IPv6.
+    pub is_v6: bool,
 }
 
 /// A TCP segment's headers. Offsets are from the frame's beginning and lie within it; the options are the bytes from
@@ -237,6 +318,12 @@ impl TcpSegment {
     pub fn is_opening(&self) -> bool {
         self.flags & (flags::SYN | flags::ACK | flags::RST) == flags::SYN
     }
+}
+
+/// The UDP datagram in an Ethernet frame.
+#[inline(always)]
+pub fn parse_udp(frame: &impl Bytes) -> Result<UdpDatagram, Reject> {
+    locate(frame)?.udp(frame)
 }
 
 /// The TCP segment in an Ethernet frame.
@@ -699,6 +786,51 @@ mod tests {
             frame.resize(payload + 100_000, 0);
             assert_eq!(parse(&frame).map(|s| s.payload_len), Ok(100_000));
         }
+    }
+
+    #[test]
+    fn the_fields_of_a_datagram_and_lengths_that_lie() {
+        let build = |v6: bool, payload: &[u8]| {
+            let mut out = Vec::new();
+            let ethernet = PacketBuilder::ethernet2([2; 6], [4; 6]);
+            let builder =
+                if v6 { ethernet.ipv6(SRC6, DST6, 64) } else { ethernet.ipv4(SRC, DST, 64) }.udp(4000, 53);
+            builder.write(&mut out, payload).unwrap();
+            out
+        };
+        for (v6, udp) in [(false, 34), (true, 54)] {
+            let frame = build(v6, b"query");
+            let (src, dst) = if v6 { (SRC6, DST6) } else { (addr::from_v4(SRC), addr::from_v4(DST)) };
+            let expected = UdpDatagram {
+                src,
+                dst,
+                src_port: 4000,
+                dst_port: 53,
+                checksum: u16::from_be_bytes([frame[udp + 6], frame[udp + 7]]),
+                ip_offset: 14,
+                payload_offset: udp as u16 + 8,
+                payload_len: 5,
+                is_v6: v6,
+            };
+            assert_eq!(parse_udp(&&frame[..]), Ok(expected));
+            assert_eq!(parse_tcp(&&frame[..]), Err(Reject::NotTcp));
+            for cut in 0..frame.len() {
+                let whole = cut >= udp + 8;
+                let found = parse_udp(&&frame[..cut]);
+                assert_eq!(found, if whole { Ok(expected) } else { Err(Reject::Truncated) }, "cut to {cut}");
+            }
+            for (len, wanted) in
+                [(7, Err(Reject::Malformed)), (14, Err(Reject::Malformed)), (8, Ok(0)), (12, Ok(4))]
+            {
+                let mut frame = frame.clone();
+                frame[udp + 5] = len;
+                assert_eq!(parse_udp(&&frame[..]).map(|datagram| datagram.payload_len), wanted, "{len}");
+            }
+        }
+        assert_eq!(parse_udp(&&v4()[..]), Err(Reject::NotTcp));
+        let mut fragment = build(false, b"query");
+        fragment[20] = 0x20;
+        assert_eq!(parse_udp(&&fragment[..]), Err(Reject::Fragment));
     }
 
     #[test]

@@ -3,7 +3,8 @@
 use crate::addr::Ip;
 use crate::tcp_options::TcpOptions;
 
-/// The headers of one segment that the target sent, without its payload. 72 bytes, little endian on the wire.
+/// The headers of one segment that the target sent, without its payload. 72 bytes, little endian on the wire. Of a datagram only service, identity
+/// and payload length are there, the rest is zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct ResponseHeader {

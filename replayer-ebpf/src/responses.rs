@@ -1,4 +1,4 @@
-//! XDP on the assistant: a black hole for the segments that a target sends to the replayed clients.
+//! XDP on the assistant: a black hole for the segments and datagrams that a target sends to the replayed clients.
 //!
 //! They are cut to their headers and handed to an AF_XDP socket; how much payload there was remains in the IP length
 //! field. A target's segment never goes on to the kernel, unless it is for this host itself. Everything else (ARP, ICMP,
@@ -11,7 +11,7 @@ use aya_ebpf::programs::XdpContext;
 use replayer_common::addr::Ip;
 use replayer_common::counters::ResponsesVerdict;
 use replayer_common::maps::ServiceKey;
-use replayer_common::packet::{self, PROTOCOL_TCP, Reject};
+use replayer_common::packet::{self, PROTOCOL_TCP, PROTOCOL_UDP, Reject};
 
 use crate::frame::Frame;
 use crate::maps::{LOCAL_ADDRESSES, RESPONSES_COUNTERS, XSKS, count, is_service, is_service_port};
@@ -46,25 +46,31 @@ fn take(context: &XdpContext, len: i32, headers_len: i32) -> (u32, ResponsesVerd
 #[inline(always)]
 fn classify(frame: &Frame) -> Result<u16, ResponsesVerdict> {
     let packet = packet::locate(frame).map_err(refusal)?;
-    if packet.protocol != PROTOCOL_TCP {
+    if packet.protocol != PROTOCOL_TCP && packet.protocol != PROTOCOL_UDP {
         return Err(ResponsesVerdict::Unrelated);
     }
     if packet.fragment {
-        let key = ServiceKey::address_only(packet.src(frame).map_err(refusal)?);
+        let key = ServiceKey::address_only(packet.protocol, packet.src(frame).map_err(refusal)?);
         return Err(if is_service(&key) { ResponsesVerdict::Fragment } else { ResponsesVerdict::Unrelated });
     }
     let (port, _) = packet.ports(frame).map_err(refusal)?;
     if !is_service_port(port) {
         return Err(ResponsesVerdict::Unrelated);
     }
-    let segment = packet.tcp(frame).map_err(refusal)?;
-    if !is_service(&ServiceKey::new(segment.src, segment.src_port)) {
+    let (src, dst, headers_len) = if packet.protocol == PROTOCOL_UDP {
+        let datagram = packet.udp(frame).map_err(refusal)?;
+        (datagram.src, datagram.dst, datagram.payload_offset)
+    } else {
+        let segment = packet.tcp(frame).map_err(refusal)?;
+        (segment.src, segment.dst, segment.payload_offset)
+    };
+    if !is_service(&ServiceKey::new(packet.protocol, src, port)) {
         return Err(ResponsesVerdict::Unrelated);
     }
-    if is_local(&segment.dst) {
+    if is_local(&dst) {
         return Err(ResponsesVerdict::ToThisHost);
     }
-    Ok(segment.payload_offset)
+    Ok(headers_len)
 }
 
 #[inline(always)]

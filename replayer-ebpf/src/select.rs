@@ -5,11 +5,13 @@
 
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::programs::TcContext;
-use replayer_common::addr::ANY;
+use replayer_common::addr::{ANY, Ip};
 use replayer_common::counters::Refusal;
 use replayer_common::hash::{FLOW_SEED, flow_hash};
 use replayer_common::maps::{CaptureConfig, HANDSHAKE_SLOTS, ServiceKey};
-use replayer_common::packet::{self, IpPacket, MAX_HEADERS_LEN, PROTOCOL_TCP, Reject, TcpSegment};
+use replayer_common::packet::{
+    self, IpPacket, MAX_HEADERS_LEN, PROTOCOL_TCP, PROTOCOL_UDP, Reject, TcpSegment,
+};
 
 use crate::frame::Frame;
 use crate::maps::{CONFIG, HANDSHAKES, is_service, is_service_port};
@@ -49,7 +51,7 @@ pub fn select_skb(context: &TcContext) -> Result<Selected, Refusal> {
 #[inline(always)]
 pub fn select(frame: &Frame, is_for_host: impl Fn() -> bool) -> Result<Selected, Refusal> {
     let packet = packet::locate(frame).map_err(refusal)?;
-    if packet.protocol != PROTOCOL_TCP {
+    if packet.protocol != PROTOCOL_TCP && packet.protocol != PROTOCOL_UDP {
         return Err(Refusal::Unrelated);
     }
     if packet.fragment {
@@ -59,19 +61,36 @@ pub fn select(frame: &Frame, is_for_host: impl Fn() -> bool) -> Result<Selected,
     if !is_service_port(port) {
         return Err(Refusal::Unrelated);
     }
+    if packet.protocol == PROTOCOL_UDP {
+        let datagram = packet.udp(frame).map_err(refusal)?;
+        find_service(ServiceKey::new(PROTOCOL_UDP, datagram.dst, datagram.dst_port), is_for_host)?;
+        let config = CONFIG.get(0).ok_or(Refusal::NotSampled)?;
+        return Ok(selected(config, sampled(config, &datagram.src, datagram.src_port)?));
+    }
     let segment = packet.tcp(frame).map_err(refusal)?;
-    find_service(ServiceKey::new(segment.dst, segment.dst_port), is_for_host)?;
+    find_service(ServiceKey::new(PROTOCOL_TCP, segment.dst, segment.dst_port), is_for_host)?;
     let config = CONFIG.get(0).ok_or(Refusal::NotSampled)?;
     choose(config, &segment)
+}
+
+/// The client's hash, if it is in the sample.
+#[inline(always)]
+fn sampled(config: &CaptureConfig, addr: &Ip, port: u16) -> Result<u32, Refusal> {
+    let hash = flow_hash(FLOW_SEED, addr, port);
+    if u64::from(hash) < config.sample_threshold { Ok(hash) } else { Err(Refusal::NotSampled) }
+}
+
+/// A packet of the client with this hash.
+#[inline(always)]
+fn selected(config: &CaptureConfig, hash: u32) -> Selected {
+    // `max`: a configuration without shards has one.
+    Selected { shard: hash % config.shards.max(1), mirror_ifindex: config.mirror_ifindex }
 }
 
 /// Of the segments to a service: which are captured, and by which worker.
 #[inline(always)]
 fn choose(config: &CaptureConfig, segment: &TcpSegment) -> Result<Selected, Refusal> {
-    let hash = flow_hash(FLOW_SEED, &segment.src, segment.src_port);
-    if u64::from(hash) >= config.sample_threshold {
-        return Err(Refusal::NotSampled);
-    }
+    let hash = sampled(config, &segment.src, segment.src_port)?;
     // The replay makes its own acknowledgments. It needs the client's only until the client has sent data: they say where
     // the server's stream begins, and how much of a greeting the client has read. Such an ACK has the sequence number
     // after the SYN's, which is remembered here.
@@ -86,15 +105,14 @@ fn choose(config: &CaptureConfig, segment: &TcpSegment) -> Result<Selected, Refu
             }
         }
     }
-    // `max`: a configuration without shards has one.
-    Ok(Selected { shard: hash % config.shards.max(1), mirror_ifindex: config.mirror_ifindex })
+    Ok(selected(config, hash))
 }
 
 /// Fragments are not replayed. Only the first has ports, so the address alone says whether one concerns a service.
 #[inline(always)]
 fn select_fragment(frame: &Frame, packet: &IpPacket, is_for_host: impl Fn() -> bool) -> Refusal {
     let Ok(dst) = packet.dst(frame) else { return Refusal::Truncated };
-    match find_service(ServiceKey::address_only(dst), is_for_host) {
+    match find_service(ServiceKey::address_only(packet.protocol, dst), is_for_host) {
         Ok(()) => Refusal::Fragment,
         Err(reason) => reason,
     }

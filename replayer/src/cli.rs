@@ -6,12 +6,13 @@ use crate::replay::ReplayArgs;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use replayer_common::addr::{ANY, Endpoint, from_std};
+use replayer_common::packet::Protocol;
 use replayer_engine::AddressRange;
 use replayer_engine::config::Service;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::str::FromStr;
 
-/// Replays the live TCP requests of a production server to a target server.
+/// Replays the live requests of a production server, of TCP and UDP, to a target server.
 #[derive(Debug, Parser)]
 #[command(name = "replayer", version, about, disable_help_subcommand = true)]
 pub struct Cli {
@@ -93,15 +94,40 @@ pub enum StatsFormat {
 
 /// `-x`: one service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ServiceArg(pub Service);
+pub struct ServiceArg {
+    /// Its transport protocol.
+    pub protocol: Protocol,
+    /// From where to where.
+    pub service: Service,
+}
+
+impl ServiceArg {
+    /// Its online side, for people.
+    pub fn online_name(&self) -> String {
+        let online = self.service.online;
+        match (self.protocol, online.ip == ANY) {
+            (Protocol::Tcp, true) => format!("port {}", online.port),
+            (Protocol::Udp, true) => format!("UDP port {}", online.port),
+            (Protocol::Tcp, false) => online.to_string(),
+            (Protocol::Udp, false) => format!("UDP {online}"),
+        }
+    }
+}
+
+/// What comes before a service of UDP.
+pub(crate) const UDP_PREFIX: &str = "udp:";
 
 impl FromStr for ServiceArg {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<ServiceArg> {
-        let form = "write [SRC_IP:]SRC_PORT-DST_IP:DST_PORT, for example 80-192.0.2.7:8080 or [2001:db8::1]:80-[2001:db8::7]:80";
+        let form = "write [udp:][SRC_IP:]SRC_PORT-DST_IP:DST_PORT, for example 80-192.0.2.7:8080, udp:53-192.0.2.7:53 or [2001:db8::1]:80-[2001:db8::7]:80";
+        let (protocol, rest) = match text.strip_prefix(UDP_PREFIX) {
+            Some(rest) => (Protocol::Udp, rest),
+            None => (Protocol::Tcp, text.strip_prefix("tcp:").unwrap_or(text)),
+        };
         let (source, target) =
-            text.split_once('-').ok_or_else(|| anyhow!("there is no '-' in it; {form}"))?;
+            rest.split_once('-').ok_or_else(|| anyhow!("there is no '-' in it; {form}"))?;
         let online = if source.contains(':') {
             Endpoint::from(
                 SocketAddr::from_str(source).map_err(|_| anyhow!("'{source}' is not IP:PORT; {form}"))?,
@@ -122,7 +148,7 @@ impl FromStr for ServiceArg {
         if online == target {
             bail!("the target {target} is the online service itself; name another server");
         }
-        Ok(ServiceArg(Service { online, target }))
+        Ok(ServiceArg { protocol, service: Service { online, target } })
     }
 }
 
@@ -227,7 +253,7 @@ mod tests {
     use super::*;
 
     fn service(text: &str) -> Result<Service> {
-        ServiceArg::from_str(text).map(|arg| arg.0)
+        ServiceArg::from_str(text).map(|arg| arg.service)
     }
 
     #[test]
@@ -240,6 +266,12 @@ mod tests {
             service("[2001:db8::1]:80-[2001:db8::7]:81").unwrap().target.to_string(),
             "[2001:db8::7]:81"
         );
+        let udp = ServiceArg::from_str("udp:53-192.0.2.7:53").unwrap();
+        assert_eq!((udp.protocol, udp.service), (Protocol::Udp, service("53-192.0.2.7:53").unwrap()));
+        assert_eq!(udp.online_name(), "UDP port 53");
+        let v6 = ServiceArg::from_str("udp:[2001:db8::1]:53-[2001:db8::7]:53").unwrap();
+        assert_eq!(v6.online_name(), "UDP [2001:db8::1]:53");
+        assert_eq!(ServiceArg::from_str("tcp:53-192.0.2.7:53").unwrap().protocol, Protocol::Tcp);
     }
 
     #[test]
@@ -252,6 +284,8 @@ mod tests {
             "80-0.0.0.0:80",
             "80-224.0.0.1:80",
             "192.0.2.7:80-192.0.2.7:80",
+            "udp:53",
+            "sctp:53-192.0.2.7:53",
         ] {
             let error = service(text).unwrap_err().to_string();
             assert!(error.contains("write ") || error.contains("name "), "{text}: {error}");

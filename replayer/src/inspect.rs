@@ -10,9 +10,9 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use replayer_common::addr::Endpoint;
-use replayer_common::packet::{Reject, TcpSegment, flags, locate};
+use replayer_common::packet::{PROTOCOL_UDP, Reject, TcpSegment, UdpDatagram, flags, locate};
 use serde::Serialize;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write;
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -26,14 +26,12 @@ const SILENT_NS: u64 = 60_000_000_000;
 const MAX_PIECES: usize = 256;
 /// A segment this far from its stream's place is not of this stream; as in the engine.
 const MAX_DISTANCE: u32 = 1 << 28;
-/// Services and UDP ports that are listed.
+/// Services that are listed, of TCP and of UDP.
 const MAX_LISTED: usize = 10_000;
 /// How often progress is shown on a terminal.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 /// How many packets are read between two looks at the clock.
 const PROGRESS_PACKETS: u64 = 1 << 16;
-
-const PROTOCOL_UDP: u8 = 17;
 
 /// Arguments of `replayer inspect`.
 #[derive(Debug, Args)]
@@ -95,9 +93,9 @@ pub struct Report {
     pub first_truncated: Option<u64>,
     /// Packets whose time is before that of the packet before.
     pub out_of_time_order: u64,
-    /// Packets that are no TCP segments of a service, by reason.
+    /// Packets that are no segments or datagrams of a service, by reason.
     pub not_usable: BTreeMap<String, u64>,
-    /// Packets to UDP ports, the busiest first.
+    /// The services of UDP, the busiest first.
     pub udp: Vec<Udp>,
     /// The services, the one with most requests first.
     pub services: Vec<Service>,
@@ -105,13 +103,25 @@ pub struct Report {
     pub problems: Vec<String>,
 }
 
-/// What went to a UDP port.
-#[derive(Clone, Debug, Serialize)]
+/// What went to a server's UDP port.
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Udp {
-    /// Where to.
+    /// Address and port of the server.
     pub server: String,
-    /// How many.
-    pub packets: u64,
+    /// Addresses and ports that sent to it.
+    pub clients: u64,
+    /// Datagrams of the clients: each is a request.
+    pub datagrams: u64,
+    /// Over the whole duration.
+    pub datagrams_per_second: f64,
+    /// Their payload.
+    pub client_bytes: u64,
+    /// Datagrams of the server, as far as they are in the file.
+    pub responses: u64,
+    /// Their payload.
+    pub server_bytes: u64,
+    /// Datagrams of the clients whose payload was cut by the capture: they cannot be replayed.
+    pub truncated: u64,
 }
 
 /// What went to a server's address and port.
@@ -225,7 +235,9 @@ struct Inspection {
     last_time_ns: u64,
     connections: HashMap<Pair, Connection>,
     services: HashMap<Endpoint, (Service, u64)>,
-    udp: HashMap<Endpoint, u64>,
+    udp: HashMap<Endpoint, Udp>,
+    /// Of UDP; those beyond [`MAX_CONNECTIONS`] are taken by their ports.
+    flows: HashSet<Pair>,
     links: HashMap<LinkType, u64>,
     rejects: BTreeMap<&'static str, u64>,
     scratch: Vec<u8>,
@@ -286,17 +298,47 @@ impl Inspection {
     fn frame(&mut self, frame: &[u8], time_ns: u64) -> Result<(), &'static str> {
         let ip = locate(&frame).map_err(Reject::name)?;
         if ip.protocol == PROTOCOL_UDP && !ip.fragment {
-            let (_, port) = ip.ports(&frame).map_err(Reject::name)?;
-            let server = Endpoint { ip: ip.dst(&frame).map_err(Reject::name)?, port };
-            if self.udp.len() < MAX_LISTED || self.udp.contains_key(&server) {
-                *self.udp.entry(server).or_default() += 1;
-            }
-            return Err("udp");
+            let datagram = ip.udp(&frame).map_err(Reject::name)?;
+            let whole = usize::from(datagram.payload_offset) + datagram.payload_len as usize <= frame.len();
+            return self.datagram(&datagram, whole);
         }
         let segment = ip.tcp(&frame).map_err(Reject::name)?;
         let payload = frame.get(usize::from(segment.payload_offset)..).unwrap_or(&[]);
         let captured = payload.len().min(segment.payload_len as usize);
         self.segment(&segment, &payload[..captured], time_ns);
+        Ok(())
+    }
+
+    fn datagram(&mut self, datagram: &UdpDatagram, whole: bool) -> Result<(), &'static str> {
+        let source = Endpoint { ip: datagram.src, port: datagram.src_port };
+        let destination = Endpoint { ip: datagram.dst, port: datagram.dst_port };
+        let from_client = if self.flows.contains(&(source, destination)) {
+            true
+        } else if self.flows.contains(&(destination, source)) {
+            false
+        } else if self.udp.contains_key(&destination) != self.udp.contains_key(&source) {
+            self.udp.contains_key(&destination)
+        } else {
+            // Servers have the lower port, but for a few.
+            destination.port <= source.port
+        };
+        let (client, server) = if from_client { (source, destination) } else { (destination, source) };
+        if self.udp.len() >= MAX_LISTED && !self.udp.contains_key(&server) {
+            return Err("too_many_services");
+        }
+        let service = self.udp.entry(server).or_default();
+        if self.flows.len() < MAX_CONNECTIONS && self.flows.insert((client, server)) {
+            service.clients += 1;
+        }
+        let payload_len = u64::from(datagram.payload_len);
+        if from_client {
+            service.datagrams += 1;
+            service.client_bytes += payload_len;
+            service.truncated += u64::from(!whole);
+        } else {
+            service.responses += 1;
+            service.server_bytes += payload_len;
+        }
         Ok(())
     }
 
@@ -423,9 +465,13 @@ impl Inspection {
         report.udp = self
             .udp
             .into_iter()
-            .map(|(server, packets)| Udp { server: server.to_string(), packets })
+            .map(|(server, udp)| Udp {
+                server: server.to_string(),
+                datagrams_per_second: rate(udp.datagrams as f64, report.duration_seconds),
+                ..udp
+            })
             .collect();
-        report.udp.sort_by(|a, b| (b.packets, &a.server).cmp(&(a.packets, &b.server)));
+        report.udp.sort_by(|a, b| (b.datagrams, &a.server).cmp(&(a.datagrams, &b.server)));
         self.report
     }
 }
@@ -660,11 +706,8 @@ impl Report {
         for (name, count) in &self.not_usable {
             let _ = writeln!(text, "{count} packets not usable: {}", unusable(name));
         }
-        for udp in self.udp.iter().take(5) {
-            let _ = writeln!(text, "  {} packets to UDP {}", udp.packets, udp.server);
-        }
-        if self.services.is_empty() {
-            let _ = writeln!(text, "no TCP connection is in it");
+        if self.services.is_empty() && self.udp.is_empty() {
+            let _ = writeln!(text, "no TCP connection and no UDP datagram is in it");
         }
         for service in &self.services {
             let _ = writeln!(
@@ -698,6 +741,23 @@ impl Report {
                 let _ = writeln!(text, "  {count} not: {}", reason::what(name));
             }
         }
+        for udp in &self.udp {
+            let _ = writeln!(
+                text,
+                "\nudp:{}: {} clients, {} datagrams, {:.1}/s\n  \
+                 clients sent {} bytes, the server {} bytes in {} datagrams",
+                udp.server,
+                udp.clients,
+                udp.datagrams,
+                udp.datagrams_per_second,
+                udp.client_bytes,
+                udp.server_bytes,
+                udp.responses,
+            );
+            if udp.truncated > 0 {
+                let _ = writeln!(text, "  {} datagrams were cut by the capture: not replayed", udp.truncated);
+            }
+        }
         text
     }
 }
@@ -706,8 +766,8 @@ fn unusable(name: &str) -> &str {
     match name {
         "link_type" => "of a link type that is not known",
         "not_ip" => "neither IPv4 nor IPv6",
-        "not_tcp" => "IP, but not TCP",
-        "udp" => "UDP",
+        "not_tcp" => "IP, but neither TCP nor UDP",
+        "too_many_services" => "of more UDP services than are listed",
         "fragment" => "IP fragments",
         "truncated" => "cut within their headers",
         "malformed" => "malformed headers",

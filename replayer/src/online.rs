@@ -9,14 +9,14 @@ use crate::capture::choice::{self, Facts};
 use crate::capture::{self, Backend, Capture, CaptureArg, Source, span};
 use crate::channel::client::{Client, ClientConfig};
 use crate::channel::random_instance;
-use crate::channel::wire::Entry;
-use crate::cli::{OnlineArgs, StatsFormat, assistant_address};
+use crate::channel::wire::ServiceEntry;
+use crate::cli::{OnlineArgs, ServiceArg, StatsFormat, assistant_address};
 use crate::clock;
 use crate::connections::{self, Connection};
 use crate::net::{Device, Monitor, NetError, Network};
 use crate::placement::{Placement, Workers};
 use crate::privileges;
-use crate::replay::{ReplayArgs, online_name};
+use crate::replay::ReplayArgs;
 use crate::report::Figures;
 use crate::signals::Signals;
 use crate::sizing::{self, Demand, Supply};
@@ -27,8 +27,9 @@ use nix::net::if_::if_nameindex;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use replayer_common::addr::{ANY, Endpoint, to_std};
 use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
+use replayer_common::packet::Protocol;
 use replayer_engine::Engine;
-use replayer_engine::config::{Limits, Service};
+use replayer_engine::config::Limits;
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
@@ -86,7 +87,7 @@ struct Online {
     _monitor: Monitor,
     /// Where it captures and where it sends.
     devices: [Device; 2],
-    services: Vec<Service>,
+    services: Vec<ServiceArg>,
     /// Services whose clients were said to speak TLS.
     tls_said: BTreeSet<usize>,
     ramp: Ramp,
@@ -116,7 +117,7 @@ impl Online {
         let mut network = Network::open()?;
         let output = output_device(&mut network, args.replay.output_interface.as_deref(), &services)?;
         let device = capture_device(&mut network, args, &services)?;
-        let wildcard = services.iter().any(|service| service.online.ip == ANY);
+        let wildcard = services.iter().any(|service| service.service.online.ip == ANY);
         let facts = Facts::find(&mut network, &device, wildcard)?;
         let (backend, why) = choice::choose(args.capture, &device, &facts)?;
         let placement = match backend {
@@ -138,12 +139,12 @@ impl Online {
             placement.workers,
         )?;
         let monitor = Monitor::start(
-            services.iter().map(|service| to_std(&service.target.ip)).collect(),
+            services.iter().map(|service| to_std(&service.service.target.ip)).collect(),
             args.replay.output_interface.clone(),
         )?;
 
         let online: BTreeSet<_> =
-            services.iter().map(|service| (service.online.ip, service.online.port)).collect();
+            services.iter().map(|s| (s.protocol, s.service.online.ip, s.service.online.port)).collect();
         let threshold = sample_threshold(args.replay.sample.0);
         let mut capture = Capture::prepare(backend, &device, &online, placement.workers)?;
         let ports = open_ports(args, &placement, &capture, &device, &output)?;
@@ -178,7 +179,8 @@ impl Online {
         }
 
         // Everything stands: now the production interface. What its open connections are at is looked up before and after.
-        let ports: BTreeSet<u16> = services.iter().map(|service| service.online.port).collect();
+        let of_tcp = services.iter().filter(|service| service.protocol == Protocol::Tcp);
+        let ports: BTreeSet<u16> = of_tcp.map(|service| service.service.online.port).collect();
         let ports: Vec<u16> = ports.into_iter().collect();
         // What a mirror port shows are connections of other hosts.
         let look = !args.replay.new_connections_only && backend != Backend::Span;
@@ -209,7 +211,7 @@ impl Online {
             eprintln!("online: worker {number}{cpu}: {mode}");
         }
         for service in &online.services {
-            eprintln!("online: {} is copied to {}", online_name(service), service.target);
+            eprintln!("online: {} is copied to {}", service.online_name(), service.service.target);
         }
         if !later.is_empty() {
             eprintln!(
@@ -291,7 +293,7 @@ impl Online {
                 eprintln!(
                     "online: clients of {} speak TLS, which cannot be replayed: only the production server has the keys. \
                      These connections are counted (packets_tls) and left out; to replay them, capture behind the TLS endpoint",
-                    online_name(service)
+                    service.online_name()
                 );
             }
         }
@@ -458,17 +460,18 @@ fn open_ports(
 }
 
 /// What a mirror port makes impossible: it shows the packets of many hosts, perhaps those of the replay itself.
-fn check_span(services: &[Service]) -> Result<()> {
-    if let Some(service) = services.iter().find(|service| service.online.ip == ANY) {
+fn check_span(services: &[ServiceArg]) -> Result<()> {
+    if let Some(ServiceArg { service, .. }) = services.iter().find(|s| s.service.online.ip == ANY) {
         bail!(
             "-x {}-{}: a mirror port may show many hosts with that port, the target among them; name the server's address, -x IP:{0}-{1}",
             service.online.port,
             service.target
         );
     }
-    if let Some(service) =
-        services.iter().find(|service| services.iter().any(|other| other.online == service.target))
-    {
+    let is_copied = |one: &&ServiceArg| {
+        services.iter().any(|other| (other.protocol, other.service.online) == (one.protocol, one.service.target))
+    };
+    if let Some(ServiceArg { service, .. }) = services.iter().find(is_copied) {
         bail!(
             "-x: {} is copied to {}, which is copied itself: if the mirror port shows it, the copies are copied again; start one replayer for each",
             service.online,
@@ -494,11 +497,11 @@ fn check_span_workers(args: &OnlineArgs, device: &Device, workers: u32) -> Resul
 pub(crate) fn output_device(
     network: &mut Network,
     output: Option<&str>,
-    services: &[Service],
+    services: &[ServiceArg],
 ) -> Result<Device> {
     let mut chosen: Option<Device> = None;
     for service in services {
-        let target = to_std(&service.target.ip);
+        let target = to_std(&service.service.target.ip);
         let device = match network.resolve(target, output, NEXT_HOP_PATIENCE) {
             Ok(link) => network.device_by_index(link.ifindex)?,
             Err(error @ NetError::Unresolved { .. }) => {
@@ -524,12 +527,13 @@ pub(crate) fn output_device(
     chosen.context("-x names no service")
 }
 
-fn capture_device(network: &mut Network, args: &OnlineArgs, services: &[Service]) -> Result<Device> {
+fn capture_device(network: &mut Network, args: &OnlineArgs, services: &[ServiceArg]) -> Result<Device> {
     let device = match &args.interface {
         Some(name) => network.device(name)?,
         None => {
-            let source = services.iter().map(|service| service.online.ip).find(|ip| *ip != ANY);
-            network.find_capture_interface(source.as_ref().map(to_std), to_std(&services[0].target.ip))?
+            let source = services.iter().map(|service| service.service.online.ip).find(|ip| *ip != ANY);
+            network
+                .find_capture_interface(source.as_ref().map(to_std), to_std(&services[0].service.target.ip))?
         }
     };
     if !device.up {
@@ -543,17 +547,20 @@ pub(crate) fn connect(
     assistants: &[String],
     default_port: u16,
     key: &str,
-    services: &[Service],
+    services: &[ServiceArg],
     workers: u32,
 ) -> Result<Vec<Vec<Client>>> {
     if assistants.len() > MAX_CHANNELS {
         bail!("-s names {} assistants; at most {MAX_CHANNELS} are possible", assistants.len());
     }
     let instance = random_instance();
-    let entries: Vec<Entry> = services
-        .iter()
-        .enumerate()
-        .map(|(number, service)| Entry { service: number as u16, endpoint: service.target })
+    let entries: Vec<ServiceEntry> = (0..)
+        .zip(services)
+        .map(|(number, &ServiceArg { protocol, service })| ServiceEntry {
+            service: number,
+            protocol,
+            target: service.target,
+        })
         .collect();
     let mut addresses: Vec<SocketAddr> = Vec::new();
     for text in assistants {

@@ -26,6 +26,7 @@ use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict,
 use replayer_common::maps::{
     CaptureConfig, MAX_LOCAL_ADDRESSES, MAX_QUEUES, MAX_SERVICES, ServiceKey, names, port_bit,
 };
+use replayer_common::packet::Protocol;
 use thiserror::Error;
 
 use crate::capture::mirror::Mirror;
@@ -39,7 +40,7 @@ pub struct Programs {
     // Fields drop in this order: a program is detached before its maps go.
     links: Vec<(Program, FdLink)>,
     ebpf: Ebpf,
-    services: BTreeSet<(Ip, u16)>,
+    services: BTreeSet<(Protocol, Ip, u16)>,
     local: BTreeSet<Ip>,
 }
 
@@ -187,7 +188,7 @@ impl Programs {
     /// Makes `services` the services: addresses and ports of the online servers for [`Program::Mirror`] (an
     /// address may be [`replayer_common::addr::ANY`]), of the targets for [`Program::Responses`]. May be
     /// called while programs run: services that stay never miss a packet.
-    pub fn set_services(&mut self, services: &BTreeSet<(Ip, u16)>) -> Result<(), ProgramsError> {
+    pub fn set_services(&mut self, services: &BTreeSet<(Protocol, Ip, u16)>) -> Result<(), ProgramsError> {
         if services.len() > MAX_SERVICES as usize {
             return Err(ProgramsError::Limit { what: "services", limit: MAX_SERVICES });
         }
@@ -458,16 +459,18 @@ where
 }
 
 /// The keys for `services`: each by itself, and each address alone, by which fragments are recognised.
-fn entries(services: &BTreeSet<(Ip, u16)>) -> BTreeSet<[u8; 20]> {
-    let keys =
-        services.iter().flat_map(|&(ip, port)| [ServiceKey::new(ip, port), ServiceKey::address_only(ip)]);
+fn entries(services: &BTreeSet<(Protocol, Ip, u16)>) -> BTreeSet<[u8; 20]> {
+    let keys = services.iter().flat_map(|&(protocol, ip, port)| {
+        let protocol = protocol.number();
+        [ServiceKey::new(protocol, ip, port), ServiceKey::address_only(protocol, ip)]
+    });
     keys.map(key_bytes).collect()
 }
 
 /// The words of the port bitmap that are not zero.
-fn port_words(services: &BTreeSet<(Ip, u16)>) -> BTreeMap<u32, u64> {
+fn port_words(services: &BTreeSet<(Protocol, Ip, u16)>) -> BTreeMap<u32, u64> {
     let mut words = BTreeMap::new();
-    for &(_, port) in services {
+    for &(_, _, port) in services {
         let (word, bit) = port_bit(port);
         *words.entry(word).or_default() |= bit;
     }
@@ -479,6 +482,7 @@ fn key_bytes(key: ServiceKey) -> [u8; 20] {
     let mut bytes = [0; 20];
     bytes[..16].copy_from_slice(&key.addr);
     bytes[16..18].copy_from_slice(&key.port.to_ne_bytes());
+    bytes[18] = key.protocol;
     bytes
 }
 
@@ -504,8 +508,9 @@ mod tests {
     #[test]
     fn services_that_share_an_address_or_a_port_word() {
         let ip = addr::from_v4([192, 0, 2, 1]);
-        let services = BTreeSet::from([(ip, 80), (ip, 81), (addr::ANY, 443)]);
-        assert_eq!(entries(&services).len(), 5);
+        let (tcp, udp) = (Protocol::Tcp, Protocol::Udp);
+        let services = BTreeSet::from([(tcp, ip, 80), (tcp, ip, 81), (udp, ip, 81), (tcp, addr::ANY, 443)]);
+        assert_eq!(entries(&services).len(), 7);
         assert_eq!(port_words(&services), BTreeMap::from([(1, 0b11 << 16), (6, 1 << 59)]));
     }
 }

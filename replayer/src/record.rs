@@ -8,7 +8,7 @@ use crate::afxdp::{Port, PortConfig, Received};
 use crate::capture::choice::{self, Facts};
 use crate::capture::ring::Reader;
 use crate::capture::{self, Backend, Capture, CaptureArg, Source, span};
-use crate::cli::PercentArg;
+use crate::cli::{PercentArg, UDP_PREFIX};
 use crate::net::{Device, NetError, Network};
 use crate::pcap::writer::NgWriter;
 use crate::privileges;
@@ -18,6 +18,7 @@ use clap::Args;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use replayer_common::addr::{ANY, Ip, from_std};
 use replayer_common::hash::sample_threshold;
+use replayer_common::packet::Protocol;
 use serde_json::json;
 use std::collections::{BTreeSet, VecDeque};
 use std::fs::{self, File};
@@ -40,8 +41,14 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// Arguments of `replayer record`.
 #[derive(Debug, Args)]
 pub struct RecordArgs {
-    /// What to record: requests to these ports, or to a port of one address.
-    #[arg(short = 'x', long = "service", value_name = "[IP:]PORT", required = true, value_delimiter = ',')]
+    /// What to record: requests to these ports, or to a port of one address; udp: before it for UDP.
+    #[arg(
+        short = 'x',
+        long = "service",
+        value_name = "[udp:][IP:]PORT",
+        required = true,
+        value_delimiter = ','
+    )]
     pub services: Vec<RecordedArg>,
 
     /// Capture on this interface.
@@ -87,13 +94,24 @@ pub struct RecordArgs {
 
 /// `-x` of `record`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RecordedArg(pub Ip, pub u16);
+pub struct RecordedArg {
+    /// Its transport protocol.
+    pub protocol: Protocol,
+    /// Its address, or any.
+    pub ip: Ip,
+    /// Its port.
+    pub port: u16,
+}
 
 impl FromStr for RecordedArg {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<RecordedArg> {
-        let form = "write [IP:]PORT, for example 80 or [2001:db8::1]:80";
+        let form = "write [udp:][IP:]PORT, for example 80, udp:53 or [2001:db8::1]:80";
+        let (protocol, text) = match text.strip_prefix(UDP_PREFIX) {
+            Some(rest) => (Protocol::Udp, rest),
+            None => (Protocol::Tcp, text.strip_prefix("tcp:").unwrap_or(text)),
+        };
         let (ip, port) = if text.contains(':') {
             let address =
                 SocketAddr::from_str(text).map_err(|_| anyhow!("'{text}' is not IP:PORT; {form}"))?;
@@ -104,7 +122,7 @@ impl FromStr for RecordedArg {
         if port == 0 {
             bail!("port 0 cannot be recorded; {form}");
         }
-        Ok(RecordedArg(ip, port))
+        Ok(RecordedArg { protocol, ip, port })
     }
 }
 
@@ -121,8 +139,8 @@ pub fn run(args: &RecordArgs) -> Result<()> {
     if !device.up {
         return Err(NetError::Down { name: device.name }.into());
     }
-    let services: BTreeSet<_> = args.services.iter().map(|service| (service.0, service.1)).collect();
-    let wildcard = services.iter().any(|(ip, _)| *ip == ANY);
+    let services: BTreeSet<_> = args.services.iter().map(|s| (s.protocol, s.ip, s.port)).collect();
+    let wildcard = services.iter().any(|(_, ip, _)| *ip == ANY);
     let facts = Facts::find(&mut network, &device, wildcard)?;
     let (backend, why) = choice::choose(args.capture, &device, &facts)?;
     let mut capture = Capture::prepare(backend, &device, &services, 1)?;
@@ -459,7 +477,11 @@ mod tests {
 
     #[test]
     fn services_to_be_recorded() {
-        assert_eq!("80".parse::<RecordedArg>().unwrap(), RecordedArg(ANY, 80));
+        assert_eq!(
+            "80".parse::<RecordedArg>().unwrap(),
+            RecordedArg { protocol: Protocol::Tcp, ip: ANY, port: 80 }
+        );
+        assert_eq!("udp:53".parse::<RecordedArg>().unwrap().protocol, Protocol::Udp);
         assert!(
             "192.0.2.1:80".parse::<RecordedArg>().is_ok()
                 && "[2001:db8::1]:80".parse::<RecordedArg>().is_ok()

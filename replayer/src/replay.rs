@@ -4,18 +4,20 @@
 use crate::cli::{CopiesArg, PercentArg, PoolArg, ServiceArg, StatsFormat};
 use anyhow::{Result, bail};
 use clap::Args;
-use replayer_common::addr::{ANY, is_v4, to_std};
+use replayer_common::addr::{is_v4, to_std};
+use replayer_common::packet::Protocol;
 use replayer_engine::config::{Config, Limits, Service};
 use std::path::PathBuf;
 
 /// Flags of both roles.
 #[derive(Debug, Args)]
 pub struct ReplayArgs {
-    /// What to copy to where: what clients sent to, then the target; IPv6 addresses in brackets; the same source may have several targets.
+    /// What to copy to where: what clients sent to, then the target; IPv6 addresses in brackets; udp: before it for UDP; the same source may have
+    /// several targets.
     #[arg(
         short = 'x',
         long = "service",
-        value_name = "[SRC_IP:]SRC_PORT-DST_IP:DST_PORT",
+        value_name = "[udp:][SRC_IP:]SRC_PORT-DST_IP:DST_PORT",
         required = true,
         value_delimiter = ','
     )]
@@ -89,9 +91,11 @@ pub struct ReplayArgs {
 }
 
 impl ReplayArgs {
-    /// The services of `-x`.
-    pub fn services(&self) -> Vec<Service> {
-        self.services.iter().map(|service| service.0).collect()
+    /// The services of `-x`, in the order of their numbers: those of TCP, then those of UDP.
+    pub fn services(&self) -> Vec<ServiceArg> {
+        let mut services = self.services.clone();
+        services.sort_by_key(|service| service.protocol);
+        services
     }
 
     /// Copies of a connection at most.
@@ -109,24 +113,27 @@ impl ReplayArgs {
             if services[..at].contains(service) {
                 bail!(
                     "-x names {} to {} twice; for more copies use -n",
-                    online_name(service),
-                    service.target
+                    service.online_name(),
+                    service.service.target
                 );
             }
-            let other_family = |range: &&PoolArg| is_v4(&range.0.first) != is_v4(&service.target.ip);
+            let target = service.service.target;
+            let other_family = |range: &&PoolArg| is_v4(&range.0.first) != is_v4(&target.ip);
             if let Some(range) = self.pool.iter().find(other_family) {
                 bail!(
-                    "-c {} and the target {} are not of one address family; give addresses of the target's",
-                    to_std(&range.0.first),
-                    service.target
+                    "-c {} and the target {target} are not of one address family; give addresses of the target's",
+                    to_std(&range.0.first)
                 );
             }
-            let targets = services.iter().filter(|other| other.online == service.online).count() as u64;
+            let same = |other: &&ServiceArg| {
+                (other.protocol, other.service.online) == (service.protocol, service.service.online)
+            };
+            let targets = services.iter().filter(same).count() as u64;
             let copies = self.most_copies();
             if copies * targets > u64::from(u16::MAX) {
                 bail!(
                     "-n {copies} for {targets} targets of {}: a connection can have at most {} sessions; give fewer copies",
-                    online_name(service),
+                    service.online_name(),
                     u16::MAX
                 );
             }
@@ -160,7 +167,12 @@ impl ReplayArgs {
     /// # Errors
     /// When a time is out of range.
     pub fn engine_config(&self, workers: usize) -> Result<Config> {
-        let mut config = Config::new(self.services());
+        let of = |protocol: Protocol| -> Vec<Service> {
+            let services = self.services();
+            services.iter().filter(|s| s.protocol == protocol).map(|s| s.service).collect()
+        };
+        let mut config = Config::new(of(Protocol::Tcp));
+        config.udp_services = of(Protocol::Udp);
         config.copies_millionths = self.copies.0;
         config.pool = self.pool.iter().map(|range| range.0).collect();
         config.wait_for_responses = !self.no_wait;
@@ -184,13 +196,4 @@ pub(crate) fn nanoseconds(value: f64, flag: &str, least: f64, most: f64) -> Resu
         bail!("{flag} {value}: give {least} to {most} seconds");
     }
     Ok((value * 1e9) as u64)
-}
-
-/// A service's online side, for people.
-pub(crate) fn online_name(service: &Service) -> String {
-    if service.online.ip == ANY {
-        format!("port {}", service.online.port)
-    } else {
-        service.online.to_string()
-    }
 }

@@ -120,6 +120,8 @@ impl Figures {
             "sessions_live": self.sessions_live,
             "sessions_opened": self.counters[Counter::SessionsOpened],
             "turns_sent": self.counters[Counter::TurnsSent],
+            "datagrams_sent": self.counters[Counter::DatagramsSent],
+            "datagram_responses": self.counters[Counter::DatagramResponses],
             "lag_us": self.lag_us,
             "held_bytes": self.held_bytes,
             "not_replayed": self.not_replayed().map(|(name, value)| (name.to_owned(), value.into())).collect::<Map<_, _>>(),
@@ -132,9 +134,9 @@ impl Figures {
             |counter| (self.counters[counter].saturating_sub(before.counters[counter])) as f64 / interval;
         let mut line = format!(
             "{:.0} requests/s, {:.0} packets/s captured, {:.0}/s sent, {} sessions, lag {:.1} ms, {} KiB held",
-            rate(Counter::TurnsSent),
+            rate(Counter::TurnsSent) + rate(Counter::PacketsDatagrams),
             rate(Counter::PacketsCaptured),
-            rate(Counter::SegmentsSent),
+            rate(Counter::SegmentsSent) + rate(Counter::DatagramsSent),
             self.sessions_live,
             f64::from(self.lag_us) / 1000.0,
             self.held_bytes / 1024,
@@ -202,6 +204,15 @@ impl Figures {
         );
         if turns > 0 {
             let _ = write!(text, " ({:.1} us a request)", cpu_seconds * 1e6 / turns as f64);
+        }
+        if c[Counter::DatagramsWanted] > 0 {
+            let _ = write!(
+                text,
+                "\n  {} datagrams of UDP captured, {} copies of them sent, {} datagrams came back",
+                c[Counter::PacketsDatagrams],
+                c[Counter::DatagramsSent],
+                c[Counter::DatagramResponses]
+            );
         }
         let line = |text: &mut String, what: &str, h: &Histogram| {
             let _ = write!(

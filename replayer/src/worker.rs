@@ -126,6 +126,9 @@ impl Feeding {
             return false;
         }
         let counters = engine.counters();
+        if engine.gauges().sessions_live == 0 && engine.awaits_datagrams(now) {
+            return false;
+        }
         let done = [Counter::ReplayBytesDelivered, Counter::TurnsSent, Counter::ResponseBytes]
             .map(|counter| counters[counter])
             .iter()

@@ -22,6 +22,7 @@ use replayer::netns::Namespace;
 use replayer::programs::{Attachment, Program, Programs, ProgramsError};
 use replayer_common::addr;
 use replayer_common::maps::CaptureConfig;
+use replayer_common::packet::Protocol;
 
 const DEADLINE: Duration = Duration::from_secs(5);
 const SERVICE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 80);
@@ -144,7 +145,9 @@ impl Capture {
     fn start(queues: u32) -> Capture {
         let mirror = Mirror::create(1500, queues).expect("a mirror");
         let mut programs = Programs::load().expect("the programs");
-        programs.set_services(&BTreeSet::from([(addr::from_v4(SERVICE.octets()), 80)])).expect("services");
+        programs
+            .set_services(&BTreeSet::from([(Protocol::Tcp, addr::from_v4(SERVICE.octets()), 80)]))
+            .expect("services");
         let config = CaptureConfig {
             sample_threshold: ALL,
             mirror_ifindex: mirror.near_index(),
@@ -284,9 +287,9 @@ fn services_change_at_run_time() {
     in_lab(|| {
         let mut capture = Capture::start(1);
         let mut sender = sender();
-        let service = (addr::from_v4(SERVICE.octets()), 80);
+        let service = (Protocol::Tcp, addr::from_v4(SERVICE.octets()), 80);
         // Shares a word of the port bitmap with the first.
-        let other = (addr::from_v4([192, 0, 2, 81]), 81);
+        let other = (Protocol::Tcp, addr::from_v4([192, 0, 2, 81]), 81);
         let mut mirrored = 0;
         for (services, expected) in [
             (BTreeSet::from([service]), 1),
@@ -397,7 +400,9 @@ fn b052_responses_are_taken_in_native_and_in_generic_mode() {
                 ip("link set generic up");
             }
             let mut programs = Programs::load().expect("the programs");
-            programs.set_services(&BTreeSet::from([(addr::from_v4(target.0), target.1)])).expect("services");
+            programs
+                .set_services(&BTreeSet::from([(Protocol::Tcp, addr::from_v4(target.0), target.1)]))
+                .expect("services");
             programs
                 .set_local_addresses(&BTreeSet::from([addr::from_v4([192, 0, 2, 1])]))
                 .expect("addresses");

@@ -21,7 +21,7 @@ use replayer_common::addr::{ANY, Ip, from_std};
 use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict, RingVerdict, SpanVerdict};
 use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
 use replayer_common::maps::{CaptureConfig, RING_HEADER_LEN, RingHeader, ServiceKey, names, port_bit};
-use replayer_common::packet::{flags, locate};
+use replayer_common::packet::{PROTOCOL_TCP, PROTOCOL_UDP, flags, locate};
 use replayer_tests::wait::wait_for;
 
 const OBJECT: &[u8] = aya::include_bytes_aligned!("../../replayer-ebpf/replayer.bpf.o");
@@ -477,7 +477,10 @@ impl Kernel {
         kernel.configure(config);
         let ip = |text: &str| from_std(text.parse().expect("an address"));
         for (addr, port) in [(ip("198.51.100.7"), 80), (ip("2001:db8::7"), 80), (ANY, 8080)] {
-            kernel.add_service(addr, port);
+            kernel.add_service(PROTOCOL_TCP, addr, port);
+        }
+        for (addr, port) in [(ip("198.51.100.7"), 53), (ip("2001:db8::7"), 53), (ANY, 5353)] {
+            kernel.add_service(PROTOCOL_UDP, addr, port);
         }
         let mut local: HashMap<_, Ip, u32> =
             kernel.map(names::LOCAL_ADDRESSES).try_into().expect("a hash map");
@@ -496,10 +499,10 @@ impl Kernel {
         self.config = config;
     }
 
-    fn add_service(&mut self, addr: Ip, port: u16) {
+    fn add_service(&mut self, protocol: u8, addr: Ip, port: u16) {
         let mut services: HashMap<_, Plain<ServiceKey>, u32> =
             self.map(names::SERVICES).try_into().expect("a hash map");
-        for key in [ServiceKey::new(addr, port), ServiceKey::address_only(addr)] {
+        for key in [ServiceKey::new(protocol, addr, port), ServiceKey::address_only(protocol, addr)] {
             services.insert(Plain(key), 1, 0).expect("inserting");
         }
         let mut ports: Array<_, u64> = self.map(names::PORTS).try_into().expect("an array");

@@ -125,11 +125,7 @@ impl Engine {
         out: &mut O,
     ) {
         self.counters[Counter::PacketsCaptured] += 1;
-        let Some(segment) = &parsed.segment else {
-            self.counters[Counter::PacketsUnparsable] += 1;
-            out.release(frame);
-            return;
-        };
+        let Some(segment) = &parsed.segment else { return self.on_other_packet(now_ns, frame, len, out) };
         self.counters[Counter::BytesCaptured] += u64::from(segment.payload_len);
         let payload_offset = usize::from(segment.payload_offset);
         let payload_len = segment.payload_len as usize;

@@ -16,8 +16,10 @@ pub struct Service {
 /// What to replay, and how.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The services; the position is the service's number.
+    /// The services of TCP; the position is the service's number.
     pub services: Vec<Service>,
+    /// The services of UDP; their numbers follow on those of TCP.
+    pub udp_services: Vec<Service>,
     /// Copies per connection and service, in millionths: 1 000 000 is one.
     pub copies_millionths: u64,
     /// Copies of a connection are spread over so much time, ns: each replays all of its turns later by a share of it, which its identity decides.
@@ -94,6 +96,7 @@ impl Config {
     pub fn new(services: Vec<Service>) -> Config {
         Config {
             services,
+            udp_services: Vec::new(),
             copies_millionths: 1_000_000,
             spread_ns: 0,
             sample_threshold: 1 << 32,
@@ -171,6 +174,11 @@ pub(crate) mod timing {
     pub(crate) const CAPTURE_CLOCK: u32 = ticks(50 * MS);
     /// How long the end of a session is remembered by its registration; shorter than the quarantine.
     pub(crate) const LINGER: u32 = ticks(1_500 * MS);
+    /// A UDP flow of which nothing came for so long is forgotten, at twice that at the latest: as a NAT does (RFC 4787 section 4.3 asks for no
+    /// less than two minutes, Linux's conntrack takes 30 s; a target cannot tell).
+    pub(crate) const FLOW_IDLE: u32 = ticks(30_000 * MS);
+    /// How long the answer to a datagram is waited for where everything else is over, ns.
+    pub(crate) const DATAGRAM_ANSWER_NS: u64 = 500 * MS;
     /// On stop: sessions may finish closing for so long, then they are reset.
     pub(crate) const STOP_GRACE: u32 = ticks(500 * MS);
 }

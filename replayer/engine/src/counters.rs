@@ -38,7 +38,8 @@ counters! {
     PacketsEnd "packets_end" "FINs without new bytes, and RSTs, of a known connection",
     PacketsAck "packets_ack" "acknowledgments without data",
     PacketsDuplicate "packets_duplicate" "packets whose bytes had all been seen",
-    PacketsUnparsable "packets_unparsable" "not replayed: not TCP over IP, a fragment, truncated or malformed",
+    PacketsDatagrams "packets_datagrams" "datagrams to UDP services, given to their targets",
+    PacketsUnparsable "packets_unparsable" "not replayed: not TCP over IP (nor UDP, where that is replayed), a fragment, truncated or malformed",
     PacketsNotService "packets_not_service" "not replayed: not for a service",
     PacketsSampledOut "packets_sampled_out" "not replayed: the connection is outside the sample",
     PacketsMidstream "packets_midstream" "not replayed: of a connection that was open before, not yet at the start of a turn, or left out by -O",
@@ -53,6 +54,7 @@ counters! {
     // Bytes as captured: `bytes_captured` is the sum of the other bytes_*, plus what waits for a hole to be filled.
     BytesCaptured "bytes_captured" "client bytes captured",
     BytesAccepted "bytes_accepted" "client bytes given to sessions",
+    BytesDatagrams "bytes_datagrams" "bytes of datagrams given to the targets of UDP services",
     BytesDuplicate "bytes_duplicate" "client bytes seen before",
     BytesUnparsable "bytes_unparsable" "not replayed: the capture had cut the packet short",
     BytesNotService "bytes_not_service" "not replayed: not for a service",
@@ -101,6 +103,20 @@ counters! {
     SessionsTls "sessions_tls" "ended: the connection turned out to be TLS, nothing was sent",
     SessionsFinTimeout "sessions_fin_timeout" "ended: the target did not finish closing",
     SessionsStopped "sessions_stopped" "ended: the replayer was stopped",
+
+    // Datagrams, summed over copies: wanted = sent + not sent by reason.
+    DatagramsWanted "datagrams_wanted" "datagrams captured, times copies and targets",
+    DatagramsSent "datagrams_sent" "datagrams sent to targets",
+    DatagramsTooLarge "datagrams_too_large" "not replayed: larger than the path's MTU, and datagrams are not cut",
+    DatagramsRefusedPool "datagrams_refused_pool" "not replayed: no identity was free",
+    DatagramsRefusedLimit "datagrams_refused_limit" "not replayed: the limit on sessions was reached",
+    DatagramsRefusedFamily "datagrams_refused_family" "not replayed: client and target are not of one address family; give addresses of the target's with -c",
+    DatagramsNoLink "datagrams_no_link" "not replayed: no route or next hop to the target",
+    DatagramsNoFrame "datagrams_no_frame" "not replayed: no free frame or no room in the transmit ring",
+    DatagramBytesSent "datagram_bytes_sent" "bytes of datagrams sent to targets",
+    DatagramFlows "datagram_flows" "clients' addresses and ports that sent datagrams to a service",
+    DatagramResponses "datagram_responses" "datagrams that the targets answered with",
+    DatagramResponseBytes "datagram_response_bytes" "bytes of datagrams that the targets answered with",
 
     // Turns and what drove them.
     TurnsSent "turns_sent" "turns (requests) of which the first byte was sent",
@@ -172,7 +188,7 @@ impl Counters {
     }
 
     /// The accounting identities: `(name, left, right)`; each must have left equal to right.
-    pub fn identities(&self, pending: &Pending) -> [(&'static str, u64, u64); 5] {
+    pub fn identities(&self, pending: &Pending) -> [(&'static str, u64, u64); 6] {
         use Counter as C;
         [
             (
@@ -199,6 +215,11 @@ impl Counters {
                 "sessions opened = ended by reason + live",
                 self[C::SessionsOpened],
                 self.sum(C::SessionsCompleted, C::SessionsStopped) + pending.sessions,
+            ),
+            (
+                "datagrams wanted = sent + not sent by reason",
+                self[C::DatagramsWanted],
+                self.sum(C::DatagramsSent, C::DatagramsNoFrame),
             ),
         ]
     }

@@ -20,11 +20,13 @@ use crate::slab::{NONE, Slab};
 use crate::store::Store;
 use crate::table::Table;
 use crate::timer::{Due, Tick, Wheel, before, tick, ticks};
+use crate::udp::Udp;
 use crate::wire::{Link, Template};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use replayer_common::addr::{ANY, Endpoint, is_v4};
 use replayer_common::hash::{FLOW_SEED, flow_hash, pair_hash};
+use replayer_common::packet::Protocol;
 
 /// Packets and records are handled in batches of at most this many.
 pub const BATCH: usize = 64;
@@ -113,6 +115,7 @@ pub struct Engine {
     pub(crate) wheel: Wheel,
     pub(crate) boards: Slab<Board>,
     pool: Option<Pool>,
+    pub(crate) udp: Udp,
     copies: Copies,
     ports: Ports,
     pub(crate) dirty: Vec<u32>,
@@ -171,6 +174,7 @@ impl Engine {
             wheel: Wheel::new(limits.sessions + limits.connections, now),
             boards: Slab::new(limits.sessions.min(MAX_BOARDS)),
             pool,
+            udp: Udp::new(&config),
             copies: Copies::new(config.copies_millionths, config.worker, config.workers),
             ports: Ports::new(config.seed),
             dirty: Vec::with_capacity(4 * BATCH),
@@ -190,6 +194,9 @@ impl Engine {
 
     /// Says how packets to a service's target leave, or that they cannot (no route, next hop unresolved).
     pub fn set_link(&mut self, service: usize, link: Option<Link>) {
+        if service >= self.services.len() {
+            return self.udp.set_link(service - self.services.len(), link);
+        }
         let state = &mut self.services[service];
         state.template = link.map(|link| Template::new(&link, &state.target, WINDOW));
         if let Some(link) = link {
@@ -244,12 +251,18 @@ impl Engine {
         pending
     }
 
-    /// The live identities, for a new or returned assistant: `(service, identity)`, from place `from` on.
+    /// The live identities, for a new or returned assistant: `(place, service, identity)`, from place `from` on.
     pub fn identities(&self, from: u32) -> impl Iterator<Item = (u32, u16, Endpoint)> {
-        (from..self.sessions.high_water()).filter_map(|index| {
+        let of_tcp = (from..self.sessions.high_water()).filter_map(|index| {
             let session = &self.sessions[index];
             (session.state != State::Closed).then_some((index, session.service, session.identity))
-        })
+        });
+        // The places of UDP follow on all that TCP can have.
+        let (first, services) = (self.config.limits.sessions as u32, self.services.len() as u16);
+        let of_udp = self.udp.identities(from.saturating_sub(first));
+        of_tcp.chain(
+            of_udp.map(move |(place, service, identity)| (first + place, services + service, identity)),
+        )
     }
 
     fn live_sessions(&self) -> impl Iterator<Item = u32> {
@@ -388,7 +401,8 @@ impl Engine {
         }
         let target = state.target;
         let connection = self.connections[c];
-        let Some(identity) = self.choose_identity(now, &connection, &target, copy) else {
+        let Some(identity) = self.choose_identity(now, connection.client, &target, copy, Protocol::Tcp)
+        else {
             self.counters[Counter::SessionsRefusedPool] += 1;
             return None;
         };
@@ -399,9 +413,7 @@ impl Engine {
         session.flowing = connection.multiplexed;
         session.next_copy = connection.first_session;
         let Some(index) = self.sessions.insert(session) else {
-            if let Some(pool) = &mut self.pool {
-                pool.release(&identity, now);
-            }
+            self.release_identity(&identity, now);
             self.counters[Counter::SessionsRefusedLimit] += 1;
             return None;
         };
@@ -421,18 +433,18 @@ impl Engine {
         Some(index)
     }
 
-    fn choose_identity(
+    pub(crate) fn choose_identity(
         &mut self,
         now: Tick,
-        connection: &Connection,
+        client: Endpoint,
         target: &Endpoint,
         copy: u16,
+        protocol: Protocol,
     ) -> Option<Endpoint> {
         if let Some(pool) = &mut self.pool {
             return pool.take(now);
         }
-        let client = connection.client;
-        if copy == 0 && self.find_identity(&client, target).is_none() {
+        if copy == 0 && !self.in_use(protocol, &client, target) {
             return Some(client);
         }
         // Another port of the client's own address, of those that capture gives to this worker: another worker's client may have one
@@ -441,11 +453,26 @@ impl Engine {
         for _ in 0..128 * workers {
             let candidate = Endpoint { ip: client.ip, port: self.ports.candidate() };
             let shard = flow_hash(FLOW_SEED, &candidate.ip, candidate.port) % workers;
-            if shard == self.config.worker && self.find_identity(&candidate, target).is_none() {
+            if shard == self.config.worker && !self.in_use(protocol, &candidate, target) {
                 return Some(candidate);
             }
         }
         None
+    }
+
+    fn in_use(&self, protocol: Protocol, identity: &Endpoint, target: &Endpoint) -> bool {
+        let found = match protocol {
+            Protocol::Tcp => self.find_identity(identity, target),
+            Protocol::Udp => self.udp.find_identity(self.config.seed, identity, target),
+        };
+        found.is_some()
+    }
+
+    /// An identity of the pool rests.
+    pub(crate) fn release_identity(&mut self, identity: &Endpoint, now: Tick) {
+        if let Some(pool) = &mut self.pool {
+            pool.release(identity, now);
+        }
     }
 
     /// A session's place in the identity table.
@@ -478,9 +505,7 @@ impl Engine {
         self.counters[reason.sessions()] += 1;
         self.unreference(s, session.una_segment);
         self.by_identity.remove(self.identity_hash(&session), s);
-        if let Some(pool) = &mut self.pool {
-            pool.release(&session.identity, now);
-        }
+        self.release_identity(&session.identity, now);
         self.linger(now, session.service, session.identity, out);
         if session.armed_at.is_some() {
             self.wheel.cancel(s);
@@ -649,6 +674,7 @@ impl Engine {
         }
         self.ask_waiting(now_ns, out);
         self.end_lingering(now, out);
+        self.end_idle_flows(now, out);
         if let Some(since) = self.stopping
             && !before(now, since.wrapping_add(timing::STOP_GRACE))
         {
@@ -786,7 +812,7 @@ impl Engine {
                 || session.cut
                 || self.connections[session.connection].end != End::Open
         };
-        self.live_sessions().filter(|&s| busy(s)).count() as u64
+        self.live_sessions().filter(|&s| busy(s)).count() as u64 + self.udp.waiting(now_ns, hold_limit_us)
     }
 
     // ---- stopping ----

@@ -13,6 +13,7 @@
 //! - `sack`: what a target has beyond its acknowledgment
 //! - `receiver`: what a target's segments do
 //! - [`counters`], [`histogram`]: where everything ends
+//! - `udp`: datagrams, which are sent on as they come
 //! - `usual`: the packet that nearly all are, in one piece
 //! - `identity`: source addresses and ports
 //! - `path`: the path's MTU where nobody tells it
@@ -48,6 +49,7 @@ mod slab;
 mod store;
 mod table;
 mod timer;
+mod udp;
 mod usual;
 mod wire;
 

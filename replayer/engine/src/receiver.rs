@@ -71,6 +71,9 @@ impl Engine {
 
     fn on_response<O: Output>(&mut self, now_ns: u64, hash: u32, record: &ResponseHeader, out: &mut O) {
         self.counters[Counter::ResponsesReceived] += 1;
+        if usize::from(record.service) >= self.services.len() {
+            return self.on_datagram_response(now_ns, record);
+        }
         let identity = Endpoint { ip: record.addr, port: record.port };
         let found = self.services.get(usize::from(record.service)).and_then(|service| {
             self.by_identity.find(hash, |index| {

@@ -25,6 +25,11 @@ impl<T> Slab<T> {
         self.values.len() - self.free.len()
     }
 
+    /// Whether all places are taken.
+    pub(crate) fn is_full(&self) -> bool {
+        self.len() == self.capacity
+    }
+
     /// One past the highest index that was ever in use.
     pub(crate) fn high_water(&self) -> u32 {
         self.values.len() as u32

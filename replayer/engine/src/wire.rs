@@ -63,17 +63,9 @@ impl Template {
     /// For packets to `target` by `link`, all with the same window.
     pub(crate) fn new(link: &Link, target: &Endpoint, window: u16) -> Template {
         let v4 = is_v4(&target.ip);
-        let ip_at = 14 + 4 * link.tags.iter().flatten().count();
-        let tcp_at = ip_at + ip_len(target);
         let mut bytes = [0; MAX_TEMPLATE];
-        bytes[0..6].copy_from_slice(&link.destination_mac);
-        bytes[6..12].copy_from_slice(&link.source_mac);
-        for (at, (protocol, id)) in [12, 16].into_iter().zip(link.tags.into_iter().flatten()) {
-            bytes[at..at + 2].copy_from_slice(&protocol.to_be_bytes());
-            bytes[at + 2..at + 4].copy_from_slice(&id.to_be_bytes());
-        }
-        let ethertype: u16 = if v4 { 0x0800 } else { 0x86dd };
-        bytes[ip_at - 2..ip_at].copy_from_slice(&ethertype.to_be_bytes());
+        let ip_at = ethernet(link, v4, &mut bytes);
+        let tcp_at = ip_at + ip_len(target);
         let ip = &mut bytes[ip_at..tcp_at];
         if v4 {
             // Five words, don't fragment, TTL 64.
@@ -93,6 +85,20 @@ impl Template {
         let tcp_sum = 6 + u64::from(sum(tcp)) + address_sum(&target.ip, v4);
         Template { bytes, ip_at, tcp_at, v4, ip_sum, tcp_sum, mtu: link.mtu }
     }
+}
+
+/// Writes the Ethernet header with its tags at the start of `bytes`. Where the IP header begins.
+pub(crate) fn ethernet(link: &Link, v4: bool, bytes: &mut [u8]) -> usize {
+    let ip_at = 14 + 4 * link.tags.iter().flatten().count();
+    bytes[0..6].copy_from_slice(&link.destination_mac);
+    bytes[6..12].copy_from_slice(&link.source_mac);
+    for (at, (protocol, id)) in [12, 16].into_iter().zip(link.tags.into_iter().flatten()) {
+        bytes[at..at + 2].copy_from_slice(&protocol.to_be_bytes());
+        bytes[at + 2..at + 4].copy_from_slice(&id.to_be_bytes());
+    }
+    let ethertype: u16 = if v4 { 0x0800 } else { 0x86dd };
+    bytes[ip_at - 2..ip_at].copy_from_slice(&ethertype.to_be_bytes());
+    ip_at
 }
 
 impl Header {
@@ -194,7 +200,7 @@ pub(crate) fn payload_limit(mtu: u16, destination: &Endpoint, timestamps: bool) 
 
 /// An address as part of a sum: its 32-bit words, which count the same as the 16-bit words in them.
 #[inline]
-fn address_sum(ip: &Ip, v4: bool) -> u64 {
+pub(crate) fn address_sum(ip: &Ip, v4: bool) -> u64 {
     if v4 {
         return u64::from(u32::from_be_bytes(v4_octets(ip)));
     }
@@ -229,7 +235,7 @@ fn fold(sum: u64) -> u16 {
 
 /// The bytes of the checksum field for what has this sum.
 #[inline]
-fn checksum(sum: u64) -> [u8; 2] {
+pub(crate) fn checksum(sum: u64) -> [u8; 2] {
     (!fold(sum)).to_be_bytes()
 }
 

@@ -1,5 +1,6 @@
 //! The reader of capture files, and what is made of them: inspection, and a dry run of the offline role.
 
+use replayer::cli::ServiceArg;
 use replayer::inspect::inspect;
 use replayer::offline::dry_run::{self, FRAME_ROOM, LINK, Memory, START_NS};
 use replayer::offline::feed::{Feed, FeedConfig, FeedPace};
@@ -7,6 +8,7 @@ use replayer::offline::pace::Speed;
 use replayer::pcap::input::Input;
 use replayer::pcap::{Files, Order, Reader};
 use replayer_common::addr::{ANY, Endpoint, from_v4};
+use replayer_common::packet::Protocol;
 use replayer_engine::Engine;
 use replayer_engine::config::{Config, Limits, Service};
 use std::io::{Cursor, Read};
@@ -48,7 +50,9 @@ fn replay(files: Files, choice: u8) {
         online: Endpoint { ip: ANY, port: 80 },
         target: Endpoint { ip: from_v4([198, 51, 100, 7]), port: 8080 },
     };
+    let services = [Protocol::Tcp, Protocol::Udp].map(|protocol| ServiceArg { protocol, service });
     let mut config = Config::new(vec![service]);
+    config.udp_services = vec![service];
     config.limits = Limits {
         connections: 64,
         sessions: 64,
@@ -60,10 +64,11 @@ fn replay(files: Files, choice: u8) {
     config.frame_room = FRAME_ROOM as u16;
     let mut engine = Engine::new(config, START_NS);
     engine.set_link(0, Some(LINK));
+    engine.set_link(1, Some(LINK));
     let feed = FeedConfig {
         files: Vec::new(),
         order: Order::Merged,
-        services: vec![service.online],
+        services: vec![(Protocol::Tcp, service.online), (Protocol::Udp, service.online)],
         sample_threshold: 1 << 32,
         loops: Some(1),
         start_ns: 0,
@@ -80,7 +85,7 @@ fn replay(files: Files, choice: u8) {
         hold_limit_ns: 2_000_000_000,
     };
     let Ok(mut feed) = Feed::over(files, feed, pace) else { return };
-    let mut out = Memory::new(&[service], 1, None, 0, 1);
+    let mut out = Memory::new(&services, 2, None, 0, 1);
     let stop = AtomicBool::new(false);
     let ended = dry_run::run(&mut engine, &mut feed, &mut out, PATIENCE_NS, &stop, |_| {});
     assert!(ended.is_ok(), "{ended:?}");
@@ -96,6 +101,8 @@ fn replay(files: Files, choice: u8) {
             + figures.packets_not_service
             + figures.packets_sampled_out
             + figures.packets_unparsable
+            + figures.packets_fragments
+            + figures.packets_too_large
             + figures.packets_link_type
             + figures.packets_outside,
         "{figures:?}"

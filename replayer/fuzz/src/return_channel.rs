@@ -2,7 +2,7 @@
 
 use replayer::channel::limits::MAX_BODY;
 use replayer::channel::queue::{InBuffer, Received};
-use replayer::channel::wire::{Entry, FRAMING, Message, WireError, decode};
+use replayer::channel::wire::{Entry, FRAMING, Message, ServiceEntry, WireError, decode};
 use replayer_common::response::ResponseHeader;
 use std::io::Read;
 
@@ -43,7 +43,14 @@ fn decode_all(mut bytes: &[u8]) -> Decoded {
 /// Reads every record of a message.
 fn text(message: &Message<'_>) -> String {
     match message {
-        Message::Services(records) | Message::Register(records) | Message::Unregister(records) => {
+        Message::Services(records) => {
+            let services: Vec<_> = records.iter().map(ServiceEntry::decode).collect();
+            for (service, bytes) in services.iter().zip(*records) {
+                assert!(service.is_err() || service.is_ok_and(|service| service.encode() == *bytes));
+            }
+            format!("{message:?} {services:?}")
+        }
+        Message::Register(records) | Message::Unregister(records) => {
             let entries: Vec<Entry> = records.iter().map(Entry::decode).collect();
             for (entry, bytes) in entries.iter().zip(*records) {
                 assert_eq!(entry.encode(), *bytes);

@@ -8,6 +8,7 @@ use crate::programs::{Attachment, Counter, Program, Programs};
 use anyhow::Result;
 use replayer_common::addr::{Endpoint, Ip};
 use replayer_common::maps::MAX_QUEUES;
+use replayer_common::packet::Protocol;
 use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
 
@@ -27,7 +28,7 @@ pub struct BlackHole {
     ports: Vec<Port>,
     received: Vec<Received>,
     programs: Programs,
-    targets: BTreeSet<(Ip, u16)>,
+    targets: BTreeSet<(Protocol, Ip, u16)>,
     attachment: Attachment,
 }
 
@@ -65,8 +66,8 @@ impl BlackHole {
     ///
     /// # Errors
     /// The map of services is full, or the kernel's.
-    pub fn add_target(&mut self, target: &Endpoint) -> Result<()> {
-        self.targets.insert((target.ip, target.port));
+    pub fn add_target(&mut self, protocol: Protocol, target: &Endpoint) -> Result<()> {
+        self.targets.insert((protocol, target.ip, target.port));
         Ok(self.programs.set_services(&self.targets)?)
     }
 
@@ -74,8 +75,8 @@ impl BlackHole {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn remove_target(&mut self, target: &Endpoint) -> Result<()> {
-        self.targets.remove(&(target.ip, target.port));
+    pub fn remove_target(&mut self, protocol: Protocol, target: &Endpoint) -> Result<()> {
+        self.targets.remove(&(protocol, target.ip, target.port));
         Ok(self.programs.set_services(&self.targets)?)
     }
 

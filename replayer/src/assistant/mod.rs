@@ -31,7 +31,7 @@ use anyhow::{Context, Result, bail};
 use blackhole::BlackHole;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use replayer_common::addr::Endpoint;
-use replayer_common::packet::{Reject, TcpSegment, parse_tcp};
+use replayer_common::packet::{self, PROTOCOL_UDP, Protocol, Reject, TcpSegment, UdpDatagram};
 use replayer_common::response::ResponseHeader;
 use replayer_common::tcp_options;
 use report::{Now, Report};
@@ -245,25 +245,23 @@ impl Assistant {
         for change in self.routing.take_changes() {
             // Before the flush below: a worker learns that it is welcome when its targets' responses are taken.
             match change {
-                TargetChange::Add(target) => {
-                    log::info!("taking the responses of {target}");
-                    self.blackhole.add_target(&target)?;
+                TargetChange::Add(protocol, target) => {
+                    log::info!("taking the responses of {target}, {protocol:?}");
+                    self.blackhole.add_target(protocol, &target)?;
                 }
-                TargetChange::Remove(target) => {
-                    log::info!("leaving the responses of {target} alone again");
-                    self.blackhole.remove_target(&target)?;
+                TargetChange::Remove(protocol, target) => {
+                    log::info!("leaving the responses of {target}, {protocol:?}, alone again");
+                    self.blackhole.remove_target(protocol, &target)?;
                 }
             }
         }
         let Assistant { blackhole, server, routing, moderation, frames, .. } = self;
         let more = blackhole.receive(|frame| {
             frames.received += 1;
-            match parse_tcp(&frame) {
-                Ok(segment) => {
-                    let mut header = header_of(&segment, frame);
+            match parse(frame) {
+                Ok((protocol, source, mut header)) => {
                     moderation.record(header.port, header.addr[15]);
-                    let source = Endpoint { ip: segment.src, port: segment.src_port };
-                    if let Route::Peer(peer) = routing.route(now, &source, &mut header) {
+                    if let Route::Peer(peer) = routing.route(now, protocol, &source, &mut header) {
                         server.send(peer, &header);
                     }
                 }
@@ -329,6 +327,19 @@ struct Ready {
     broken: bool,
 }
 
+/// The protocol of a frame, where it comes from, and its headers as they are returned.
+fn parse(frame: &[u8]) -> Result<(Protocol, Endpoint, ResponseHeader), Reject> {
+    let packet = packet::locate(&frame)?;
+    if packet.protocol == PROTOCOL_UDP {
+        let UdpDatagram { src, src_port, dst, dst_port, payload_len, .. } = packet.udp(&frame)?;
+        let header = ResponseHeader { port: dst_port, addr: dst, payload_len, ..Default::default() };
+        return Ok((Protocol::Udp, Endpoint { ip: src, port: src_port }, header));
+    }
+    let segment = packet.tcp(&frame)?;
+    let source = Endpoint { ip: segment.src, port: segment.src_port };
+    Ok((Protocol::Tcp, source, header_of(&segment, frame)))
+}
+
 /// A segment's headers as they are returned. `frame` is the one that it was parsed from.
 fn header_of(segment: &TcpSegment, frame: &[u8]) -> ResponseHeader {
     let mut header = ResponseHeader {
@@ -351,6 +362,7 @@ fn header_of(segment: &TcpSegment, frame: &[u8]) -> ResponseHeader {
 mod tests {
     use super::*;
     use replayer_common::addr::from_v4;
+    use replayer_common::packet::parse_tcp;
     use replayer_common::response::present;
 
     #[test]
@@ -378,6 +390,20 @@ mod tests {
             header.present,
             present::MSS | present::TIMESTAMPS | present::WINDOW_SCALE | present::SACK_PERMITTED
         );
+    }
+
+    #[test]
+    fn a_datagram_becomes_a_record() {
+        let builder = etherparse::PacketBuilder::ethernet2([1; 6], [2; 6])
+            .ipv4([10, 9, 0, 1], [192, 0, 2, 1], 64)
+            .udp(53, 40_000);
+        let mut frame = Vec::new();
+        builder.write(&mut frame, b"an answer").unwrap();
+        // As the program cuts it.
+        frame.truncate(14 + 20 + 8);
+        let (protocol, source, header) = parse(&frame).unwrap();
+        assert_eq!((protocol, source.to_string().as_str()), (Protocol::Udp, "10.9.0.1:53"));
+        assert_eq!((header.addr, header.port, header.payload_len), (from_v4([192, 0, 2, 1]), 40_000, 9));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! Plain memory: no sockets, no clock, no BPF. What it holds:
 //!
-//! - *targets*: the endpoints whose responses the XDP program takes; they come with workers' services, and go
+//! - *targets*: the endpoints, of TCP or UDP, whose responses the XDP program takes; they come with workers' services, and go
 //!   [`TARGET_LINGER`] after the last worker that named them (late segments of a session that just ended must not reach
 //!   the real client).
 //! - *owners*: a worker of an online role, known by instance and number. It outlives its connection by [`OWNER_GRACE`]:
@@ -17,10 +17,11 @@
 use super::early::{self, Early};
 use crate::channel::limits::HURRY;
 use crate::channel::server::{Handler, PeerId, PeerQueue};
-use crate::channel::wire::{Entry, Hello, Refusal};
+use crate::channel::wire::{Entry, Hello, Refusal, ServiceEntry};
 use hashbrown::HashTable;
 use replayer_common::addr::{Endpoint, Ip};
 use replayer_common::hash::flow_hash;
+use replayer_common::packet::Protocol;
 use replayer_common::response::ResponseHeader;
 
 /// How long a worker's registrations outlive its connection, ns: several of its attempts to reconnect.
@@ -63,6 +64,10 @@ fn widen(hash: u32) -> u64 {
     u64::from(hash).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(hash)
 }
 
+fn target_hash(seed: u64, protocol: Protocol, endpoint: &Endpoint) -> u64 {
+    widen(flow_hash(seed ^ u64::from(protocol.number()), &endpoint.ip, endpoint.port))
+}
+
 struct Registration {
     key: Key,
     owner: u16,
@@ -74,6 +79,7 @@ struct Registration {
 const _: () = assert!(size_of::<Registration>() == 26);
 
 struct Target {
+    protocol: Protocol,
     endpoint: Endpoint,
     /// Owners that named it.
     users: u32,
@@ -107,9 +113,9 @@ pub enum Route {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TargetChange {
     /// Take the responses of this endpoint.
-    Add(Endpoint),
+    Add(Protocol, Endpoint),
     /// Leave them alone again.
-    Remove(Endpoint),
+    Remove(Protocol, Endpoint),
 }
 
 /// Plain counters.
@@ -213,10 +219,16 @@ impl Routing {
         self.changes.drain(..)
     }
 
-    /// Finds whose a record is. `source` is the segment's source; the identity is in the record.
+    /// Finds whose a record is. `source` is the segment's or datagram's source; the identity is in the record.
     #[inline]
-    pub fn route(&mut self, now: u64, source: &Endpoint, header: &mut ResponseHeader) -> Route {
-        let Some(target) = self.find_target(source) else {
+    pub fn route(
+        &mut self,
+        now: u64,
+        protocol: Protocol,
+        source: &Endpoint,
+        header: &mut ResponseHeader,
+    ) -> Route {
+        let Some(target) = self.find_target(protocol, source) else {
             self.counters.unknown_target += 1;
             return Route::Kept;
         };
@@ -259,13 +271,13 @@ impl Routing {
         for place in 0..self.targets.len() {
             let Some(target) = &self.targets[place] else { continue };
             if target.users == 0 && now >= target.unused_since + TARGET_LINGER {
-                let endpoint = target.endpoint;
-                let hash = self.endpoint_hash(&endpoint);
+                let (protocol, endpoint) = (target.protocol, target.endpoint);
+                let hash = self.endpoint_hash(protocol, &endpoint);
                 if let Ok(entry) = self.target_index.find_entry(hash, |&i| usize::from(i) == place) {
                     entry.remove();
                 }
                 self.targets[place] = None;
-                self.changes.push(TargetChange::Remove(endpoint));
+                self.changes.push(TargetChange::Remove(protocol, endpoint));
             }
         }
     }
@@ -337,30 +349,32 @@ impl Routing {
         }
     }
 
-    fn endpoint_hash(&self, endpoint: &Endpoint) -> u64 {
-        widen(flow_hash(self.seed, &endpoint.ip, endpoint.port))
+    fn endpoint_hash(&self, protocol: Protocol, endpoint: &Endpoint) -> u64 {
+        target_hash(self.seed, protocol, endpoint)
     }
 
     #[inline]
-    fn find_target(&self, endpoint: &Endpoint) -> Option<u16> {
+    fn find_target(&self, protocol: Protocol, endpoint: &Endpoint) -> Option<u16> {
         let is = |&place: &u16| {
-            self.targets[usize::from(place)].as_ref().is_some_and(|target| target.endpoint == *endpoint)
+            self.targets[usize::from(place)]
+                .as_ref()
+                .is_some_and(|target| target.endpoint == *endpoint && target.protocol == protocol)
         };
-        self.target_index.find(self.endpoint_hash(endpoint), is).copied()
+        self.target_index.find(self.endpoint_hash(protocol, endpoint), is).copied()
     }
 
-    fn find_or_add_target(&mut self, endpoint: Endpoint) -> Result<u16, Refusal> {
-        if let Some(place) = self.find_target(&endpoint) {
+    fn find_or_add_target(&mut self, protocol: Protocol, endpoint: Endpoint) -> Result<u16, Refusal> {
+        if let Some(place) = self.find_target(protocol, &endpoint) {
             return Ok(place);
         }
         let place = first_free(&mut self.targets, MAX_TARGETS).ok_or(Refusal::Services)?;
-        self.targets[usize::from(place)] = Some(Target { endpoint, users: 0, unused_since: 0 });
-        let (hash, seed, targets) = (self.endpoint_hash(&endpoint), self.seed, &self.targets);
+        self.targets[usize::from(place)] = Some(Target { protocol, endpoint, users: 0, unused_since: 0 });
+        let (hash, seed, targets) = (self.endpoint_hash(protocol, &endpoint), self.seed, &self.targets);
         self.target_index.insert_unique(hash, place, |&place| {
-            let endpoint = targets[usize::from(place)].as_ref().map(|target| target.endpoint);
-            endpoint.map_or(0, |endpoint| widen(flow_hash(seed, &endpoint.ip, endpoint.port)))
+            let target = targets[usize::from(place)].as_ref();
+            target.map_or(0, |target| target_hash(seed, target.protocol, &target.endpoint))
         });
-        self.changes.push(TargetChange::Add(endpoint));
+        self.changes.push(TargetChange::Add(protocol, endpoint));
         Ok(place)
     }
 
@@ -420,8 +434,8 @@ impl Handler for Routing {
         Ok(older)
     }
 
-    fn service(&mut self, peer: PeerId, service: Entry) -> Result<(), Refusal> {
-        let target = self.find_or_add_target(service.endpoint)?;
+    fn service(&mut self, peer: PeerId, service: ServiceEntry) -> Result<(), Refusal> {
+        let target = self.find_or_add_target(service.protocol, service.target)?;
         let Some(owner) = self.owner_mut(peer) else { return Err(Refusal::Other) };
         let known = owner.services.contains(&(service.service, target));
         if !known {

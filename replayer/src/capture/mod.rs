@@ -19,6 +19,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use replayer_common::addr::Ip;
 use replayer_common::maps::CaptureConfig;
+use replayer_common::packet::Protocol;
 use serde_json::{Map, Value, json};
 
 use crate::afxdp::{Endpoint, Frame, Port, Received};
@@ -65,7 +66,7 @@ impl Capture {
     pub fn prepare(
         backend: Backend,
         device: &Device,
-        services: &BTreeSet<(Ip, u16)>,
+        services: &BTreeSet<(Protocol, Ip, u16)>,
         workers: u32,
     ) -> Result<Capture> {
         let mut config = CaptureConfig { shards: workers, ..CaptureConfig::default() };

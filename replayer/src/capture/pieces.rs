@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use replayer_common::packet::{TcpSegment, flags};
+use replayer_common::packet::{TcpSegment, UDP_HEADER_LEN, UdpDatagram, flags};
 
 /// Payload of the pieces of a packet of which nothing is known: one full segment on a path of 1500 bytes, with timestamps.
 pub const USUAL: usize = 1448;
@@ -100,10 +100,83 @@ impl Piece<'_> {
     }
 }
 
+/// One of the datagrams that an offload put together.
+#[derive(Clone, Copy, Debug)]
+pub struct Datagram<'a> {
+    headers: &'a [u8],
+    payload: &'a [u8],
+    ip_len_at: usize,
+    /// Bytes of the headers that the IP length field counts.
+    ip_counts: usize,
+}
+
+/// The datagrams in a packet: each but the last has `size` bytes of payload.
+pub fn datagrams<'a>(
+    frame: &'a [u8],
+    datagram: &UdpDatagram,
+    size: usize,
+) -> impl Iterator<Item = Datagram<'a>> {
+    let (headers, rest) = frame.split_at(usize::from(datagram.payload_offset).min(frame.len()));
+    let payload = &rest[..rest.len().min(datagram.payload_len as usize)];
+    let ip = usize::from(datagram.ip_offset);
+    let (ip_len_at, counted_from) = if datagram.is_v6 { (ip + 4, ip + 40) } else { (ip + 2, ip) };
+    let ip_counts = headers.len() - counted_from;
+    let of_payload = move |payload| Datagram { headers, payload, ip_len_at, ip_counts };
+    payload.chunks(size.max(1)).take(MOST).map(of_payload)
+}
+
+impl Datagram<'_> {
+    /// Its length from the Ethernet header on, bytes.
+    #[allow(clippy::len_without_is_empty, reason = "it has headers")]
+    pub fn len(&self) -> usize {
+        self.headers.len() + self.payload.len()
+    }
+
+    /// Writes it to the beginning of `to`; its checksum is that of the whole packet, which nobody looks at.
+    ///
+    /// # Panics
+    /// When `to` is shorter than [`Datagram::len`].
+    pub fn write(&self, to: &mut [u8]) {
+        let (headers, payload) = to[..self.len()].split_at_mut(self.headers.len());
+        headers.copy_from_slice(self.headers);
+        payload.copy_from_slice(self.payload);
+        let ip_len = (self.ip_counts + self.payload.len()) as u16;
+        headers[self.ip_len_at..self.ip_len_at + 2].copy_from_slice(&ip_len.to_be_bytes());
+        let udp_len = (UDP_HEADER_LEN + self.payload.len()) as u16;
+        let at = headers.len() - UDP_HEADER_LEN + 4;
+        headers[at..at + 2].copy_from_slice(&udp_len.to_be_bytes());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use replayer_common::packet::parse_tcp;
+    use replayer_common::packet::{parse_tcp, parse_udp};
+
+    #[test]
+    fn datagrams_that_were_put_together_are_themselves_again() {
+        for v6 in [false, true] {
+            let payload: Vec<u8> = (0..2500).map(|at| (at % 251) as u8).collect();
+            let mut frame = Vec::new();
+            let ethernet = etherparse::PacketBuilder::ethernet2([2; 6], [4; 6]);
+            let ip = if v6 { ethernet.ipv6([1; 16], [2; 16], 64) } else { ethernet.ipv4([1; 4], [2; 4], 64) };
+            ip.udp(4000, 53).write(&mut frame, &payload).unwrap();
+            let whole = parse_udp(&&frame[..]).unwrap();
+            let made: Vec<Vec<u8>> = datagrams(&frame, &whole, 1000)
+                .map(|datagram| {
+                    let mut bytes = vec![0; datagram.len()];
+                    datagram.write(&mut bytes);
+                    let parsed = parse_udp(&&bytes[..]).unwrap();
+                    assert_eq!((parsed.src, parsed.src_port), (whole.src, whole.src_port));
+                    let begin = usize::from(parsed.payload_offset);
+                    assert_eq!(bytes.len(), begin + parsed.payload_len as usize);
+                    bytes.split_off(begin)
+                })
+                .collect();
+            let expected: Vec<&[u8]> = payload.chunks(1000).collect();
+            assert_eq!(made, expected);
+        }
+    }
 
     /// A packet with FIN and PSH and so many bytes of payload, each another one than its neighbours.
     fn packet(payload: usize, v6: bool) -> Vec<u8> {

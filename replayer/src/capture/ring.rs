@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use anyhow::{Context, Result};
 use aya::maps::{Array, MapData, RingBuf};
 use replayer_common::maps::{RING_HEADER_LEN, RingHeader};
-use replayer_common::packet::parse_tcp;
+use replayer_common::packet::{parse_tcp, parse_udp};
 
 use super::pieces::{self, Pieces};
 use crate::afxdp::{BATCH, Frame, Port};
@@ -97,6 +97,15 @@ fn for_each_segment(record: &[u8], room: usize, mut each: impl FnMut(usize, &dyn
     let packet = &rest[..rest.len().min(header.len as usize)];
     if header.segment_len == 0 && packet.len() <= room {
         return each(packet.len(), &|to| to.copy_from_slice(packet));
+    }
+    if header.segment_len > 0
+        && let Ok(datagram) = parse_udp(&packet)
+        && usize::from(datagram.payload_offset) + header.segment_len as usize <= room
+    {
+        for piece in pieces::datagrams(packet, &datagram, header.segment_len as usize) {
+            each(piece.len(), &|to| piece.write(to));
+        }
+        return;
     }
     // The program has parsed it by the same function before; if it had not, the engine would count it.
     let Ok(segment) = parse_tcp(&packet) else {

@@ -7,7 +7,7 @@ use super::limits::{
     BACKOFF, CLIENT_QUEUE, CONNECT_TIMEOUT, HEARTBEAT, MAX_BODY, MAX_KEY, MAX_SERVICES, SILENCE,
 };
 use super::queue::{InBuffer, OutQueue, Received};
-use super::wire::{self, Entry, Hello, Kind, Message, Refusal, VERSION, WireError};
+use super::wire::{self, Entry, Hello, Kind, Message, Refusal, ServiceEntry, VERSION, WireError};
 use mio::net::TcpStream;
 use replayer_common::response::ResponseHeader;
 use std::io;
@@ -92,8 +92,8 @@ pub struct ClientConfig {
     pub instance: u64,
     /// The worker's number in its process.
     pub worker: u16,
-    /// The services: a number of the worker's choice, and the target.
-    pub services: Vec<Entry>,
+    /// The services: a number of the worker's choice, the protocol, and the target.
+    pub services: Vec<ServiceEntry>,
 }
 
 /// Plain counters of one channel.
@@ -373,7 +373,7 @@ impl Client {
     fn greet(&mut self) {
         const {
             let hello = 25 + MAX_KEY;
-            let services = MAX_SERVICES * Entry::SIZE;
+            let services = MAX_SERVICES * ServiceEntry::SIZE;
             assert!(hello + services + 3 * wire::FRAMING + MAX_BODY <= CLIENT_QUEUE);
         }
         let (body, length) = wire::hello(&Hello {

@@ -9,7 +9,7 @@ use super::limits::{
     MAX_STRANGERS, PEER_QUEUE, REFUSED_LINGER, SILENCE,
 };
 use super::queue::{InBuffer, OutQueue, Received};
-use super::wire::{self, Entry, Hello, Kind, Message, Refusal, WireError};
+use super::wire::{self, Entry, Hello, Kind, Message, Refusal, ServiceEntry, WireError};
 use nix::poll::{PollFd, PollFlags};
 use replayer_common::addr::Endpoint;
 use replayer_common::response::ResponseHeader;
@@ -33,7 +33,7 @@ pub trait Handler {
     ///
     /// # Errors
     /// Why the worker is refused.
-    fn service(&mut self, peer: PeerId, service: Entry) -> Result<(), Refusal>;
+    fn service(&mut self, peer: PeerId, service: ServiceEntry) -> Result<(), Refusal>;
 
     /// The peer wants the responses to this identity; those that came too early may go into its queue at once.
     fn register(&mut self, now: u64, peer: PeerId, identity: Entry, queue: &mut PeerQueue);
@@ -430,7 +430,9 @@ impl Server {
                         return Err(End::Refuse(Refusal::Services));
                     }
                     for service in services {
-                        handler.service(id, Entry::decode(service)).map_err(End::Refuse)?;
+                        let service = ServiceEntry::decode(service)
+                            .map_err(|_: WireError| End::Refuse(Refusal::Protocol))?;
+                        handler.service(id, service).map_err(End::Refuse)?;
                     }
                     if peer.stage == Stage::Greeted {
                         if self.live >= MAX_PEERS {

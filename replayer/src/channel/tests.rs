@@ -4,16 +4,18 @@
 use super::client::{ChannelError, Client, ClientConfig};
 use super::limits::{CLIENT_QUEUE, HEARTBEAT, HELLO_TIMEOUT, MAX_STRANGERS, REFUSED_LINGER, SILENCE};
 use super::server::{PeerQueue, Server, ServerConfig, ServerError};
-use super::wire::{self, Entry, Hello, Kind, Refusal, VERSION};
+use super::wire::{self, Entry, Hello, Kind, Refusal, ServiceEntry, VERSION};
 use crate::assistant::routing::{OWNER_GRACE, Route, Routing, TARGET_LINGER, TargetChange};
 use nix::poll::{PollFlags, PollTimeout, poll};
 use replayer_common::addr::{Endpoint, from_v4};
+use replayer_common::packet::Protocol;
 use replayer_common::response::ResponseHeader;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 const TARGET: Endpoint = Endpoint { ip: from_v4_const([10, 9, 0, 1]), port: 80 };
+const SERVICE: ServiceEntry = ServiceEntry { service: 5, protocol: Protocol::Tcp, target: TARGET };
 const DEADLINE: Duration = Duration::from_secs(5);
 const SECOND: u64 = 1_000_000_000;
 
@@ -61,7 +63,7 @@ impl Assistant {
     }
 
     fn respond(&mut self, mut header: ResponseHeader) -> Option<bool> {
-        match self.routing.route(self.now, &TARGET, &mut header) {
+        match self.routing.route(self.now, Protocol::Tcp, &TARGET, &mut header) {
             Route::Peer(peer) => Some(self.server.send(peer, &header)),
             Route::Kept => None,
         }
@@ -86,13 +88,7 @@ impl Worker {
 }
 
 fn config(assistant: SocketAddr, instance: u64) -> ClientConfig {
-    ClientConfig {
-        assistant,
-        key: b"key".to_vec(),
-        instance,
-        worker: 0,
-        services: vec![Entry { service: 5, endpoint: TARGET }],
-    }
+    ClientConfig { assistant, key: b"key".to_vec(), instance, worker: 0, services: vec![SERVICE] }
 }
 
 /// Turns both sides until `done`, at a standing time.
@@ -166,7 +162,10 @@ fn registered_identities_get_their_responses_and_no_others() {
     let (mut assistant, mut first) = connected(1);
     let mut second = Worker::new(assistant.address(), 2);
     until(&mut assistant, &mut second, |_, w| w.client.is_connected());
-    assert_eq!(assistant.routing.take_changes().collect::<Vec<_>>(), [TargetChange::Add(TARGET)]);
+    assert_eq!(
+        assistant.routing.take_changes().collect::<Vec<_>>(),
+        [TargetChange::Add(Protocol::Tcp, TARGET)]
+    );
 
     first.client.register(identity(1000));
     second.client.register(identity(2000));
@@ -285,7 +284,10 @@ fn a_worker_that_reconnects_finds_its_identities_and_a_dead_one_is_forgotten() {
     assistant.routing.take_changes().for_each(drop);
     assistant.now += TARGET_LINGER;
     assistant.routing.tick(assistant.now);
-    assert_eq!(assistant.routing.take_changes().collect::<Vec<_>>(), [TargetChange::Remove(TARGET)]);
+    assert_eq!(
+        assistant.routing.take_changes().collect::<Vec<_>>(),
+        [TargetChange::Remove(Protocol::Tcp, TARGET)]
+    );
     assert!(!assistant.routing.is_busy());
 }
 
@@ -502,7 +504,7 @@ fn b057_a_million_registrations_fit_and_are_found() {
     for peer in 0..4u16 {
         let hello = Hello { instance: 1, worker: peer, attempt: 1, key: b"" };
         routing.hello(PeerId(peer), &hello).unwrap();
-        routing.service(PeerId(peer), Entry { service: 5, endpoint: TARGET }).unwrap();
+        routing.service(PeerId(peer), SERVICE).unwrap();
     }
     let entry = |n: u32| Entry {
         service: 5,
@@ -518,7 +520,10 @@ fn b057_a_million_registrations_fit_and_are_found() {
     for n in 0..count {
         let Endpoint { ip, port } = entry(n).endpoint;
         let mut header = ResponseHeader { addr: ip, port, ..Default::default() };
-        assert_eq!(routing.route(0, &TARGET, &mut header), Route::Peer(PeerId((n % 4) as u16)));
+        assert_eq!(
+            routing.route(0, Protocol::Tcp, &TARGET, &mut header),
+            Route::Peer(PeerId((n % 4) as u16))
+        );
     }
     // One of the four dies: its quarter goes, in short steps, and the memory of the rest stays right.
     routing.closed(0, PeerId(2));

@@ -7,7 +7,7 @@
 //! message:      kind u8 | 0 u8 | length of the body u16 | body          (all numbers little endian)
 //!
 //! Hello         magic "replayer" | version u16 | worker u16 | attempt u32 | instance u64 | key length u8 | key
-//! Services      { id u16 | port u16 | address 16 } ...                   what the ids of this connection mean
+//! Services      { id u16 | port u16 | address 16 | protocol u8 | 0 u8 } ...   what the ids of this connection mean
 //! Register      { service id u16 | port u16 | address 16 } ...           identities whose responses this worker wants
 //! Unregister    the same
 //! Heartbeat     (empty)
@@ -25,10 +25,11 @@
 
 use super::limits::{MAX_BODY, MAX_KEY};
 use replayer_common::addr::{Endpoint, Ip};
+use replayer_common::packet::Protocol;
 use replayer_common::response::ResponseHeader;
 
 /// The protocol's version: any change of meaning or layout raises it.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 const MAGIC: [u8; 8] = *b"replayer";
 
@@ -104,12 +105,50 @@ pub struct Hello<'a> {
     pub key: &'a [u8],
 }
 
-/// One of a connection's services, or one of its identities: the same 20 bytes.
+/// One of a connection's services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServiceEntry {
+    /// Its number on this connection.
+    pub service: u16,
+    /// Its transport protocol.
+    pub protocol: Protocol,
+    /// The target.
+    pub target: Endpoint,
+}
+
+impl ServiceEntry {
+    /// Bytes on the wire.
+    pub const SIZE: usize = Entry::SIZE + 2;
+
+    /// The record's bytes.
+    pub fn encode(&self) -> [u8; Self::SIZE] {
+        let mut out = [0; Self::SIZE];
+        let entry = Entry { service: self.service, endpoint: self.target };
+        out[..Entry::SIZE].copy_from_slice(&entry.encode());
+        out[Entry::SIZE] = self.protocol.number();
+        out
+    }
+
+    /// Reads a record.
+    ///
+    /// # Errors
+    /// [`WireError::Malformed`]: a protocol that is not known.
+    pub fn decode(bytes: &[u8; Self::SIZE]) -> Result<ServiceEntry, WireError> {
+        let Some((entry, &[protocol, 0])) = bytes.split_first_chunk() else {
+            return Err(WireError::Malformed);
+        };
+        let Entry { service, endpoint: target } = Entry::decode(entry);
+        let protocol = Protocol::from_number(protocol).ok_or(WireError::Malformed)?;
+        Ok(ServiceEntry { service, protocol, target })
+    }
+}
+
+/// One of a connection's identities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// The service's number on this connection.
     pub service: u16,
-    /// Services: the target. Registrations: the identity, the source of a session towards the target.
+    /// The identity: the source of a session towards the target.
     pub endpoint: Endpoint,
 }
 
@@ -191,7 +230,7 @@ pub enum Message<'a> {
     Hello(Hello<'a>),
     /// A hello of another version; nothing else can be known of it.
     OtherVersion(u16),
-    Services(&'a [[u8; Entry::SIZE]]),
+    Services(&'a [[u8; ServiceEntry::SIZE]]),
     Register(&'a [[u8; Entry::SIZE]]),
     Unregister(&'a [[u8; Entry::SIZE]]),
     Heartbeat,
@@ -364,10 +403,11 @@ mod tests {
             Entry { service: 65_535, endpoint: Endpoint { ip: [7; 16], port: 1 } },
         ];
         let bytes: Vec<u8> = entries.iter().flat_map(Entry::encode).collect();
+        let service = ServiceEntry { service: 1, protocol: Protocol::Udp, target: entries[0].endpoint };
         let (body, length) = hello(&Hello { instance: 42, worker: 3, attempt: 9, key: b"a key" });
         vec![
             message(Kind::Hello, &body[..length]),
-            message(Kind::Services, &bytes),
+            message(Kind::Services, &service.encode()),
             message(Kind::Register, &bytes),
             message(Kind::Unregister, &bytes[..20]),
             message(Kind::Heartbeat, &[]),
@@ -391,6 +431,10 @@ mod tests {
             decoded[0].0,
             Message::Hello(Hello { instance: 42, worker: 3, attempt: 9, key: b"a key" })
         );
+        let Message::Services([service]) = decoded[1].0 else { panic!("{:?}", decoded[1]) };
+        let service = ServiceEntry::decode(service).unwrap();
+        assert_eq!((service.service, service.protocol), (1, Protocol::Udp));
+        assert_eq!(service.target.to_std().to_string(), "192.0.2.1:40000");
         let Message::Register(records) = decoded[2].0 else { panic!("{:?}", decoded[2]) };
         assert_eq!(Entry::decode(&records[0]).endpoint.to_std().to_string(), "192.0.2.1:40000");
         assert_eq!(Entry::decode(&records[1]).service, 65_535);
@@ -438,6 +482,17 @@ mod tests {
         bytes[FRAMING + 8] = 0x34;
         bytes[FRAMING + 9] = 0x12;
         assert_eq!(decode(&bytes).unwrap().unwrap().0, Message::OtherVersion(0x1234));
+    }
+
+    #[test]
+    fn a_service_of_an_unknown_protocol_is_malformed() {
+        let target = Endpoint { ip: [7; 16], port: 1 };
+        let mut bytes = ServiceEntry { service: 1, protocol: Protocol::Tcp, target }.encode();
+        assert!(ServiceEntry::decode(&bytes).is_ok());
+        bytes[20] = 1;
+        assert_eq!(ServiceEntry::decode(&bytes), Err(WireError::Malformed));
+        (bytes[20], bytes[21]) = (6, 1);
+        assert_eq!(ServiceEntry::decode(&bytes), Err(WireError::Malformed));
     }
 
     #[test]

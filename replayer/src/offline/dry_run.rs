@@ -4,13 +4,13 @@
 //! The clock jumps from one thing to do to the next, so an hour of traffic takes seconds, and what would be sent is the same in every run.
 
 use super::feed::{Feed, Next};
+use crate::cli::ServiceArg;
 use crate::pcap::writer::Writer;
 use hashbrown::HashTable;
 use replayer_common::addr::Endpoint;
 use replayer_common::hash::pair_hash;
-use replayer_common::packet::{TcpSegment, flags, parse_tcp};
+use replayer_common::packet::{Protocol, TcpSegment, UdpDatagram, flags, parse_tcp, parse_udp};
 use replayer_common::response::{ResponseHeader, present};
-use replayer_engine::config::Service;
 use replayer_engine::counters::Counter;
 use replayer_engine::{BATCH, Engine, Link, Output};
 use std::fs::File;
@@ -158,7 +158,7 @@ pub struct Memory {
 impl Memory {
     /// `epoch_ns` is the time since the epoch at which the run begins, for the file.
     pub fn new(
-        services: &[Service],
+        services: &[ServiceArg],
         copies: usize,
         writer: Option<Writer<BufWriter<File>>>,
         epoch_ns: u64,
@@ -168,7 +168,7 @@ impl Memory {
         Memory {
             free: (0..frames).map(|_| vec![0; FRAME_ROOM].into_boxed_slice()).collect(),
             target: Target {
-                services: services.iter().map(|service| service.target).collect(),
+                services: services.iter().map(|s| (s.protocol, s.service.target)).collect(),
                 sessions: HashTable::new(),
                 answers: Vec::new(),
                 in_hand: Vec::new(),
@@ -218,6 +218,8 @@ impl Output for Memory {
         }
         if let Ok(segment) = parse_tcp(&bytes) {
             self.target.receive(&segment);
+        } else if let Ok(datagram) = parse_udp(&bytes) {
+            self.target.answer(&datagram);
         }
         self.free.push(frame);
         true
@@ -231,7 +233,7 @@ impl Output for Memory {
 #[derive(Debug)]
 struct Target {
     /// By the services' numbers.
-    services: Vec<Endpoint>,
+    services: Vec<(Protocol, Endpoint)>,
     sessions: HashTable<TargetSession>,
     answers: Vec<ResponseHeader>,
     in_hand: Vec<ResponseHeader>,
@@ -247,10 +249,28 @@ struct TargetSession {
 }
 
 impl Target {
+    /// The number of a service.
+    fn number(&self, protocol: Protocol, target: &Endpoint) -> Option<usize> {
+        self.services.iter().position(|(of, service)| *of == protocol && service == target)
+    }
+
+    /// Answers a datagram with one of one byte.
+    fn answer(&mut self, datagram: &UdpDatagram) {
+        let target = Endpoint { ip: datagram.dst, port: datagram.dst_port };
+        let Some(service) = self.number(Protocol::Udp, &target) else { return };
+        self.answers.push(ResponseHeader {
+            service: service as u16,
+            port: datagram.src_port,
+            addr: datagram.src,
+            payload_len: 1,
+            ..ResponseHeader::default()
+        });
+    }
+
     fn receive(&mut self, segment: &TcpSegment) {
         let client = Endpoint { ip: segment.src, port: segment.src_port };
         let server = Endpoint { ip: segment.dst, port: segment.dst_port };
-        let Some(service) = self.services.iter().position(|target| *target == server) else { return };
+        let Some(service) = self.number(Protocol::Tcp, &server) else { return };
         let hash = u64::from(pair_hash(self.seed, &client.ip, client.port, &server.ip, server.port));
         let same = |session: &TargetSession| session.client == client && session.server == server;
         let rehash = {

@@ -15,9 +15,9 @@ use crate::capture::pieces::{Pieces, USUAL};
 use crate::pcap::files::Progress;
 use crate::pcap::{Files, Order, ReadError};
 use anyhow::Result;
-use replayer_common::addr::{ANY, Endpoint};
+use replayer_common::addr::{ANY, Endpoint, Ip};
 use replayer_common::hash::{FLOW_SEED, flow_hash, pair_hash};
-use replayer_common::packet::{Reject, TcpSegment, flags, parse_tcp};
+use replayer_common::packet::{IpPacket, PROTOCOL_UDP, Protocol, Reject, TcpSegment, flags, locate};
 use replayer_engine::histogram::Histogram;
 use replayer_engine::{BATCH, Engine, Output};
 use serde::Serialize;
@@ -56,7 +56,7 @@ pub struct FeedConfig {
     /// How several are one.
     pub order: Order,
     /// Online endpoints of the services.
-    pub services: Vec<Endpoint>,
+    pub services: Vec<(Protocol, Endpoint)>,
     /// Connections kept: flow hashes below this (of 2^32), by the addresses in the file.
     pub sample_threshold: u64,
     /// How often; `None`: for ever.
@@ -79,6 +79,8 @@ pub struct Counters {
     other: AtomicU64,
     sampled_out: AtomicU64,
     unparsable: AtomicU64,
+    fragments: AtomicU64,
+    too_large: AtomicU64,
     link_type: AtomicU64,
     outside: AtomicU64,
     truncated: AtomicU64,
@@ -95,12 +97,16 @@ pub struct FileFigures {
     pub packets_given: u64,
     /// Packets of a service to its clients: used only to join connections.
     pub packets_responses: u64,
-    /// Packets that are TCP, but neither to nor from a service.
+    /// Packets that are neither to nor from a service.
     pub packets_not_service: u64,
     /// Packets of connections outside the sample.
     pub packets_sampled_out: u64,
-    /// Packets that are no whole TCP headers.
+    /// Packets that are no whole headers of TCP or UDP.
     pub packets_unparsable: u64,
+    /// Fragments to a service's address; fragments are not replayed.
+    pub packets_fragments: u64,
+    /// Datagrams that are larger than a frame: not replayed.
+    pub packets_too_large: u64,
     /// Packets of link types that are not known.
     pub packets_link_type: u64,
     /// Packets before --start or after --stop.
@@ -125,6 +131,8 @@ impl Counters {
             packets_not_service: load(&self.other),
             packets_sampled_out: load(&self.sampled_out),
             packets_unparsable: load(&self.unparsable),
+            packets_fragments: load(&self.fragments),
+            packets_too_large: load(&self.too_large),
             packets_link_type: load(&self.link_type),
             packets_outside: load(&self.outside),
             packets_added_by_cutting: load(&self.cut_to_segments),
@@ -330,17 +338,31 @@ impl Reading {
         Ok(last_ns)
     }
 
-    fn is_service(&self, endpoint: &Endpoint) -> bool {
-        self.config
-            .services
-            .iter()
-            .any(|service| service.port == endpoint.port && (service.ip == ANY || service.ip == endpoint.ip))
+    fn is_service(&self, protocol: Protocol, endpoint: &Endpoint) -> bool {
+        self.config.services.iter().any(|(of, service)| {
+            *of == protocol
+                && service.port == endpoint.port
+                && (service.ip == ANY || service.ip == endpoint.ip)
+        })
+    }
+
+    /// Whether a fragment belongs to something that clients send to a service: only the first has ports.
+    fn is_of_service(&self, packet: &IpPacket, destination: &Ip) -> bool {
+        self.config.services.iter().any(|(protocol, service)| {
+            protocol.number() == packet.protocol && (service.ip == ANY || service.ip == *destination)
+        })
     }
 
     fn packet(&mut self, time_ns: u64, frame: &[u8], number: u64, turn: u64) -> Result<(), Gone> {
-        let segment = match parse_tcp(&frame) {
-            Ok(segment) => segment,
-            Err(Reject::NotTcp) => {
+        let found = locate(&frame).and_then(|packet| match packet {
+            IpPacket { fragment: true, .. } => Ok((packet, None)),
+            IpPacket { protocol: PROTOCOL_UDP, .. } => Ok((packet, None)),
+            _ => packet.tcp(&frame).map(|segment| (packet, Some(segment))),
+        });
+        let segment = match found {
+            Ok((_, Some(segment))) => segment,
+            Ok((packet, None)) => return self.datagram(time_ns, frame, &packet, number, turn),
+            Err(Reject::NotTcp | Reject::NotIp) => {
                 self.seen.figures.packets_not_service += 1;
                 return Ok(());
             }
@@ -351,8 +373,8 @@ impl Reading {
         };
         let source = Endpoint { ip: segment.src, port: segment.src_port };
         let destination = Endpoint { ip: segment.dst, port: segment.dst_port };
-        if !self.is_service(&destination) {
-            if self.is_service(&source) {
+        if !self.is_service(Protocol::Tcp, &destination) {
+            if self.is_service(Protocol::Tcp, &source) {
                 self.seen.figures.packets_responses += 1;
                 self.response(&segment, &source, &destination);
             } else {
@@ -378,9 +400,62 @@ impl Reading {
         let port = shifted(source.port, turn);
         if frame.len() <= self.config.frame_room {
             let len = payload_end.min(frame.len());
-            return self.frame(time_ns, &frame[..len], port, &segment);
+            return self.frame(time_ns, &frame[..len], port, segment.tcp_offset, segment.is_opening());
         }
         self.pieces(time_ns, frame, port, &segment)
+    }
+
+    /// A UDP packet, or a fragment.
+    fn datagram(
+        &mut self,
+        time_ns: u64,
+        frame: &[u8],
+        packet: &IpPacket,
+        number: u64,
+        turn: u64,
+    ) -> Result<(), Gone> {
+        if packet.fragment {
+            let is_of_service = packet.dst(&frame).is_ok_and(|ip| self.is_of_service(packet, &ip));
+            let figures = &mut self.seen.figures;
+            *(if is_of_service {
+                &mut figures.packets_fragments
+            } else {
+                &mut figures.packets_not_service
+            }) += 1;
+            return Ok(());
+        }
+        let Ok(datagram) = packet.udp(&frame) else {
+            self.seen.figures.packets_unparsable += 1;
+            return Ok(());
+        };
+        let source = Endpoint { ip: datagram.src, port: datagram.src_port };
+        let destination = Endpoint { ip: datagram.dst, port: datagram.dst_port };
+        if !self.is_service(Protocol::Udp, &destination) {
+            let is_response = self.is_service(Protocol::Udp, &source);
+            let figures = &mut self.seen.figures;
+            *(if is_response { &mut figures.packets_responses } else { &mut figures.packets_not_service }) +=
+                1;
+            return Ok(());
+        }
+        if u64::from(flow_hash(FLOW_SEED, &source.ip, source.port)) >= self.config.sample_threshold {
+            self.seen.figures.packets_sampled_out += 1;
+            return Ok(());
+        }
+        let end = usize::from(datagram.payload_offset) + datagram.payload_len as usize;
+        if end > self.config.frame_room {
+            self.seen.figures.packets_too_large += 1;
+            return Ok(());
+        }
+        self.seen.figures.packets_given += 1;
+        if end > frame.len() {
+            self.seen.figures.packets_truncated += 1;
+            if self.seen.figures.first_truncated == 0 {
+                self.seen.figures.first_truncated = number;
+            }
+        }
+        let port = shifted(source.port, turn);
+        // Where connections are to begin at a rate, a datagram is one.
+        self.frame(time_ns, &frame[..end.min(frame.len())], port, packet.transport_offset as u16, true)
     }
 
     /// A packet larger than a frame (an offload put several segments together): cut to segments.
@@ -391,17 +466,24 @@ impl Reading {
         for piece in pieces {
             bytes.resize(piece.len(), 0);
             piece.write(&mut bytes);
-            self.frame(time_ns, &bytes, port, segment)?;
+            self.frame(time_ns, &bytes, port, segment.tcp_offset, segment.is_opening())?;
         }
         Ok(())
     }
 
-    fn frame(&mut self, time_ns: u64, frame: &[u8], port: u16, segment: &TcpSegment) -> Result<(), Gone> {
+    /// A frame whose source port, the first of the transport header at `transport`, becomes `port`. Checksums are made anew by the engine.
+    fn frame(
+        &mut self,
+        time_ns: u64,
+        frame: &[u8],
+        port: u16,
+        transport: u16,
+        opening: bool,
+    ) -> Result<(), Gone> {
         let begin = self.chunk.bytes.len();
         self.chunk.bytes.extend_from_slice(frame);
-        let tcp = begin + usize::from(segment.tcp_offset);
-        self.chunk.bytes[tcp..tcp + 2].copy_from_slice(&port.to_be_bytes());
-        let opening = segment.is_opening();
+        let source = begin + usize::from(transport);
+        self.chunk.bytes[source..source + 2].copy_from_slice(&port.to_be_bytes());
         self.push(time_ns, Item::Packet { begin: begin as u32, len: frame.len() as u32, opening })
     }
 
@@ -486,6 +568,8 @@ impl Reading {
             (&counters.other, seen.packets_not_service),
             (&counters.sampled_out, seen.packets_sampled_out),
             (&counters.unparsable, seen.packets_unparsable),
+            (&counters.fragments, seen.packets_fragments),
+            (&counters.too_large, seen.packets_too_large),
             (&counters.link_type, seen.packets_link_type),
             (&counters.outside, seen.packets_outside),
             (&counters.cut_to_segments, seen.packets_added_by_cutting),

@@ -2,14 +2,13 @@
 
 use super::{LAST_RESPONSE_NS, OfflineArgs, conclude, engine_config, print_file, start_feed};
 use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
-use crate::cli::StatsFormat;
+use crate::cli::{ServiceArg, StatsFormat};
 use crate::clock;
 use crate::inspect::progress_line;
 use crate::net::{Monitor, Network};
 use crate::offline::feed::Shown;
 use crate::online::{connect, output_device};
 use crate::privileges;
-use crate::replay::online_name;
 use crate::report::Figures;
 use crate::signals::Signals;
 use crate::worker::{Shared, Snapshot, Worker};
@@ -17,7 +16,6 @@ use anyhow::{Context, Result, bail};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use replayer_common::addr::to_std;
 use replayer_engine::Engine;
-use replayer_engine::config::Service;
 use replayer_engine::counters::Counter;
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,7 +30,7 @@ const ETHERNET_HEADER: u32 = 22;
 /// How often it is looked whether the worker has ended.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
-pub(super) fn run(args: &OfflineArgs, services: &[Service]) -> Result<()> {
+pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     privileges::check()?;
     let signals = Signals::install()?;
     let mut network = Network::open()?;
@@ -40,7 +38,7 @@ pub(super) fn run(args: &OfflineArgs, services: &[Service]) -> Result<()> {
     let mut channels = connect(&args.assistants, args.replay.assistant_port, &args.replay.key, services, 1)?;
     let channels = channels.pop().context("-s names no assistant")?;
     let monitor = Monitor::start(
-        services.iter().map(|service| to_std(&service.target.ip)).collect(),
+        services.iter().map(|service| to_std(&service.service.target.ip)).collect(),
         args.replay.output_interface.clone(),
     )?;
     let port = Port::open(&PortConfig {
@@ -68,7 +66,7 @@ pub(super) fn run(args: &OfflineArgs, services: &[Service]) -> Result<()> {
     worker.feed(feed, args.replay.hold_limit_ns()? + LAST_RESPONSE_NS);
     eprintln!("offline: sending on {}: {port_mode}", output.name);
     for service in services {
-        eprintln!("offline: {} is copied to {}", online_name(service), service.target);
+        eprintln!("offline: {} is copied to {}", service.online_name(), service.service.target);
     }
     let started = Instant::now();
     let worker = std::thread::Builder::new()
@@ -98,7 +96,8 @@ pub(super) fn run(args: &OfflineArgs, services: &[Service]) -> Result<()> {
     conclude(args, services, &figures, &shown, (seconds, cpu), interrupted)?;
     ended?;
     let c = &figures.counters;
-    if c[Counter::BytesAccepted] > 0 && c[Counter::ReplayBytesDelivered] == 0 {
+    let sent = c[Counter::ReplayBytesDelivered] + c[Counter::DatagramsSent];
+    if c[Counter::BytesAccepted] + c[Counter::PacketsDatagrams] > 0 && sent == 0 {
         bail!("the target took nothing: {}", reasons(&figures));
     }
     Ok(())

@@ -13,12 +13,13 @@ mod live;
 pub mod pace;
 
 use crate::channel::random_instance;
+use crate::cli::ServiceArg;
 use crate::clock;
 use crate::inspect::{inspect, progress_line};
 use crate::pcap::input::STANDARD_INPUT;
 use crate::pcap::writer::Writer;
 use crate::pcap::{Files, Order};
-use crate::replay::{nanoseconds, online_name};
+use crate::replay::nanoseconds;
 use crate::report::{Figures, histogram};
 use crate::signals::Signals;
 use crate::worker::Snapshot;
@@ -28,7 +29,7 @@ use dry_run::Memory;
 use feed::{Feed, FeedConfig, FeedPace, Shown};
 use replayer_common::hash::sample_threshold;
 use replayer_engine::Engine;
-use replayer_engine::config::{Config, Service};
+use replayer_engine::config::Config;
 use replayer_engine::counters::Counter;
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -81,11 +82,16 @@ fn engine_config(args: &OfflineArgs, frame_room: u16) -> Result<Config> {
     Ok(config)
 }
 
-fn start_feed(args: &OfflineArgs, services: &[Service], frame_room: usize, in_flight: u64) -> Result<Feed> {
+fn start_feed(
+    args: &OfflineArgs,
+    services: &[ServiceArg],
+    frame_room: usize,
+    in_flight: u64,
+) -> Result<Feed> {
     let config = FeedConfig {
         files: args.files.clone(),
         order: order(args),
-        services: services.iter().map(|service| service.online).collect(),
+        services: services.iter().map(|s| (s.protocol, s.service.online)).collect(),
         sample_threshold: sample_threshold(args.replay.sample.0),
         loops: args.loops.0,
         start_ns: nanoseconds(args.start, "--start", 0.0, LONGEST)?,
@@ -108,7 +114,7 @@ fn start_feed(args: &OfflineArgs, services: &[Service], frame_room: usize, in_fl
     )
 }
 
-fn run_dry(args: &OfflineArgs, services: &[Service]) -> Result<()> {
+fn run_dry(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     let started = Instant::now();
     let mut engine = Engine::new(engine_config(args, dry_run::FRAME_ROOM as u16)?, dry_run::START_NS);
     for service in 0..services.len() {
@@ -193,6 +199,9 @@ fn print_summary(figures: &Figures, shown: &Shown, replay_seconds: f64, seconds:
         c[Counter::SegmentsSent],
         c[Counter::ReplayBytesDelivered],
     );
+    if c[Counter::DatagramsSent] > 0 {
+        eprintln!("and {} datagrams of {} bytes", c[Counter::DatagramsSent], c[Counter::DatagramBytesSent]);
+    }
     for (name, value, what) in figures.losses() {
         eprintln!("  {value} {name}: {what}");
     }
@@ -209,7 +218,9 @@ fn print_file(file: &feed::FileFigures) {
     }
     for (count, what) in [
         (file.packets_link_type, "packets of link types that are not known"),
-        (file.packets_unparsable, "packets without whole TCP headers"),
+        (file.packets_unparsable, "packets without whole TCP or UDP headers"),
+        (file.packets_fragments, "fragments to the services' addresses: not replayed"),
+        (file.packets_too_large, "datagrams that are larger than a frame: not replayed"),
         (file.packets_sampled_out, "packets of connections outside the sample"),
     ] {
         if count > 0 {
@@ -221,7 +232,7 @@ fn print_file(file: &feed::FileFigures) {
 /// The report, and whether the run did what was asked.
 fn conclude(
     args: &OfflineArgs,
-    services: &[Service],
+    services: &[ServiceArg],
     figures: &Figures,
     shown: &Shown,
     (seconds, cpu): (f64, f64),
@@ -252,16 +263,16 @@ fn conclude(
 }
 
 /// No packet was for a service: which services the files have instead.
-fn nothing_matched(args: &OfflineArgs, services: &[Service], packets: u64) -> String {
-    let wanted: Vec<String> = services.iter().map(online_name).collect();
+fn nothing_matched(args: &OfflineArgs, services: &[ServiceArg], packets: u64) -> String {
+    let wanted: Vec<String> = services.iter().map(ServiceArg::online_name).collect();
     let mut text = format!("none of the {packets} packets goes to {}", wanted.join(" or to "));
     if args.files.iter().any(|file| file.as_os_str() == STANDARD_INPUT) {
         return text + "; `replayer inspect` says what is in a file";
     }
     let Ok(mut files) = Files::open(&args.files, order(args)) else { return text };
     let report = inspect(&mut files, std::io::stderr().is_terminal());
-    if report.services.is_empty() {
-        return text + ", and no TCP connection is in the files";
+    if report.services.is_empty() && report.udp.is_empty() {
+        return text + ", and nothing of TCP or UDP is in the files";
     }
     text += "; these services are in the files (name one with -x):";
     for service in report.services.iter().take(20) {
@@ -269,6 +280,9 @@ fn nothing_matched(args: &OfflineArgs, services: &[Service], packets: u64) -> St
             "\n  {}: {} connections, {} requests",
             service.server, service.connections, service.requests
         );
+    }
+    for udp in report.udp.iter().take(10) {
+        text += &format!("\n  udp:{}: {} clients, {} datagrams", udp.server, udp.clients, udp.datagrams);
     }
     text
 }

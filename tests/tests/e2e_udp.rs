@@ -1,0 +1,302 @@
+//! Services of UDP, live and from files: what the online server received is what the target received.
+//!
+//! Root only; each test has a lab of its own.
+
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::socket::{setsockopt, sockopt};
+use replayer_common::addr::from_std;
+use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
+use replayer_tests::capture::Capture;
+use replayer_tests::lab::{Host, Lab, POOL_V4, Plan};
+use replayer_tests::pairs::{ARRIVAL, StreamPair};
+use replayer_tests::replay::{Replay, Report, Role};
+use replayer_tests::servers::{start, tool};
+use replayer_tests::wait::{settled, wait_for};
+
+const PORT: u16 = 5353;
+const CLIENTS: usize = 50;
+const EACH: usize = 10;
+const ALL: u64 = (CLIENTS * EACH) as u64;
+/// How long an answer of the online server may take.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// A datagram that a server received: from where, and its payload.
+type Received = (SocketAddr, Vec<u8>);
+
+/// Answers each datagram with its name and the same bytes, and remembers it.
+struct Server {
+    received: Arc<Mutex<Vec<Received>>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    fn start(host: &Host, port: u16, name: &'static str) -> Result<Server> {
+        let socket = host.namespace().enter(|| UdpSocket::bind(("::", port)))??;
+        // Room for all datagrams of a test: what a slow server drops is not what is tested.
+        setsockopt(&socket, sockopt::RcvBufForce, &(32 << 20))?;
+        socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+        let received: Arc<Mutex<Vec<Received>>> = Arc::default();
+        let stop = Arc::new(AtomicBool::new(false));
+        let (all, ends) = (received.clone(), stop.clone());
+        let thread = std::thread::spawn(move || {
+            let mut buffer = vec![0; 1 << 16];
+            while !ends.load(Ordering::Relaxed) {
+                let Ok((len, from)) = socket.recv_from(&mut buffer) else { continue };
+                let from_ip = match from.ip() {
+                    IpAddr::V6(ip) => ip.to_ipv4_mapped().map_or(IpAddr::V6(ip), IpAddr::V4),
+                    ip => ip,
+                };
+                let payload = buffer[..len].to_vec();
+                let answer = [name.as_bytes(), &payload].concat();
+                all.lock().unwrap().push((SocketAddr::new(from_ip, from.port()), payload));
+                // A client that is gone is none of the server's business.
+                let _ = socket.send_to(&answer, from);
+            }
+        });
+        Ok(Server { received, stop, thread: Some(thread) })
+    }
+
+    /// What it has received when `count` datagrams are there and no more come.
+    fn ledger(&self, count: usize) -> Vec<Received> {
+        let len = || self.received.lock().unwrap().len();
+        // When it fails, the caller's comparison says what is missing.
+        let _ = wait_for("datagrams", ARRIVAL, || len() >= count);
+        settled(Duration::from_millis(200), ARRIVAL, len);
+        self.received.lock().unwrap().clone()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Clients with a socket each that ask in turn, and check that the online server answers, and nobody else. The sockets stay.
+fn ask(lab: &Lab, to: SocketAddr, each: usize) -> Result<Vec<UdpSocket>> {
+    let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let sockets: Vec<UdpSocket> = lab
+        .client()
+        .namespace()
+        .enter(|| (0..CLIENTS).map(|_| UdpSocket::bind(any)).collect::<Result<_, _>>())??;
+    for socket in &sockets {
+        socket.connect(to)?;
+        socket.set_read_timeout(Some(ANSWER))?;
+    }
+    let mut buffer = [0; 2000];
+    for request in 0..each {
+        for (client, socket) in sockets.iter().enumerate() {
+            let payload = payload(client, request);
+            socket.send(&payload)?;
+            let len = socket.recv(&mut buffer).context("the online server's answer")?;
+            ensure!(buffer[..len] == [&b"online"[..], &payload].concat(), "another answer than expected");
+        }
+    }
+    Ok(sockets)
+}
+
+/// Of many lengths, odd ones too.
+fn payload(client: usize, request: usize) -> Vec<u8> {
+    let mut payload = format!("{client} {request} ").into_bytes();
+    payload.resize(payload.len() + (client * 31 + request * 7) % 1300, b'x');
+    payload
+}
+
+/// How often each payload came.
+fn counts(ledger: &[Received]) -> BTreeMap<&[u8], usize> {
+    let mut counts = BTreeMap::new();
+    for (_, payload) in ledger {
+        *counts.entry(payload.as_slice()).or_default() += 1;
+    }
+    counts
+}
+
+/// The same datagrams from the same addresses, in any order.
+#[track_caller]
+fn assert_same(mut found: Vec<Received>, mut expected: Vec<Received>) {
+    found.sort();
+    expected.sort();
+    let missing = expected.iter().filter(|one| found.binary_search(one).is_err()).count();
+    assert_eq!((found.len(), missing), (expected.len(), 0), "datagrams, and how many of them are missing");
+    assert!(found == expected, "some came more often than others");
+}
+
+/// Each datagram of `sent` so many times, from whatever address.
+#[track_caller]
+fn assert_times(found: &[Received], sent: &[Received], times: usize) {
+    let (found, sent) = (counts(found), counts(sent));
+    let wrong = sent.iter().filter(|(id, count)| found.get(*id) != Some(&(times * **count))).count();
+    assert_eq!(
+        (found.len(), wrong),
+        (sent.len(), 0),
+        "kinds of datagrams, and how many came another number of times"
+    );
+}
+
+fn service(lab: &Lab, v6: bool) -> String {
+    match v6 {
+        false => format!("udp:{PORT}-{}:{PORT}", lab.target().v4()),
+        true => format!("udp:{PORT}-[{}]:{PORT}", lab.target().v6()),
+    }
+}
+
+struct World {
+    lab: Lab,
+    online: Server,
+    target: Server,
+}
+
+fn world() -> Result<World> {
+    let lab = Lab::up(Plan::default())?;
+    let online = Server::start(lab.online(), PORT, "online")?;
+    let target = Server::start(lab.target(), PORT, "target")?;
+    Ok(World { lab, online, target })
+}
+
+/// No answer of the target came to a client, and none comes.
+fn assert_silent(sockets: &[UdpSocket]) {
+    for socket in sockets {
+        socket.set_nonblocking(true).unwrap();
+        let more = socket.recv(&mut [0; 10]);
+        assert!(more.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "{more:?}");
+    }
+}
+
+#[test]
+fn every_datagram_arrives_once_from_its_clients_address() -> Result<()> {
+    for v6 in [false, true] {
+        let World { lab, online, target } = world()?;
+        // TCP at the same port: two services.
+        let mut streams = StreamPair::start(&lab, PORT)?;
+        let tcp = format!("{PORT}-{}:{PORT}", lab.target().v4());
+        let replay =
+            Replay::start_services(&lab, &[service(&lab, v6), tcp], lab.assistant().v4().into(), &[])?;
+        let server: IpAddr = if v6 { lab.online().v6().into() } else { lab.online().v4().into() };
+        let sockets = ask(&lab, SocketAddr::new(server, PORT), EACH)?;
+        let load = format!(
+            "--connect {}:{PORT} --connections 5 --per-connection 10 --requests 50",
+            lab.online().v4()
+        );
+        let summary = replayer_tests::clients::Load::run(&lab, "streams", &load)?;
+        assert_eq!((summary.responses, summary.errors), (50, 0), "{summary:?}");
+        let (sent, arrived) = (online.ledger(ALL as usize), target.ledger(ALL as usize));
+        assert_eq!(sent.len() as u64, ALL);
+        assert_same(arrived, sent);
+        streams.ensure_equal(50)?;
+        assert_silent(&sockets);
+        let (report, assistant) = replay.stop()?;
+        assert_eq!(report.counter("packets_datagrams"), ALL, "{:?}", report.counters);
+        assert_eq!(report.counter("datagrams_sent"), ALL);
+        assert_eq!(report.counter("datagram_responses"), ALL, "{:?} {assistant}", report.counters);
+        assert_eq!(report.counter("datagram_flows"), CLIENTS as u64);
+        assert_eq!(report.counter("packets_unparsable"), 0);
+    }
+    Ok(())
+}
+
+#[test]
+fn b041_b044_copies_and_samples() -> Result<()> {
+    let World { lab, online, target } = world()?;
+    let to = SocketAddr::new(lab.online().v4().into(), PORT);
+    let services = [service(&lab, false)];
+    let replay =
+        Replay::start_services(&lab, &services, lab.assistant().v4().into(), &["-n", "3", "-c", POOL_V4])?;
+    ask(&lab, to, EACH)?;
+    let before = online.ledger(ALL as usize);
+    let arrived = target.ledger(3 * ALL as usize);
+    assert_times(&arrived, &before, 3);
+    assert!(arrived.iter().all(|(from, _)| from.ip().to_string().starts_with("172.29.")));
+    let (report, _) = replay.stop()?;
+    assert_eq!(report.counter("datagrams_sent"), 3 * ALL);
+    assert_eq!(report.counter("datagram_responses"), 3 * ALL, "{:?}", report.counters);
+
+    let replay = Replay::start_services(&lab, &services, lab.assistant().v4().into(), &["-r", "20"])?;
+    ask(&lab, to, EACH)?;
+    let all = online.ledger(2 * ALL as usize).split_off(before.len());
+    let is_in = |from: &SocketAddr| {
+        u64::from(flow_hash(FLOW_SEED, &from_std(from.ip()), from.port())) < sample_threshold(20.0)
+    };
+    let expected: Vec<Received> = all.into_iter().filter(|(from, _)| is_in(from)).collect();
+    let sampled = target.ledger(arrived.len() + expected.len()).split_off(arrived.len());
+    assert_same(sampled, expected.clone());
+    let (report, _) = replay.stop()?;
+    assert_eq!(report.counter("datagrams_sent"), expected.len() as u64);
+    Ok(())
+}
+
+#[test]
+fn what_is_larger_than_a_packet_is_counted_and_a_closed_port_harms_nobody() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let online = Server::start(lab.online(), PORT, "online")?;
+    let replay = Replay::start_services(&lab, &[service(&lab, false)], lab.assistant().v4().into(), &[])?;
+    // Nobody listens at the target: its kernel answers with ICMP.
+    let sockets = ask(&lab, SocketAddr::new(lab.online().v4().into(), PORT), 2)?;
+    // A datagram that the client's kernel sends as fragments.
+    sockets[0].send(&vec![b'f'; 4000])?;
+    let mut buffer = vec![0; 5000];
+    assert_eq!(sockets[0].recv(&mut buffer)?, 4006);
+    assert_eq!(online.ledger(2 * CLIENTS + 1).len(), 2 * CLIENTS + 1);
+    settled(Duration::from_millis(300), ARRIVAL, || 0);
+    assert_silent(&sockets);
+    let (report, _) = replay.stop()?;
+    assert_eq!(report.counter("datagrams_sent"), 2 * CLIENTS as u64, "{:?}", report.counters);
+    assert_eq!(report.counter("datagram_responses"), 0);
+    Ok(())
+}
+
+/// A replay of a file that must end by itself, and well; the report, and when it ended, seconds since the epoch.
+fn offline(lab: &Lab, file: &Path, arguments: &[&str]) -> Result<(Report, f64)> {
+    let report = lab.dir().join("offline-report.json");
+    let assistant = lab.assistant().v4().to_string();
+    let mut command = lab.online().command(tool("replayer")?);
+    command
+        .arg("offline")
+        .arg("-f")
+        .arg(file)
+        .args(["-x", &service(lab, false), "-s", &assistant])
+        .args(arguments);
+    let mut process = start(lab, lab.online(), "offline", command.arg("--report").arg(&report))?;
+    let status = process.wait(Duration::from_secs(60))?;
+    let ended = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
+    ensure!(status.success(), "offline {arguments:?} ended with {status}:\n{}", process.errors());
+    let report: Report = serde_json::from_str(&std::fs::read_to_string(&report)?)?;
+    report.check_accounts()?;
+    Ok((report, ended))
+}
+
+#[test]
+fn b058_b059_datagrams_of_a_file() -> Result<()> {
+    let World { lab, online, target } = world()?;
+    let capture = Capture::start(&lab, lab.online(), &format!("udp port {PORT}"))?;
+    ask(&lab, SocketAddr::new(lab.online().v4().into(), PORT), EACH)?;
+    let sent = online.ledger(ALL as usize);
+    let file = capture.stop()?;
+    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+
+    let begun = Instant::now();
+    let (report, _) = offline(&lab, &file, &[])?;
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    let arrived = target.ledger(ALL as usize);
+    assert_same(arrived.clone(), sent.clone());
+    assert_eq!(report.counter("datagrams_sent"), ALL);
+    assert_eq!(report.counter("datagram_responses"), ALL, "{:?}", report.counters);
+
+    let (report, _) = offline(&lab, &file, &["--loop", "3", "-n", "2", "--speed", "max"])?;
+    assert_eq!(report.counter("datagram_responses"), 6 * ALL, "{:?}", report.counters);
+    let more = target.ledger(7 * ALL as usize).split_off(arrived.len());
+    assert_times(&more, &sent, 6);
+    Ok(())
+}
