@@ -20,7 +20,7 @@ use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// What the subject measures.
 pub const WHAT: &str = "capture files: gaps kept at 1x, and the speed of a dry run";
@@ -56,21 +56,30 @@ fn gaps(options: Options) -> Result<Vec<Figure>> {
     let limit = Duration::from_secs_f64(seconds + 30.0);
 
     let assistant = Role::assistant(&lab, lab.assistant(), &[])?;
-    let capture = Capture::start(&lab, lab.target(), &filter)?;
     let report = lab.dir().join("offline-report.json");
-    let mut command = lab.online().command(tool("replayer")?);
-    command.arg("offline").arg("-f").arg(&file).args(["-x", &format!("{PORT}-{}:{PORT}", lab.target().v4())]);
-    command.args(["-s", &lab.assistant().v4().to_string(), "--report"]).arg(&report);
-    let begun = Instant::now();
-    let mut process = start(&lab, lab.online(), "offline", &mut command)?;
-    let status = process.wait(limit)?;
-    let took = begun.elapsed().as_secs_f64();
-    ensure!(status.success(), "the replay ended with {status}: {}", process.errors());
-    let replayed = gap_errors(&wanted, &request_times(&capture.stop()?)?)?;
+    let replay = |arguments: &[&str], requests: u64| -> Result<(Times, f64)> {
+        let capture = Capture::start(&lab, lab.target(), &filter)?;
+        let service = format!("{PORT}-{}:{PORT}", lab.target().v4());
+        let mut command = lab.online().command(tool("replayer")?);
+        command.arg("offline").arg("-f").arg(&file).args(["-x", &service]).args(arguments);
+        command.args(["-s", &lab.assistant().v4().to_string(), "--report"]).arg(&report);
+        let mut process = start(&lab, lab.online(), "offline", &mut command)?;
+        let status = process.wait(limit)?;
+        let ended = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
+        ensure!(status.success(), "the replay ended with {status}: {}", process.errors());
+        let report: Value = serde_json::from_slice(&std::fs::read(&report)?)?;
+        let sent = report["counters"]["turns_sent"].as_u64();
+        ensure!(sent == Some(requests), "{sent:?} requests sent of {requests}");
+        let times = request_times(&capture.stop()?)?;
+        let last = times.values().flatten().copied().fold(0.0, f64::max);
+        Ok((times, ended - last))
+    };
+    let (times, end) = replay(&[], made.requests())?;
+    let replayed = gap_errors(&wanted, &times)?;
+    let (times, _) = replay(&["--speed", "10"], made.requests())?;
+    let tenth = 10.0 * span(&times) / span(&wanted);
+    let (_, end_of_loops) = replay(&["--speed", "10", "--loop", "3"], 3 * made.requests())?;
     drop(assistant);
-    let report: Value = serde_json::from_slice(&std::fs::read(report)?)?;
-    let sent = report["counters"]["turns_sent"].as_u64();
-    ensure!(sent == Some(made.requests()), "{sent:?} requests sent of {}", made.requests());
 
     let capture = Capture::start(&lab, lab.target(), &filter)?;
     let mut command = lab.online().command("tcpreplay");
@@ -90,7 +99,10 @@ fn gaps(options: Options) -> Result<Vec<Figure>> {
     Ok(vec![
         figure("median", 0.5, 1.0),
         figure("p99", 0.99, 5.0),
-        Figure::new("replay, from its start to its end", took, "s").beside("the file", seconds),
+        Figure::new("--speed 10: ten times its time, off that of the file", 100.0 * (tenth - 1.0).abs(), "%")
+            .wanted(Wanted::AtMost(2.0)),
+        Figure::new("from the last request to the end of the run", end.max(end_of_loops), "s")
+            .wanted(Wanted::AtMost(1.0)),
     ])
 }
 
@@ -116,6 +128,12 @@ fn request_times(path: &Path) -> Result<Times> {
         requests.into_iter().map(|(_, time)| time).collect()
     };
     Ok(firsts.into_iter().map(|(client, requests)| (client, times(requests))).collect())
+}
+
+/// From the first request to the last, seconds.
+fn span(times: &Times) -> f64 {
+    let all = || times.values().flatten().copied();
+    all().fold(f64::MIN, f64::max) - all().fold(f64::MAX, f64::min)
 }
 
 /// By how much each gap differs, seconds, sorted. No request may be missing.

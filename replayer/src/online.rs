@@ -469,7 +469,9 @@ fn check_span(services: &[ServiceArg]) -> Result<()> {
         );
     }
     let is_copied = |one: &&ServiceArg| {
-        services.iter().any(|other| (other.protocol, other.service.online) == (one.protocol, one.service.target))
+        services
+            .iter()
+            .any(|other| (other.protocol, other.service.online) == (one.protocol, one.service.target))
     };
     if let Some(ServiceArg { service, .. }) = services.iter().find(is_copied) {
         bail!(

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -17,6 +17,7 @@ use replayer_tests::capture::Capture;
 use replayer_tests::clients::Load;
 use replayer_tests::lab::{Host, Lab, Plan};
 use replayer_tests::ledger::{self, Ledger};
+use replayer_tests::made::Made;
 use replayer_tests::pairs::{ARRIVAL, NginxPair};
 use replayer_tests::replay::{Report, Role};
 use replayer_tests::servers::{start, tool};
@@ -195,6 +196,29 @@ fn b059_three_loops_are_three_times_everything() -> Result<()> {
     let difference = ledger::compare_addresses(&thrice, &target);
     assert_eq!((difference.missing, difference.extra), (0, 0), "{difference:?}\n{:?}", run.report.counters);
     assert_eq!(target.connections().len(), 3 * online.connections().len(), "identities of their own");
+    let last = target.entries.iter().map(|entry| entry.time).fold(0.0, f64::max);
+    assert!(run.ended - last < 1.0, "it ended {:.2} s after the last response", run.ended - last);
+    Ok(())
+}
+
+#[test]
+fn b059_each_loop_of_a_made_file_asks_everything_once() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let nginx = NginxPair::start(&lab, HTTP)?;
+    let file = lab.dir().join("made.pcap");
+    let server = SocketAddrV4::new(lab.online().v4(), HTTP);
+    let client = Ipv4Addr::new(172, 29, 0, 1);
+    Made { connections: 200, requests: 5, seconds: 5.0, server, client }.write(&file, 1)?;
+    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    let run = offline(&lab, &file, &to_target(&lab), &["--speed", "10", "--loop", "3"])?;
+    assert_eq!(run.report.counter("sessions_opened"), 600);
+    let target = nginx.target.settled_ledger(3000, ARRIVAL)?;
+    let mut times: BTreeMap<&str, usize> = BTreeMap::new();
+    for entry in &target.entries {
+        *times.entry(entry.uri.as_str()).or_default() += 1;
+    }
+    assert_eq!(times.len(), 1000);
+    assert!(times.values().all(|&count| count == 3), "{times:?}");
     let last = target.entries.iter().map(|entry| entry.time).fold(0.0, f64::max);
     assert!(run.ended - last < 1.0, "it ended {:.2} s after the last response", run.ended - last);
     Ok(())
