@@ -342,20 +342,40 @@ pub fn parse_tcp_frame(frame: &[u8]) -> Result<TcpSegment, Reject> {
     }
 }
 
+/// In the usual form: the IP header and the TCP header.
+const IP: usize = ETHERNET_LEN;
+const TCP: usize = IP + 20;
+
+/// Whether a frame, by its headers, is TCP over IPv4 without tags, options of IP or fragmentation.
+#[inline(always)]
+fn is_usual(h: &[u8; TCP + 20]) -> bool {
+    [h[12], h[13], h[IP], h[IP + 9]] == [8, 0, 0x45, PROTOCOL_TCP] && h[IP + 6] & 0x3f == 0 && h[IP + 7] == 0
+}
+
+/// Both ends of a segment, its acknowledgment number and its flags, if the frame is of the usual form: enough to find its connection, not that it can be used.
+#[inline(always)]
+pub fn usual_ends(frame: &[u8]) -> Option<(addr::Endpoint, addr::Endpoint, u32, u8)> {
+    let h: &[u8; TCP + 20] = frame.first_chunk()?;
+    is_usual(h).then(|| {
+        let src = addr::from_v4([h[IP + 12], h[IP + 13], h[IP + 14], h[IP + 15]]);
+        let dst = addr::from_v4([h[IP + 16], h[IP + 17], h[IP + 18], h[IP + 19]]);
+        (
+            addr::Endpoint { ip: src, port: u16::from_be_bytes([h[TCP], h[TCP + 1]]) },
+            addr::Endpoint { ip: dst, port: u16::from_be_bytes([h[TCP + 2], h[TCP + 3]]) },
+            u32::from_be_bytes([h[TCP + 8], h[TCP + 9], h[TCP + 10], h[TCP + 11]]),
+            h[TCP + 13],
+        )
+    })
+}
+
 /// What [`parse_tcp`] says of a frame of the usual form; None of any other, and of what it refuses.
-#[inline]
+#[inline(always)]
 fn usual_form(frame: &[u8]) -> Option<TcpSegment> {
-    const IP: usize = ETHERNET_LEN;
-    const TCP: usize = IP + 20;
     let h: &[u8; TCP + 20] = frame.first_chunk()?;
     let total_len = usize::from(u16::from_be_bytes([h[IP + 2], h[IP + 3]]));
     let header_len = usize::from(h[TCP + 12] >> 4) * 4;
-    let usual = [h[12], h[13], h[IP], h[IP + 9]] == [8, 0, 0x45, PROTOCOL_TCP]
-        && h[IP + 6] & 0x3f == 0
-        && h[IP + 7] == 0
-        && header_len >= 20
-        && total_len >= 20 + header_len
-        && frame.len() >= TCP + header_len;
+    let usual =
+        is_usual(h) && header_len >= 20 && total_len >= 20 + header_len && frame.len() >= TCP + header_len;
     usual.then(|| TcpSegment {
         src: addr::from_v4([h[IP + 12], h[IP + 13], h[IP + 14], h[IP + 15]]),
         dst: addr::from_v4([h[IP + 16], h[IP + 17], h[IP + 18], h[IP + 19]]),

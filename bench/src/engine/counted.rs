@@ -13,21 +13,22 @@ const SESSIONS: u32 = 1_000;
 const ROUNDS: u32 = 16;
 const COPIES: u32 = 10;
 
-/// Runs the work `name` and nothing else; `name-opening` is only the opening of its sessions. The works of a million sessions say how
-/// long each step took, in processor time: comparable with each other also on a machine that has other work.
+/// Runs the work `name` and nothing else; `name-opening` is only the opening of its sessions. The works of a thousand and of a million sessions
+/// say how long each step took, in processor time: comparable with each other also on a machine that has other work.
 pub fn work(name: &str) -> Result<()> {
     let sized = match name {
-        "million" => Some((1_000_000, 1)),
-        "ten" => Some((100_000, 10)),
-        "hundred" => Some((10_000, 100)),
+        "thousand" => Some((1_000, 1, 2_000)),
+        "million" => Some((1_000_000, 1, 4)),
+        "ten" => Some((100_000, 10, 4)),
+        "hundred" => Some((10_000, 100, 4)),
         _ => None,
     };
-    if let Some((connections, copies)) = sized {
+    if let Some((connections, copies, rounds)) = sized {
         let mut bench = Bench::new(connections, copies);
         bench.clock = processor_time;
         let opening = bench.open(0..connections, SMALL);
         bench.data(connections, SMALL, 1);
-        let (data, ack, timers) = bench.data(connections, SMALL, 4);
+        let (data, ack, timers) = bench.data(connections, SMALL, rounds);
         let [opening, data, ack, timers] = [opening, data, ack, timers].map(|per| per / f64::from(copies));
         println!(
             "ns a copy: opening {opening:.0}, data {data:.1}, acknowledgment {ack:.1}, timers {timers:.1}"

@@ -14,7 +14,7 @@ use crate::usual::COPIES_AHEAD;
 use alloc::vec::Vec;
 use replayer_common::addr::Endpoint;
 use replayer_common::hash::pair_hash;
-use replayer_common::packet::{TcpSegment, flags, parse_tcp_frame};
+use replayer_common::packet::{TcpSegment, flags, parse_tcp_frame, usual_ends};
 use replayer_common::tcp_options::{self, TcpOptions};
 
 /// A segment this far from its stream's place is not of this stream.
@@ -25,70 +25,111 @@ type Fate = Result<Counter, (Counter, Counter)>;
 
 /// What a batch's first pass found out of a packet.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Parsed {
-    segment: Option<TcpSegment>,
+pub(crate) struct Looked {
+    /// Of the segment's ends; 0 if it is none.
     hash: u32,
+    /// Its acknowledgment number.
+    ack: u32,
+    /// Most likely its connection, or `NONE`.
+    place: u32,
 }
+
+/// How many packets ahead of the one that is worked on each step of a packet's way is asked for.
+const CONNECTIONS_AHEAD: usize = 16;
+const SESSIONS_AHEAD: usize = 8;
+const TIMER_AHEAD: usize = 3;
 
 impl Engine {
     /// Handles captured packets: each is `(frame, length)`, Ethernet first. The frames are taken: sent, or released. `frames` is
     /// empty afterwards and keeps its capacity.
     pub fn on_captured<O: Output>(&mut self, now_ns: u64, frames: &mut Vec<(O::Frame, usize)>, out: &mut O) {
-        // Several passes over each batch: the first only reads and hashes, the others read ahead what the last will use.
-        let mut parsed = core::mem::take(&mut self.parsed);
+        // With a million sessions each step of a packet's way, table, connection, session, is a cache miss. So what a packet will need is
+        // asked for some packets before, one step after the other, while others are worked on.
+        let mut looked = core::mem::take(&mut self.looked);
         while !frames.is_empty() {
             let count = frames.len().min(BATCH);
+            looked.clear();
             for (frame, len) in &mut frames[..count] {
                 let bytes = out.bytes(frame);
-                let bytes: &[u8] = &bytes[..(*len).min(bytes.len())];
-                let segment = parse_tcp_frame(bytes).ok();
-                let hash = segment
-                    .map_or(0, |s| pair_hash(self.config.seed, &s.src, s.src_port, &s.dst, s.dst_port));
-                parsed.push(Parsed { segment, hash });
+                looked.push(self.look(&bytes[..(*len).min(bytes.len())]));
             }
-            self.read_ahead(&parsed);
-            for (parsed, (frame, len)) in parsed.drain(..).zip(frames.drain(..count)) {
-                self.on_packet(now_ns, &parsed, frame, len, out);
+            looked.iter_mut().take(CONNECTIONS_AHEAD).for_each(|packet| self.connection_ahead(packet));
+            looked.iter().take(SESSIONS_AHEAD).for_each(|packet| self.sessions_ahead(packet));
+            for (at, (frame, len)) in frames.drain(..count).enumerate() {
+                if let Some(packet) = looked.get_mut(at + CONNECTIONS_AHEAD) {
+                    self.connection_ahead(packet);
+                }
+                if let Some(packet) = looked.get(at + SESSIONS_AHEAD) {
+                    self.sessions_ahead(packet);
+                }
+                if let Some(packet) = looked.get(at + TIMER_AHEAD) {
+                    self.timer_ahead(packet);
+                }
+                self.on_packet(now_ns, looked[at], frame, len, out);
             }
         }
-        self.parsed = parsed;
+        self.looked = looked;
     }
 
-    /// Reads what the batch's packets will need, one step of the way for all packets before the next step: with a million sessions each
-    /// step is a cache miss, and the misses of one short loop overlap.
-    fn read_ahead(&self, parsed: &[Parsed]) {
-        for packet in parsed {
-            core::hint::black_box(self.by_client.touch(packet.hash));
+    /// Where a packet's connection is to be looked for: that place in the table is asked for.
+    #[inline]
+    fn look(&self, bytes: &[u8]) -> Looked {
+        let seed = self.config.seed;
+        let (hash, ack, opening) = if let Some((src, dst, ack, control)) = usual_ends(bytes) {
+            let opening = (control & flags::SYN != 0).then_some(src);
+            (pair_hash(seed, &src.ip, src.port, &dst.ip, dst.port), ack, opening)
+        } else if let Ok(segment) = parse_tcp_frame(bytes) {
+            let TcpSegment { src, dst, src_port, dst_port, .. } = segment;
+            let opening = segment.is_opening().then_some(Endpoint { ip: src, port: src_port });
+            (pair_hash(seed, &src, src_port, &dst, dst_port), segment.ack, opening)
+        } else {
+            return Looked { hash: 0, ack: 0, place: NONE };
+        };
+        self.by_client.read_ahead(hash);
+        // The session of a new connection looks for its identity: most often the client's own.
+        if let Some(client) = opening
+            && let Some(ServiceState { target, .. }) = self.services.first()
+        {
+            let hash = pair_hash(seed, &client.ip, client.port, &target.ip, target.port);
+            self.by_identity.read_ahead(hash);
         }
-        let mut places = [NONE; BATCH];
-        for (place, packet) in places.iter_mut().zip(parsed) {
-            if let Some(c) = self.by_client.guess(packet.hash) {
-                *place = c;
-                self.connections[c].touch();
-            } else if let Some(segment) = packet.segment.as_ref().filter(|segment| segment.is_opening()) {
-                // Its session looks for its identity: most often the client's own.
-                if let Some(ServiceState { target, .. }) = self.services.first() {
-                    let hash =
-                        pair_hash(self.config.seed, &segment.src, segment.src_port, &target.ip, target.port);
-                    core::hint::black_box(self.by_identity.touch(hash));
+        Looked { hash, ack, place: NONE }
+    }
+
+    /// Finds the packet's connection, most likely, and asks for it.
+    #[inline]
+    fn connection_ahead(&self, packet: &mut Looked) {
+        if let Some(c) = self.by_client.guess(packet.hash) {
+            packet.place = c;
+            self.connections[c].read_ahead();
+        }
+    }
+
+    /// Asks for the sessions of the packet's connection.
+    #[inline]
+    fn sessions_ahead(&self, packet: &Looked) {
+        if packet.place != NONE {
+            let connection = &self.connections[packet.place];
+            let (first_session, sessions) = (connection.first_session, connection.sessions);
+            if first_session != NONE {
+                self.sessions[first_session].read_ahead();
+                if connection.ack_advances(packet.ack) {
+                    self.sessions[first_session].read_ahead_rest();
+                }
+                for copy in 1..sessions.min(COPIES_AHEAD).min(first_session + 1) {
+                    self.sessions[first_session - copy].read_ahead();
                 }
             }
         }
-        for place in &mut places[..parsed.len()] {
-            if *place != NONE {
-                let connection = &self.connections[*place];
-                *place = connection.first_session;
-                if *place != NONE {
-                    self.sessions[*place].touch();
-                    for copy in 1..connection.sessions.min(COPIES_AHEAD).min(*place + 1) {
-                        self.sessions[*place - copy].touch();
-                    }
-                }
-            }
-        }
-        for &place in &places[..parsed.len()] {
-            if place != NONE && self.sessions[place].armed_at.is_none() {
-                self.wheel.touch(place);
+    }
+
+    /// Asks for what arming the session's timer changes.
+    #[inline]
+    fn timer_ahead(&self, packet: &Looked) {
+        if packet.place != NONE {
+            let first_session = self.connections[packet.place].first_session;
+            if first_session != NONE && self.sessions[first_session].armed_at.is_none() {
+                self.wheel.read_ahead(first_session);
             }
         }
     }
@@ -119,13 +160,16 @@ impl Engine {
     fn on_packet<O: Output>(
         &mut self,
         now_ns: u64,
-        parsed: &Parsed,
+        looked: Looked,
         mut frame: O::Frame,
         len: usize,
         out: &mut O,
     ) {
         self.counters[Counter::PacketsCaptured] += 1;
-        let Some(segment) = &parsed.segment else { return self.on_other_packet(now_ns, frame, len, out) };
+        let bytes = out.bytes(&mut frame);
+        let Ok(segment) = &parse_tcp_frame(&bytes[..len.min(bytes.len())]) else {
+            return self.on_other_packet(now_ns, frame, len, out);
+        };
         self.counters[Counter::BytesCaptured] += u64::from(segment.payload_len);
         let payload_offset = usize::from(segment.payload_offset);
         let payload_len = segment.payload_len as usize;
@@ -133,9 +177,9 @@ impl Engine {
             && segment.flags & (flags::SYN | flags::FIN | flags::RST) == 0
             && payload_offset + payload_len <= len
         {
-            let client = Endpoint { ip: segment.src, port: segment.src_port };
-            let server = Endpoint { ip: segment.dst, port: segment.dst_port };
-            if let Some(c) = self.find_connection(parsed.hash, &client, &server) {
+            // What was found when the batch began still holds if the place is that of this very connection.
+            let c = looked.place;
+            if c != NONE && self.connections[c].is_of(segment) {
                 frame = match self.on_usual(now_ns, c, segment, frame, out) {
                     Ok(()) => return,
                     Err(frame) => frame,
@@ -148,7 +192,7 @@ impl Engine {
             Err((Counter::PacketsUnparsable, Counter::BytesUnparsable))
         } else {
             let mut in_hand = Some(InHand { frame, payload_offset, payload_len, segment: NONE });
-            let fate = self.on_segment_captured(now_ns, parsed.hash, segment, &mut in_hand, out);
+            let fate = self.on_segment_captured(now_ns, looked.hash, segment, &mut in_hand, out);
             if let Some(hand) = in_hand {
                 out.release(hand.frame);
             }

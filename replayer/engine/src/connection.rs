@@ -6,6 +6,7 @@ use crate::slab::NONE;
 use crate::timer::Tick;
 use replayer_common::addr::Endpoint;
 use replayer_common::hash::pair_hash;
+use replayer_common::packet::TcpSegment;
 use replayer_common::tcp_options::TcpOptions;
 
 /// How the client's stream ended.
@@ -128,11 +129,20 @@ impl Connection {
             options.timestamps.map(|(value, _)| value.wrapping_sub(crate::sender::millis(now_ns)));
     }
 
-    /// Reads its cache lines, so that they are there when it is used.
+    /// Asks for its cache lines, so that they are there when it is used.
     #[inline]
-    pub(crate) fn touch(&self) {
-        core::hint::black_box(self.client.ip[0]);
-        core::hint::black_box(self.held_bytes);
+    pub(crate) fn read_ahead(&self) {
+        replayer_prefetch::line(&self.client);
+        replayer_prefetch::line(&self.out_of_order);
+    }
+
+    /// Whether it is in the client table and this is one of its segments.
+    #[inline]
+    pub(crate) fn is_of(&self, segment: &TcpSegment) -> bool {
+        self.client.ip == segment.src
+            && self.server.ip == segment.dst
+            && (self.client.port, self.server.port) == (segment.src_port, segment.dst_port)
+            && !self.detached
     }
 
     /// How far beyond the last acknowledgment a session's target may send, bytes: what every segment of ours says (RFC 7323 section 2.3).

@@ -6,7 +6,7 @@
 //!   freed when its references are zero.
 //! - Every deadline of a session is at or after the time its timer stands at in the wheel.
 
-use crate::capture::Parsed;
+use crate::capture::Looked;
 use crate::config::{Config, timing};
 use crate::connection::{Connection, End, Phase};
 use crate::counters::{Counter, Counters, EndReason, Pending};
@@ -120,7 +120,7 @@ pub struct Engine {
     ports: Ports,
     pub(crate) dirty: Vec<u32>,
     /// What the first pass over a batch found; empty between batches.
-    pub(crate) parsed: Vec<Parsed>,
+    pub(crate) looked: Vec<Looked>,
     lingering: VecDeque<(Tick, u16, Endpoint)>,
     pub(crate) counters: Counters,
     pub(crate) capture_to_transmit: Histogram,
@@ -178,7 +178,7 @@ impl Engine {
             copies: Copies::new(config.copies_millionths, config.worker, config.workers),
             ports: Ports::new(config.seed),
             dirty: Vec::with_capacity(4 * BATCH),
-            parsed: Vec::with_capacity(BATCH),
+            looked: Vec::with_capacity(BATCH),
             lingering: VecDeque::with_capacity(MAX_LINGERING),
             counters: Counters::default(),
             capture_to_transmit: Histogram::default(),
@@ -656,6 +656,16 @@ impl Engine {
         {
             session.armed_at = Some(Due::at(deadline));
             self.wheel.arm(s, deadline);
+        }
+    }
+
+    /// The same when `deadline` is the only one that is new.
+    #[inline]
+    pub(crate) fn arm_session_at(&mut self, s: u32, deadline: Due) {
+        let session = &mut self.sessions[s];
+        if session.armed_at.is_none_or(|at| before(deadline.tick(), at.tick())) {
+            session.armed_at = Some(deadline);
+            self.wheel.arm(s, deadline.tick());
         }
     }
 

@@ -130,10 +130,7 @@ impl Engine {
         let session = &mut self.sessions[s];
         let service = &mut self.services[usize::from(session.service)];
         if acknowledges {
-            // Also when it cannot be sent: a deadline that stays in the past would fire for ever.
-            session.ack_now = false;
-            session.unacked_segments = 0;
-            session.ack_at = None;
+            session.acknowledged();
         }
         let Some(template) = &service.template else {
             self.counters[Counter::SegmentsNoLink] += 1;

@@ -171,7 +171,8 @@ pub(crate) struct Session {
     pub(crate) srtt_us: u32,
     pub(crate) rttvar_us: u32,
     pub(crate) tries: u8,
-    pub(crate) dup_acks: u8,
+    /// The target may know of the connection only by its first segment: the others wait until that was acknowledged.
+    pub(crate) first_alone: bool,
     pub(crate) unacked_segments: u8,
     pub(crate) ack_now: bool,
     pub(crate) ack_at: Option<Due>,
@@ -200,8 +201,7 @@ pub(crate) struct Session {
     pub(crate) recover: u32,
     pub(crate) last_segment: u32,
     pub(crate) marks: Marks,
-    /// The target may know of the connection only by its first segment: the others wait until that was acknowledged.
-    pub(crate) first_alone: bool,
+    pub(crate) dup_acks: u8,
     /// The path's MTU that is being tried, and not acknowledged yet; else 0.
     pub(crate) narrowed_to: u16,
     /// What the target has beyond its acknowledgment, or `NO_BOARD`.
@@ -221,18 +221,26 @@ pub(crate) struct Session {
 const _: () = assert!(size_of::<Session>() == 192);
 
 impl Session {
-    /// Reads the cache lines that data needs, so that they are there when it comes.
+    /// Asks for the cache lines that data needs, so that they are there when it comes.
     #[inline]
-    pub(crate) fn touch(&self) {
-        core::hint::black_box(self.state);
-        core::hint::black_box(self.ts_recent);
+    pub(crate) fn read_ahead(&self) {
+        replayer_prefetch::line(&self.state);
+        replayer_prefetch::line(&self.ts_recent);
     }
 
-    /// Reads those that a response needs.
+    /// Asks for the third, which a response needs and the beginning of a turn.
     #[inline]
-    pub(crate) fn touch_all(&self) {
-        self.touch();
-        core::hint::black_box(self.recover);
+    pub(crate) fn read_ahead_rest(&self) {
+        replayer_prefetch::line(&self.awaiting_response);
+    }
+
+    /// A segment with an acknowledgment goes out: nothing more is owed to the target. Also when it cannot be sent: a deadline that stays in
+    /// the past would fire for ever.
+    #[inline]
+    pub(crate) fn acknowledged(&mut self) {
+        self.ack_now = false;
+        self.unacked_segments = 0;
+        self.ack_at = None;
     }
 
     /// Whether its first SYN is still to be sent.
@@ -243,20 +251,27 @@ impl Session {
     /// The retransmission timeout with its backoff, microseconds.
     #[inline]
     pub(crate) fn rto_us(&self) -> u32 {
+        if self.tries == 0 && self.state != State::SynSent {
+            return self.first_rto_us();
+        }
         self.rto_us_after(self.tries)
     }
 
-    /// The same after so many timeouts.
+    /// The same before any timeout.
     #[inline]
+    pub(crate) fn first_rto_us(&self) -> u32 {
+        if self.srtt_us == 0 {
+            return timing::SYN_TIMEOUT_US;
+        }
+        (self.srtt_us + (4 * self.rttvar_us).max(1000)).clamp(timing::RTO_MIN_US, timing::RTO_MAX_US)
+    }
+
+    /// The same after so many timeouts.
     pub(crate) fn rto_us_after(&self, tries: u8) -> u32 {
         if self.state == State::SynSent {
             return (timing::SYN_TIMEOUT_US << tries.min(timing::SYN_TRIES)).min(timing::BACKOFF_MAX_US);
         }
-        let base = if self.srtt_us == 0 {
-            timing::SYN_TIMEOUT_US
-        } else {
-            (self.srtt_us + (4 * self.rttvar_us).max(1000)).clamp(timing::RTO_MIN_US, timing::RTO_MAX_US)
-        };
+        let base = self.first_rto_us();
         base.saturating_mul(1 << tries.min(6)).min(base.max(timing::BACKOFF_MAX_US))
     }
 

@@ -12,6 +12,18 @@ use alloc::{vec, vec::Vec};
 /// Bytes of payload in a block. A small request is one block, a full Ethernet segment six.
 pub(crate) const BLOCK: usize = 256;
 
+/// So many bytes are copied by a few moves of fixed length.
+const FEW: usize = 64;
+
+/// Copies the first `len` bytes of `from`, or more when they are few and there is room for more.
+#[inline(always)]
+pub(crate) fn copy(from: &[u8], to: &mut [u8], len: usize) {
+    match (from.first_chunk::<FEW>(), to.first_chunk_mut::<FEW>()) {
+        (Some(from), Some(to)) if len <= FEW => *to = *from,
+        _ => to[..len].copy_from_slice(&from[..len]),
+    }
+}
+
 /// A captured segment's place in its client's stream.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Segment {
@@ -145,8 +157,54 @@ impl Store {
         Ok(())
     }
 
+    /// Keeps the first `len` bytes of `room`, most often few, where places were used before.
+    #[inline(always)]
+    pub(crate) fn insert_from(
+        &mut self,
+        seq: u32,
+        ack: u32,
+        room: &[u8],
+        len: usize,
+        push: bool,
+        captured_us: u32,
+    ) -> Result<u32, Full> {
+        let (index, block) = (self.free_segment, self.free_block);
+        let (Some(payload), true, Some(&next_block), Some(free)) = (
+            room.get(..len),
+            len <= FEW,
+            self.next_block.get(block as usize),
+            self.segments.get_mut(index as usize),
+        ) else {
+            return self.insert(seq, ack, &room[..len.min(room.len())], push, captured_us);
+        };
+        let at = block as usize * BLOCK;
+        let Some(bytes) = self.bytes.get_mut(at..at + BLOCK) else { return Err(Full) };
+        copy(room, bytes, len);
+        self.free_block = next_block;
+        self.next_block[block as usize] = NONE;
+        self.free_segment = free.next;
+        let sum = wire::sum(payload);
+        *free = Segment {
+            next: NONE,
+            block,
+            skip: 0,
+            seq,
+            ack,
+            need: 0,
+            captured_us,
+            len: len as u32,
+            sum,
+            references: 0,
+            starts_turn: false,
+            push,
+        };
+        self.used_blocks += 1;
+        self.held_bytes += len as u64;
+        self.held_segments += 1;
+        Ok(index)
+    }
+
     /// Keeps `payload`. The segment is in no list yet.
-    #[inline]
     pub(crate) fn insert(
         &mut self,
         seq: u32,
@@ -214,11 +272,28 @@ impl Store {
         self.held_bytes -= u64::from(count);
     }
 
+    /// The checksum's sum of all of a segment's bytes, none of which was trimmed off.
+    #[inline]
+    pub(crate) fn sum_whole(&self, index: u32) -> u16 {
+        self.segments[index as usize].sum
+    }
+
     /// The checksum's sum of `len` bytes from `offset` on, if it is known: of a whole segment.
     #[inline]
     pub(crate) fn sum(&self, index: u32, offset: u32, len: u32) -> Option<u16> {
         let segment = &self.segments[index as usize];
         (offset == 0 && len == segment.len && segment.skip == 0).then_some(segment.sum)
+    }
+
+    /// Copies the whole segment to the beginning of `out`, and perhaps more after it.
+    #[inline]
+    pub(crate) fn copy_whole(&self, index: u32, out: &mut [u8]) {
+        let segment = &self.segments[index as usize];
+        let len = segment.len as usize;
+        match self.bytes.get(segment.block as usize * BLOCK..) {
+            Some(bytes) if segment.skip == 0 && len <= FEW => copy(bytes, out, len),
+            _ => self.copy_to(index, 0, &mut out[..len]),
+        }
     }
 
     /// Copies `out.len()` bytes of a segment, from its byte `offset` on. The range lies in the segment.

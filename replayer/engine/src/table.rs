@@ -23,11 +23,10 @@ impl Table {
         self.len
     }
 
-    /// Reads the slot where a search for `hash` begins, so that it is in the cache when the search comes: called for a whole
-    /// batch first, the reads overlap.
+    /// Asks for the slot where a search for `hash` begins, so that it is in the cache when the search comes.
     #[inline]
-    pub(crate) fn touch(&self, hash: u32) -> u64 {
-        self.slots[hash as usize & self.mask]
+    pub(crate) fn read_ahead(&self, hash: u32) {
+        replayer_prefetch::line(&self.slots[hash as usize & self.mask]);
     }
 
     /// The index of the first entry with `hash`, whose key nobody has compared: good enough to read ahead.

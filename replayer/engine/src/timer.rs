@@ -101,10 +101,10 @@ impl Wheel {
         self.link(timer, deadline);
     }
 
-    /// Reads what arming the timer changes, so that it is in the cache.
+    /// Asks for what arming the timer changes.
     #[inline]
-    pub(crate) fn touch(&self, timer: u32) {
-        core::hint::black_box(self.nodes[timer as usize][SLOT]);
+    pub(crate) fn read_ahead(&self, timer: u32) {
+        replayer_prefetch::line(&self.nodes[timer as usize]);
     }
 
     /// When the timer fires at the latest, if it is armed.

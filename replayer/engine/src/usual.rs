@@ -8,10 +8,11 @@ use crate::connection::{End, Phase};
 use crate::counters::Counter;
 use crate::engine::Engine;
 use crate::output::{InHand, Output};
-use crate::sender::{Piece, micros};
+use crate::sender::{Piece, micros, millis};
 use crate::session::State;
 use crate::slab::NONE;
 use crate::timer::{Due, tick, ticks};
+use crate::wire::PLAIN;
 use replayer_common::packet::{TcpSegment, flags};
 
 /// The copies of a connection are opened together and lie side by side, the last first: so far ahead they are read.
@@ -46,19 +47,25 @@ impl Engine {
         }
         let answered = connection.ack_advances(segment.ack);
         let first_session = connection.first_session;
-        let takers = self.takers(first_session);
+        if first_session == NONE {
+            return Err(frame);
+        }
+        let first = &self.sessions[first_session];
+        let takers = if first.next_copy == NONE { u32::from(!first.cut) } else { self.takers(first_session) };
         // Without a session nothing is stored; with too few, a turn opens those that are missing.
         if takers == 0 || answered && takers < connection.wanted() {
             return Err(frame);
         }
         let payload_offset = usize::from(segment.payload_offset);
         let payload_len = len as usize;
-        let Some(payload) = out.bytes(&mut frame).get(payload_offset..payload_offset + payload_len) else {
+        let Some(room) = out.bytes(&mut frame).get(payload_offset..).filter(|room| room.len() >= payload_len)
+        else {
             return Err(frame);
         };
         let push = segment.flags & flags::PSH != 0;
         let now_us = micros(now_ns);
-        let Ok(stored) = self.store.insert(segment.seq, segment.ack, payload, push, now_us) else {
+        let Ok(stored) = self.store.insert_from(segment.seq, segment.ack, room, payload_len, push, now_us)
+        else {
             return Err(frame);
         };
 
@@ -90,15 +97,6 @@ impl Engine {
             let session = &mut self.sessions[s];
             let next = session.next_copy;
             let caught_up = session.next_segment == NONE;
-            if !session.cut {
-                if session.una_segment == NONE {
-                    session.una_segment = stored;
-                }
-                if caught_up {
-                    session.next_segment = stored;
-                    session.next_offset = 0;
-                }
-            }
             let room = session.snd_wnd.min(session.cwnd).saturating_sub(session.in_flight());
             let direct = session.state == State::Established
                 && !session.cut
@@ -108,29 +106,21 @@ impl Engine {
                 && len <= u32::from(session.mss)
                 && len <= room
                 && self.config.spread_ns == 0;
-            if !direct {
-                self.output(now_ns, s, out, &mut in_hand);
-            } else if !answered || self.begin_turn(now_ns, s, need) {
+            if direct && (!answered || self.begin_turn(now_ns, s, need)) {
+                self.send_new(now_ns, s, stored, len, push, out, &mut in_hand);
+            } else {
                 let session = &mut self.sessions[s];
-                let seq = session.snd_nxt;
-                session.snd_nxt = seq.wrapping_add(len);
-                session.snd_max = session.snd_nxt;
-                session.next_segment = NONE;
-                if !session.timing {
-                    session.timing = true;
-                    (session.timed_seq, session.timed_at_us) = (session.snd_nxt, now_us);
+                if !session.cut {
+                    if session.una_segment == NONE {
+                        session.una_segment = stored;
+                    }
+                    if caught_up {
+                        session.next_segment = stored;
+                        session.next_offset = 0;
+                    }
                 }
-                let armed = session.rto_at.is_some();
-                if !armed {
-                    session.rto_at =
-                        Some(Due::at(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
-                }
-                self.capture_to_transmit.record(0);
-                self.lag.record(0);
-                let piece = Piece { segment: stored, offset: 0, len };
-                self.send_data(now_ns, s, push, seq, piece, out, &mut in_hand);
-                if !armed {
-                    self.arm_session(s);
+                if !direct {
+                    self.output(now_ns, s, out, &mut in_hand);
                 }
             }
             s = next;
@@ -139,6 +129,91 @@ impl Engine {
             out.release(hand.frame);
         }
         Ok(())
+    }
+
+    /// Sends a segment that was just captured: the next data of a session that has sent all it had, and may.
+    #[inline(always)]
+    fn send_new<O: Output>(
+        &mut self,
+        now_ns: u64,
+        s: u32,
+        stored: u32,
+        len: u32,
+        push: bool,
+        out: &mut O,
+        in_hand: &mut Option<InHand<O::Frame>>,
+    ) {
+        let session = &mut self.sessions[s];
+        let seq = session.snd_nxt;
+        session.snd_nxt = seq.wrapping_add(len);
+        session.snd_max = session.snd_nxt;
+        if session.una_segment == NONE {
+            session.una_segment = stored;
+        }
+        if !session.timing {
+            session.timing = true;
+            (session.timed_seq, session.timed_at_us) = (session.snd_nxt, micros(now_ns));
+        }
+        if session.rto_at.is_none() {
+            let due = Due::at(tick(now_ns).wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+            session.rto_at = Some(due);
+            self.arm_session_at(s, due);
+        }
+        self.capture_to_transmit.record(0);
+        self.lag.record(0);
+
+        let session = &mut self.sessions[s];
+        let service = &mut self.services[usize::from(session.service)];
+        let start = PLAIN + if session.timestamps { 12 } else { 0 };
+        let (template, frame) = match (&service.template, in_hand.take()) {
+            (Some(template), Some(hand)) if template.is_plain() && hand.payload_offset == start => {
+                (template, hand.frame)
+            }
+            (Some(template), None) if template.is_plain() => {
+                let Some(mut frame) = out.allocate() else {
+                    // As if it had been lost.
+                    session.acknowledged();
+                    self.counters[Counter::SegmentsNoFrame] += 1;
+                    return;
+                };
+                let bytes = out.bytes(&mut frame);
+                if bytes.len() >= start + len as usize {
+                    self.store.copy_whole(stored, &mut bytes[start..]);
+                }
+                (template, frame)
+            }
+            (_, hand) => {
+                *in_hand = hand;
+                let piece = Piece { segment: stored, offset: 0, len };
+                self.send_data(now_ns, s, push, seq, piece, out, in_hand);
+                return;
+            }
+        };
+        let mut frame = frame;
+        let end = start + len as usize;
+        let Some(bytes) = out.bytes(&mut frame).get_mut(..end) else {
+            session.acknowledged();
+            self.counters[Counter::SegmentsNoFrame] += 1;
+            out.release(frame);
+            return;
+        };
+        session.acknowledged();
+        service.ip_id = service.ip_id.wrapping_add(1);
+        template.write_plain(
+            bytes,
+            &session.identity,
+            seq,
+            session.rcv_nxt,
+            flags::ACK | if push { flags::PSH } else { 0 },
+            session.timestamps.then(|| (session.ts_offset.wrapping_add(millis(now_ns)), session.ts_recent)),
+            service.ip_id,
+            len as usize,
+            self.store.sum_whole(stored),
+        );
+        self.counters[Counter::SegmentsSent] += 1;
+        if !out.transmit(frame, end) {
+            self.counters[Counter::SegmentsNoFrame] += 1;
+        }
     }
 
     /// How many of a connection's sessions take its data.
@@ -151,7 +226,7 @@ impl Engine {
             takers += u32::from(!session.cut);
             s = session.next_copy;
             if s >= COPIES_AHEAD && s != NONE {
-                self.sessions[s - COPIES_AHEAD].touch();
+                self.sessions[s - COPIES_AHEAD].read_ahead();
             }
         }
         takers

@@ -40,6 +40,9 @@ pub(crate) struct Header {
 /// Ethernet with two tags, IPv6, TCP without options.
 const MAX_TEMPLATE: usize = 22 + 40 + 20;
 
+/// Ethernet without tags, IPv4, TCP without options.
+pub(crate) const PLAIN: usize = 14 + 20 + 20;
+
 /// The longest header that is written: with the options of a SYN.
 pub(crate) const MAX_HEADER: usize = MAX_TEMPLATE + 24;
 
@@ -51,6 +54,8 @@ pub(crate) struct Template {
     ip_at: usize,
     tcp_at: usize,
     v4: bool,
+    /// IPv4 and no tags: each field is at a place that is known when this is compiled.
+    plain: bool,
     /// Sum of the IPv4 header, see [`sum`].
     ip_sum: u64,
     /// Sum of TCP's header with its pseudo header.
@@ -83,7 +88,66 @@ impl Template {
         tcp[14..16].copy_from_slice(&window.to_be_bytes());
         // Pseudo header: RFC 9293 section 3.1; RFC 8200 section 8.1.
         let tcp_sum = 6 + u64::from(sum(tcp)) + address_sum(&target.ip, v4);
-        Template { bytes, ip_at, tcp_at, v4, ip_sum, tcp_sum, mtu: link.mtu }
+        Template { bytes, ip_at, tcp_at, v4, plain: tcp_at == PLAIN - 20, ip_sum, tcp_sum, mtu: link.mtu }
+    }
+}
+
+impl Template {
+    /// Whether headers can be written by [`Template::write_plain`].
+    #[inline]
+    pub(crate) fn is_plain(&self) -> bool {
+        self.plain
+    }
+
+    /// As [`Header::write`], where nothing comes before IPv4 and no options but timestamps after TCP: each field is at a fixed place.
+    #[inline(always)]
+    pub(crate) fn write_plain(
+        &self,
+        frame: &mut [u8],
+        source: &Endpoint,
+        seq: u32,
+        ack: u32,
+        flags: u8,
+        timestamps: Option<(u32, u32)>,
+        ip_id: u16,
+        payload_len: usize,
+        payload_sum: u16,
+    ) {
+        let Some((header, rest)) = frame.split_first_chunk_mut::<PLAIN>() else { return };
+        let Some(start) = self.bytes.first_chunk::<PLAIN>() else { return };
+        *header = *start;
+        let tcp_len = if timestamps.is_some() { 32 } else { 20 };
+        let segment_len = tcp_len + payload_len;
+        let total_len = 20 + segment_len as u16;
+        let source_ip = v4_octets(&source.ip);
+        let source_sum = u64::from(u32::from_be_bytes(source_ip));
+        let ip_sum = self.ip_sum + u64::from(total_len) + u64::from(ip_id) + source_sum;
+        header[16..18].copy_from_slice(&total_len.to_be_bytes());
+        header[18..20].copy_from_slice(&ip_id.to_be_bytes());
+        header[24..26].copy_from_slice(&checksum(ip_sum));
+        header[26..30].copy_from_slice(&source_ip);
+        let offset_and_flags = ((tcp_len / 4) << 12) as u16 | u16::from(flags);
+        let mut sum = self.tcp_sum
+            + source_sum
+            + u64::from(source.port)
+            + u64::from(seq)
+            + u64::from(ack)
+            + u64::from(offset_and_flags)
+            + segment_len as u64
+            + u64::from(payload_sum);
+        header[34..36].copy_from_slice(&source.port.to_be_bytes());
+        header[38..42].copy_from_slice(&seq.to_be_bytes());
+        header[42..46].copy_from_slice(&ack.to_be_bytes());
+        header[46..48].copy_from_slice(&offset_and_flags.to_be_bytes());
+        if let Some((value, echo)) = timestamps
+            && let Some(option) = rest.first_chunk_mut::<12>()
+        {
+            option[..4].copy_from_slice(&[1, 1, 8, 10]);
+            option[4..8].copy_from_slice(&value.to_be_bytes());
+            option[8..12].copy_from_slice(&echo.to_be_bytes());
+            sum += 0x0101_080a + u64::from(value) + u64::from(echo);
+        }
+        header[50..52].copy_from_slice(&checksum(sum));
     }
 }
 
@@ -119,12 +183,28 @@ impl Header {
     /// Inlined into a sender of segments without options of a SYN, it has no code for them.
     #[inline(always)]
     pub(crate) fn write(&self, template: &Template, frame: &mut [u8], payload_len: usize, payload_sum: u16) {
-        let Template { ip_at, tcp_at, v4, .. } = *template;
-        // The usual length as a constant: the copy is a few moves then.
-        match tcp_at {
-            34 => frame[..54].copy_from_slice(&template.bytes[..54]),
-            _ => frame[..tcp_at + 20].copy_from_slice(&template.bytes[..tcp_at + 20]),
+        if template.plain && self.syn.is_none() {
+            let Header { source, seq, ack, flags, timestamps, ip_id, .. } = *self;
+            template.write_plain(
+                frame,
+                &source,
+                seq,
+                ack,
+                flags,
+                timestamps,
+                ip_id,
+                payload_len,
+                payload_sum,
+            );
+        } else {
+            self.write_any(template, frame, payload_len, payload_sum);
         }
+    }
+
+    #[inline(never)]
+    fn write_any(&self, template: &Template, frame: &mut [u8], payload_len: usize, payload_sum: u16) {
+        let Template { ip_at, tcp_at, v4, .. } = *template;
+        frame[..tcp_at + 20].copy_from_slice(&template.bytes[..tcp_at + 20]);
         let tcp_len = self.tcp_len();
         let segment_len = tcp_len + payload_len;
         let source_sum = address_sum(&self.source.ip, v4);
@@ -211,16 +291,27 @@ pub(crate) fn address_sum(ip: &Ip, v4: bool) -> u64 {
 /// The ones' complement sum of bytes as 16-bit words in network order (RFC 1071); an odd last byte is the high half of a word.
 #[inline]
 pub(crate) fn sum(bytes: &[u8]) -> u16 {
-    let (words, rest) = bytes.as_chunks::<4>();
-    // 32-bit words into a 64-bit sum: no carry is lost below 16 GiB, and the loop becomes vector adds. In the machine's byte order: the
-    // sum is the same, its bytes swapped.
-    let mut sum = words.iter().map(|&word| u64::from(u32::from_ne_bytes(word))).sum::<u64>();
-    let mut last = [0u8; 4];
-    for (to, from) in last.iter_mut().zip(rest) {
-        *to = *from;
-    }
-    sum += u64::from(u32::from_ne_bytes(last));
+    // In the machine's byte order: the sum is the same, its bytes swapped.
+    let (words, rest) = bytes.as_chunks::<8>();
+    let mut sum = if words.len() < 8 {
+        let halves = |word: u64| (word & 0xffff_ffff) + (word >> 32);
+        words.iter().map(|&word| halves(u64::from_ne_bytes(word))).sum::<u64>()
+    } else {
+        sum_long(words.as_flattened())
+    };
+    let (word, rest) = rest.as_chunks::<4>();
+    sum += word.first().map_or(0, |&word| u64::from(u32::from_ne_bytes(word)));
+    let (word, rest) = rest.as_chunks::<2>();
+    sum += word.first().map_or(0, |&word| u64::from(u16::from_ne_bytes(word)));
+    sum += rest.first().map_or(0, |&byte| u64::from(u16::from_ne_bytes([byte, 0])));
     u16::from_be(fold(sum))
+}
+
+/// 32-bit words into a 64-bit sum: no carry is lost below 16 GiB, and the loop becomes vector adds.
+#[inline(never)]
+fn sum_long(bytes: &[u8]) -> u64 {
+    let (words, _) = bytes.as_chunks::<4>();
+    words.iter().map(|&word| u64::from(u32::from_ne_bytes(word))).sum()
 }
 
 /// A sum in 16 bits.

@@ -10,9 +10,9 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ptr::null_mut;
 
-/// From this size on: the sessions, connections, timers and held data of an engine with default limits. Its hash tables are smaller, and
-/// stay with small pages: they are touched all over from the first sessions on.
-const LARGE: usize = 24 << 20;
+/// From this size on: the sessions, connections, timers, held data and hash tables of an engine with default limits. The hash tables, of
+/// 16 MiB each, are touched all over from the first sessions on, so they are there as a whole from then on.
+const LARGE: usize = 12 << 20;
 
 /// A huge page of x86-64 and of arm64 with pages of 4 KiB.
 const HUGE_PAGE: usize = 2 << 20;
