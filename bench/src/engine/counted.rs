@@ -21,14 +21,16 @@ pub fn work(name: &str) -> Result<()> {
         "million" => Some((1_000_000, 1, 4)),
         "ten" => Some((100_000, 10, 4)),
         "hundred" => Some((10_000, 100, 4)),
+        "turns" => Some((1_000_000, 1, 4)),
         _ => None,
     };
     if let Some((connections, copies, rounds)) = sized {
+        let load = if name == "turns" { REQUESTS } else { SMALL };
         let mut bench = Bench::new(connections, copies);
         bench.clock = processor_time;
-        let opening = bench.open(0..connections, SMALL);
-        bench.data(connections, SMALL, 1);
-        let (data, ack, timers) = bench.data(connections, SMALL, rounds);
+        let opening = bench.open(0..connections, load);
+        bench.data(connections, load, 1);
+        let (data, ack, timers) = bench.data(connections, load, rounds);
         let [opening, data, ack, timers] = [opening, data, ack, timers].map(|per| per / f64::from(copies));
         println!(
             "ns a copy: opening {opening:.0}, data {data:.1}, acknowledgment {ack:.1}, timers {timers:.1}"

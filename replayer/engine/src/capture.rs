@@ -34,17 +34,11 @@ pub(crate) struct Looked {
     place: u32,
 }
 
-/// How many packets ahead of the one that is worked on each step of a packet's way is asked for.
-const CONNECTIONS_AHEAD: usize = 16;
-const SESSIONS_AHEAD: usize = 8;
-const TIMER_AHEAD: usize = 3;
-
 impl Engine {
     /// Handles captured packets: each is `(frame, length)`, Ethernet first. The frames are taken: sent, or released. `frames` is
     /// empty afterwards and keeps its capacity.
     pub fn on_captured<O: Output>(&mut self, now_ns: u64, frames: &mut Vec<(O::Frame, usize)>, out: &mut O) {
-        // With a million sessions each step of a packet's way, table, connection, session, is a cache miss. So what a packet will need is
-        // asked for some packets before, one step after the other, while others are worked on.
+        // Several passes over each batch: the first only hashes, the next read ahead what the last will use.
         let mut looked = core::mem::take(&mut self.looked);
         while !frames.is_empty() {
             let count = frames.len().min(BATCH);
@@ -53,25 +47,42 @@ impl Engine {
                 let bytes = out.bytes(frame);
                 looked.push(self.look(&bytes[..(*len).min(bytes.len())]));
             }
-            looked.iter_mut().take(CONNECTIONS_AHEAD).for_each(|packet| self.connection_ahead(packet));
-            looked.iter().take(SESSIONS_AHEAD).for_each(|packet| self.sessions_ahead(packet));
-            for (at, (frame, len)) in frames.drain(..count).enumerate() {
-                if let Some(packet) = looked.get_mut(at + CONNECTIONS_AHEAD) {
-                    self.connection_ahead(packet);
-                }
-                if let Some(packet) = looked.get(at + SESSIONS_AHEAD) {
-                    self.sessions_ahead(packet);
-                }
-                if let Some(packet) = looked.get(at + TIMER_AHEAD) {
-                    self.timer_ahead(packet);
-                }
-                self.on_packet(now_ns, looked[at], frame, len, out);
+            self.read_ahead(&mut looked);
+            for (&packet, (frame, len)) in looked.iter().zip(frames.drain(..count)) {
+                self.on_packet(now_ns, packet, frame, len, out);
             }
         }
         self.looked = looked;
     }
 
-    /// Where a packet's connection is to be looked for: that place in the table is asked for.
+    /// Asks for what the batch's packets will need, one step of the way for all packets before the next step: with a million sessions each
+    /// step is a miss of the caches and of the TLB, and those of one short loop overlap.
+    fn read_ahead(&self, looked: &mut [Looked]) {
+        for packet in looked.iter() {
+            self.by_client.read_ahead(packet.hash);
+        }
+        for packet in looked.iter_mut() {
+            if let Some(c) = self.by_client.guess(packet.hash) {
+                packet.place = c;
+                self.connections[c].read_ahead();
+            }
+        }
+        for packet in looked.iter() {
+            if packet.place != NONE {
+                self.sessions_ahead(packet);
+            }
+        }
+        for packet in looked.iter() {
+            if packet.place != NONE {
+                let first_session = self.connections[packet.place].first_session;
+                if first_session != NONE && self.sessions[first_session].armed_at.is_none() {
+                    self.wheel.read_ahead(first_session);
+                }
+            }
+        }
+    }
+
+    /// Where a packet's connection is to be looked for.
     #[inline]
     fn look(&self, bytes: &[u8]) -> Looked {
         let seed = self.config.seed;
@@ -85,7 +96,6 @@ impl Engine {
         } else {
             return Looked { hash: 0, ack: 0, place: NONE };
         };
-        self.by_client.read_ahead(hash);
         // The session of a new connection looks for its identity: most often the client's own.
         if let Some(client) = opening
             && let Some(ServiceState { target, .. }) = self.services.first()
@@ -96,41 +106,20 @@ impl Engine {
         Looked { hash, ack, place: NONE }
     }
 
-    /// Finds the packet's connection, most likely, and asks for it.
-    #[inline]
-    fn connection_ahead(&self, packet: &mut Looked) {
-        if let Some(c) = self.by_client.guess(packet.hash) {
-            packet.place = c;
-            self.connections[c].read_ahead();
-        }
-    }
-
     /// Asks for the sessions of the packet's connection.
     #[inline]
     fn sessions_ahead(&self, packet: &Looked) {
-        if packet.place != NONE {
-            let connection = &self.connections[packet.place];
-            let (first_session, sessions) = (connection.first_session, connection.sessions);
-            if first_session != NONE {
-                self.sessions[first_session].read_ahead();
-                if connection.ack_advances(packet.ack) {
-                    self.sessions[first_session].read_ahead_rest();
-                }
-                for copy in 1..sessions.min(COPIES_AHEAD).min(first_session + 1) {
-                    self.sessions[first_session - copy].read_ahead();
-                }
-            }
+        let connection = &self.connections[packet.place];
+        let (first_session, sessions) = (connection.first_session, connection.sessions);
+        if first_session == NONE {
+            return;
         }
-    }
-
-    /// Asks for what arming the session's timer changes.
-    #[inline]
-    fn timer_ahead(&self, packet: &Looked) {
-        if packet.place != NONE {
-            let first_session = self.connections[packet.place].first_session;
-            if first_session != NONE && self.sessions[first_session].armed_at.is_none() {
-                self.wheel.read_ahead(first_session);
-            }
+        self.sessions[first_session].read_ahead();
+        if connection.ack_advances(packet.ack) {
+            self.sessions[first_session].read_ahead_rest();
+        }
+        for copy in 1..sessions.min(COPIES_AHEAD).min(first_session + 1) {
+            self.sessions[first_session - copy].read_ahead();
         }
     }
 

@@ -19,10 +19,6 @@ use replayer_common::response::{ResponseHeader, present};
 /// Window scale shifts above this are treated as this (RFC 7323 section 2.3).
 const MAX_WINDOW_SCALE: u8 = 14;
 
-/// How many records ahead of the one that is worked on its session is asked for, and what that leads to.
-const SESSIONS_AHEAD: usize = 12;
-const STREAMS_AHEAD: usize = 6;
-
 impl Engine {
     /// Handles header records of the target's segments, in the order in which they came.
     pub fn on_responses<O: Output>(&mut self, now_ns: u64, records: &[ResponseHeader], out: &mut O) {
@@ -33,45 +29,37 @@ impl Engine {
                 if let Some(service) = self.services.get(usize::from(record.service)) {
                     let target = service.target;
                     *hash = pair_hash(self.config.seed, &record.addr, record.port, &target.ip, target.port);
-                    self.by_identity.read_ahead(*hash);
                 }
             }
-            let hashes = &hashes[..batch.len()];
-            let mut places = [NONE; BATCH];
-            for at in 0..SESSIONS_AHEAD {
-                self.session_ahead(hashes, &mut places, at);
-            }
-            for (at, record) in batch.iter().enumerate() {
-                self.session_ahead(hashes, &mut places, at + SESSIONS_AHEAD);
-                if let Some(&place) = places.get(at + STREAMS_AHEAD).filter(|&&place| place != NONE) {
-                    self.stream_ahead(place);
-                }
-                self.on_response(now_ns, hashes[at], record, out);
+            self.read_ahead_for(&hashes[..batch.len()]);
+            for (&hash, record) in hashes.iter().zip(batch) {
+                self.on_response(now_ns, hash, record, out);
             }
             self.finish_batch(now_ns, out);
             self.ask_waiting(now_ns, out);
         }
     }
 
-    /// Finds the session of the record at a place of the batch, most likely, and asks for it.
-    #[inline]
-    fn session_ahead(&self, hashes: &[u32], places: &mut [u32; BATCH], at: usize) {
-        if let Some(&hash) = hashes.get(at)
-            && let Some(s) = self.by_identity.guess(hash)
-        {
-            places[at] = s;
-            self.sessions[s].read_ahead();
-            self.sessions[s].read_ahead_rest();
+    /// Asks for the sessions, most likely, of records with these hashes, and for what they lead to.
+    fn read_ahead_for(&self, hashes: &[u32]) {
+        for &hash in hashes {
+            self.by_identity.read_ahead(hash);
         }
-    }
-
-    /// Asks for a session's connection and for the data that it waits to have acknowledged.
-    #[inline]
-    fn stream_ahead(&self, s: u32) {
-        let session = &self.sessions[s];
-        self.connections[session.connection].read_ahead();
-        if session.una_segment != NONE {
-            replayer_prefetch::line(&self.store[session.una_segment]);
+        let mut places = [NONE; BATCH];
+        let places = &mut places[..hashes.len()];
+        for (place, &hash) in places.iter_mut().zip(hashes) {
+            if let Some(s) = self.by_identity.guess(hash) {
+                *place = s;
+                self.sessions[s].read_ahead();
+                self.sessions[s].read_ahead_rest();
+            }
+        }
+        for &place in places.iter().filter(|&&place| place != NONE) {
+            let session = &self.sessions[place];
+            self.connections[session.connection].read_ahead();
+            if session.una_segment != NONE {
+                replayer_prefetch::line(&self.store[session.una_segment]);
+            }
         }
     }
 

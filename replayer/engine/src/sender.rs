@@ -146,7 +146,7 @@ impl Engine {
             // TIME-WAIT Linux applies PAWS to resets too.
             timestamps: (session.timestamps && (session.state != State::SynSent || syn))
                 .then(|| (session.ts_offset.wrapping_add(millis(now_ns)), session.ts_recent)),
-            syn: syn.then_some(SynOptions {
+            syn: syn.then(|| SynOptions {
                 mss: self.connections[session.connection].mss,
                 window_scale: self.connections[session.connection].window_scale,
                 sack_permitted: self.connections[session.connection].sack_permitted,
