@@ -673,6 +673,12 @@ impl Engine {
     pub fn on_timers<O: Output>(&mut self, now_ns: u64, out: &mut O) {
         let now = tick(now_ns);
         while let Some(timer) = self.wheel.expired(now) {
+            if let Some(ahead) = self.wheel.after_next()
+                && ahead < self.config.limits.sessions as u32
+            {
+                self.sessions[ahead].read_ahead();
+                self.sessions[ahead].read_ahead_rest();
+            }
             if timer < self.config.limits.sessions as u32 {
                 self.sessions[timer].armed_at = None;
                 if self.sessions[timer].state != State::Closed {

@@ -31,7 +31,7 @@ impl Engine {
                     *hash = pair_hash(self.config.seed, &record.addr, record.port, &target.ip, target.port);
                 }
             }
-            self.read_ahead_for(&hashes[..batch.len()]);
+            self.read_ahead_for(&hashes[..batch.len()], batch);
             for (&hash, record) in hashes.iter().zip(batch) {
                 self.on_response(now_ns, hash, record, out);
             }
@@ -40,8 +40,8 @@ impl Engine {
         }
     }
 
-    /// Asks for the sessions, most likely, of records with these hashes, and for what they lead to.
-    fn read_ahead_for(&self, hashes: &[u32]) {
+    /// Asks for the sessions, most likely, of a batch of records, and for what they lead to.
+    fn read_ahead_for(&self, hashes: &[u32], batch: &[ResponseHeader]) {
         for &hash in hashes {
             self.by_identity.read_ahead(hash);
         }
@@ -54,8 +54,12 @@ impl Engine {
                 self.sessions[s].read_ahead_rest();
             }
         }
-        for &place in places.iter().filter(|&&place| place != NONE) {
+        for (&place, record) in places.iter().zip(batch).filter(|&(&place, _)| place != NONE) {
             let session = &self.sessions[place];
+            if record.payload_len > 0 {
+                // The time for its acknowledgment is sooner than any other.
+                self.wheel.read_ahead(place);
+            }
             self.connections[session.connection].read_ahead();
             if session.una_segment != NONE {
                 replayer_prefetch::line(&self.store[session.una_segment]);

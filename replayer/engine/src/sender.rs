@@ -1,14 +1,14 @@
 //! What a session sends: SYN, data, FIN, RST, acknowledgments; retransmission and the turn gate.
 
 use crate::config::timing;
-use crate::connection::End;
+use crate::connection::{Connection, End};
 use crate::counters::{Counter, EndReason};
 use crate::engine::Engine;
 use crate::output::{InHand, Output};
 use crate::session::{Gate, INITIAL_WINDOW, MIN_MSS, State, seq_before};
 use crate::slab::NONE;
 use crate::timer::{Due, tick, ticks};
-use crate::wire::{self, Header, MAX_HEADER, SynOptions, payload_limit};
+use crate::wire::{self, Header, MAX_HEADER, PLAIN, PlainHeader, SynOptions, payload_limit};
 use replayer_common::addr::Endpoint;
 use replayer_common::hash::flow_hash;
 use replayer_common::packet::flags;
@@ -137,23 +137,28 @@ impl Engine {
             return;
         };
         service.ip_id = service.ip_id.wrapping_add(1);
-        let header = Header {
+        let ack = if acknowledges { session.rcv_nxt } else { 0 };
+        // No timestamp on a reset before the handshake: it is for an older connection, whose clock may have been ahead, and in TIME-WAIT
+        // Linux applies PAWS to resets too.
+        let timestamps = (session.timestamps && (session.state != State::SynSent || syn))
+            .then(|| (session.ts_offset.wrapping_add(millis(now_ns)), session.ts_recent));
+        let ip_id = service.ip_id;
+        let connection = &self.connections;
+        // Nearly always the header has the one form for which there is a shorter way.
+        let header = (syn || !template.is_plain()).then(|| Header {
             source: session.identity,
             seq,
-            ack: if acknowledges { session.rcv_nxt } else { 0 },
+            ack,
             flags: control,
-            // No timestamp on a reset before the handshake: it is for an older connection, whose clock may have been ahead, and in
-            // TIME-WAIT Linux applies PAWS to resets too.
-            timestamps: (session.timestamps && (session.state != State::SynSent || syn))
-                .then(|| (session.ts_offset.wrapping_add(millis(now_ns)), session.ts_recent)),
-            syn: syn.then(|| SynOptions {
-                mss: self.connections[session.connection].mss,
-                window_scale: self.connections[session.connection].window_scale,
-                sack_permitted: self.connections[session.connection].sack_permitted,
+            timestamps,
+            syn: syn.then(|| {
+                let Connection { mss, window_scale, sack_permitted, .. } = connection[session.connection];
+                SynOptions { mss, window_scale, sack_permitted }
             }),
-            ip_id: service.ip_id,
-        };
-        let start = header.len(template);
+            ip_id,
+        });
+        let plain = PLAIN + if timestamps.is_some() { 12 } else { 0 };
+        let start = header.as_ref().map_or(plain, |header| header.len(template));
         let len = piece.map_or(0, |piece| piece.len as usize);
         let same = in_hand.take_if(|hand| {
             piece.is_some_and(|piece| {
@@ -191,7 +196,14 @@ impl Engine {
         let bytes = &mut out.bytes(&mut frame)[..start + len];
         let known = piece.map_or(Some(0), |piece| self.store.sum(piece.segment, piece.offset, piece.len));
         let payload_sum = known.unwrap_or_else(|| wire::sum(&bytes[start..]));
-        header.write(template, bytes, len, payload_sum);
+        match &header {
+            Some(header) => header.write(template, bytes, len, payload_sum),
+            None => {
+                let fields =
+                    PlainHeader { source: &session.identity, seq, ack, flags: control, timestamps, ip_id };
+                template.write_plain(bytes, fields, len, payload_sum);
+            }
+        }
         self.counters[Counter::SegmentsSent] += 1;
         if !out.transmit(frame, start + len) {
             self.counters[Counter::SegmentsNoFrame] += 1;

@@ -249,7 +249,7 @@ impl Session {
     }
 
     /// The retransmission timeout with its backoff, microseconds.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn rto_us(&self) -> u32 {
         if self.tries == 0 && self.state != State::SynSent {
             return self.first_rto_us();
@@ -258,7 +258,7 @@ impl Session {
     }
 
     /// The same before any timeout.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn first_rto_us(&self) -> u32 {
         if self.srtt_us == 0 {
             return timing::SYN_TIMEOUT_US;

@@ -186,6 +186,14 @@ impl Wheel {
         }
     }
 
+    /// Of the timers in the slot that is being emptied, the next but one: asked for, so that what it belongs to can be.
+    pub(crate) fn after_next(&self) -> Option<u32> {
+        let head = self.heads[self.position as usize % SLOTS];
+        let after = self.nodes.get(head as usize)?[NEXT].checked_sub(1)?;
+        self.read_ahead(after);
+        Some(after)
+    }
+
     /// Links with the slot of `place` but keeps the true deadline. Never into the slot being emptied.
     fn link_after(&mut self, timer: u32, place: Tick, deadline: Tick) {
         let earliest = self.position.wrapping_add(1) << SLOT_SHIFT;

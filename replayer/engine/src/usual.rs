@@ -12,7 +12,7 @@ use crate::sender::{Piece, micros, millis};
 use crate::session::State;
 use crate::slab::NONE;
 use crate::timer::{Due, tick, ticks};
-use crate::wire::PLAIN;
+use crate::wire::{PLAIN, PlainHeader};
 use replayer_common::packet::{TcpSegment, flags};
 
 /// The copies of a connection are opened together and lie side by side, the last first: so far ahead they are read.
@@ -199,17 +199,17 @@ impl Engine {
         };
         session.acknowledged();
         service.ip_id = service.ip_id.wrapping_add(1);
-        template.write_plain(
-            bytes,
-            &session.identity,
+        let fields = PlainHeader {
+            source: &session.identity,
             seq,
-            session.rcv_nxt,
-            flags::ACK | if push { flags::PSH } else { 0 },
-            session.timestamps.then(|| (session.ts_offset.wrapping_add(millis(now_ns)), session.ts_recent)),
-            service.ip_id,
-            len as usize,
-            self.store.sum_whole(stored),
-        );
+            ack: session.rcv_nxt,
+            flags: flags::ACK | if push { flags::PSH } else { 0 },
+            timestamps: session
+                .timestamps
+                .then(|| (session.ts_offset.wrapping_add(millis(now_ns)), session.ts_recent)),
+            ip_id: service.ip_id,
+        };
+        template.write_plain(bytes, fields, len as usize, self.store.sum_whole(stored));
         self.counters[Counter::SegmentsSent] += 1;
         if !out.transmit(frame, end) {
             self.counters[Counter::SegmentsNoFrame] += 1;

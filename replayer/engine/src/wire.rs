@@ -37,6 +37,17 @@ pub(crate) struct Header {
     pub(crate) ip_id: u16,
 }
 
+/// The same of a segment that is no SYN.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PlainHeader<'a> {
+    pub(crate) source: &'a Endpoint,
+    pub(crate) seq: u32,
+    pub(crate) ack: u32,
+    pub(crate) flags: u8,
+    pub(crate) timestamps: Option<(u32, u32)>,
+    pub(crate) ip_id: u16,
+}
+
 /// Ethernet with two tags, IPv6, TCP without options.
 const MAX_TEMPLATE: usize = 22 + 40 + 20;
 
@@ -104,15 +115,11 @@ impl Template {
     pub(crate) fn write_plain(
         &self,
         frame: &mut [u8],
-        source: &Endpoint,
-        seq: u32,
-        ack: u32,
-        flags: u8,
-        timestamps: Option<(u32, u32)>,
-        ip_id: u16,
+        fields: PlainHeader<'_>,
         payload_len: usize,
         payload_sum: u16,
     ) {
+        let PlainHeader { source, seq, ack, flags, timestamps, ip_id } = fields;
         let Some((header, rest)) = frame.split_first_chunk_mut::<PLAIN>() else { return };
         let Some(start) = self.bytes.first_chunk::<PLAIN>() else { return };
         *header = *start;
@@ -174,35 +181,12 @@ impl Header {
     }
 
     /// Bytes before the payload.
-    #[inline]
     pub(crate) fn len(&self, template: &Template) -> usize {
         template.tcp_at + self.tcp_len()
     }
 
     /// Writes the headers at the start of `frame`, for the `payload_len` bytes that follow them there, whose [`sum`] is `payload_sum`.
-    /// Inlined into a sender of segments without options of a SYN, it has no code for them.
-    #[inline(always)]
     pub(crate) fn write(&self, template: &Template, frame: &mut [u8], payload_len: usize, payload_sum: u16) {
-        if template.plain && self.syn.is_none() {
-            let Header { source, seq, ack, flags, timestamps, ip_id, .. } = *self;
-            template.write_plain(
-                frame,
-                &source,
-                seq,
-                ack,
-                flags,
-                timestamps,
-                ip_id,
-                payload_len,
-                payload_sum,
-            );
-        } else {
-            self.write_any(template, frame, payload_len, payload_sum);
-        }
-    }
-
-    #[inline(never)]
-    fn write_any(&self, template: &Template, frame: &mut [u8], payload_len: usize, payload_sum: u16) {
         let Template { ip_at, tcp_at, v4, .. } = *template;
         frame[..tcp_at + 20].copy_from_slice(&template.bytes[..tcp_at + 20]);
         let tcp_len = self.tcp_len();
@@ -249,7 +233,6 @@ impl Header {
     }
 
     /// Returns their sum.
-    #[inline(never)]
     fn write_syn_options(&self, syn: &SynOptions, options: &mut [u8]) -> u64 {
         let mut at = 0;
         let mut put = |bytes: [u8; 4]| {
@@ -289,7 +272,7 @@ pub(crate) fn address_sum(ip: &Ip, v4: bool) -> u64 {
 }
 
 /// The ones' complement sum of bytes as 16-bit words in network order (RFC 1071); an odd last byte is the high half of a word.
-#[inline]
+#[inline(always)]
 pub(crate) fn sum(bytes: &[u8]) -> u16 {
     // In the machine's byte order: the sum is the same, its bytes swapped.
     let (words, rest) = bytes.as_chunks::<8>();
@@ -314,14 +297,11 @@ fn sum_long(bytes: &[u8]) -> u64 {
     words.iter().map(|&word| u64::from(u32::from_ne_bytes(word))).sum()
 }
 
-/// A sum in 16 bits.
+/// A sum in 16 bits. Added to itself with its halves exchanged, the upper half is the sum of both and of the carry out of them.
 #[inline]
 fn fold(sum: u64) -> u16 {
-    let mut sum = (sum & 0xffff_ffff) + (sum >> 32);
-    sum = (sum & 0xffff) + (sum >> 16);
-    sum = (sum & 0xffff) + (sum >> 16);
-    sum = (sum & 0xffff) + (sum >> 16);
-    sum as u16
+    let sum = (sum.wrapping_add(sum.rotate_left(32)) >> 32) as u32;
+    (sum.wrapping_add(sum.rotate_left(16)) >> 16) as u16
 }
 
 /// The bytes of the checksum field for what has this sum.

@@ -10,9 +10,12 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ptr::null_mut;
 
-/// From this size on: the sessions, connections, timers, held data and hash tables of an engine with default limits. The hash tables, of
-/// 16 MiB each, are touched all over from the first sessions on, so they are there as a whole from then on.
-const LARGE: usize = 12 << 20;
+/// Above this size: what an engine has with its default limits, also when several workers share them, but free lists.
+const LARGE: usize = 4 << 20;
+
+/// Up to this size large pieces are there as a whole at once: hash tables, which the first sessions touch all over, each in another page.
+/// Larger ones, the sessions, connections, timers and held data, are filled from the front, and take memory as they are.
+const AT_ONCE: usize = 24 << 20;
 
 /// A huge page of x86-64 and of arm64 with pages of 4 KiB.
 const HUGE_PAGE: usize = 2 << 20;
@@ -22,7 +25,7 @@ const HUGE_PAGE: usize = 2 << 20;
 pub struct HugePages;
 
 fn is_large(layout: &Layout) -> bool {
-    layout.size() >= LARGE && layout.align() <= HUGE_PAGE
+    layout.size() > LARGE && layout.align() <= HUGE_PAGE
 }
 
 /// Zeroed memory of whole huge pages, or null.
@@ -50,6 +53,10 @@ fn map(size: usize) -> *mut u8 {
             libc::munmap(place.add(len).cast(), HUGE_PAGE - before);
         }
         libc::madvise(place.cast(), len, libc::MADV_HUGEPAGE);
+        if len <= AT_ONCE {
+            // Where the kernel does not know how (before 5.14), pages come when they are touched.
+            libc::madvise(place.cast(), len, libc::MADV_POPULATE_WRITE);
+        }
         place
     }
 }
@@ -105,12 +112,16 @@ unsafe impl GlobalAlloc for HugePages {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::{Mutex, PoisonError};
 
     #[global_allocator]
     static ALLOCATOR: HugePages = HugePages;
 
-    /// Whether the mapping that begins at `address` may have huge pages: `hg` in its flags.
-    fn asks_for_huge_pages(address: usize) -> bool {
+    /// Held by each test that looks at mappings: what one gives back another may get.
+    static ADDRESSES: Mutex<()> = Mutex::new(());
+
+    /// What the kernel says of the mapping at `address` under `name`.
+    fn said(address: usize, name: &str) -> Option<String> {
         let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let mut here = false;
         for line in maps.lines() {
@@ -119,15 +130,26 @@ mod tests {
                     (usize::from_str_radix(start, 16), usize::from_str_radix(end, 16))
             {
                 here = (start..end).contains(&address);
-            } else if here && let Some(flags) = line.strip_prefix("VmFlags:") {
-                return flags.split_whitespace().any(|flag| flag == "hg");
+            } else if here && let Some(value) = line.strip_prefix(name) {
+                return Some(value.to_owned());
             }
         }
-        false
+        None
+    }
+
+    /// Whether the mapping at `address` may have huge pages: `hg` in its flags.
+    fn asks_for_huge_pages(address: usize) -> bool {
+        said(address, "VmFlags:").is_some_and(|flags| flags.split_whitespace().any(|flag| flag == "hg"))
+    }
+
+    /// How much of the mapping at `address` is there.
+    fn resident_kib(address: usize) -> usize {
+        said(address, "Rss:").unwrap().split_whitespace().next().unwrap().parse().unwrap()
     }
 
     #[test]
     fn large_pieces_ask_for_huge_pages_and_small_ones_do_not() {
+        let _alone = ADDRESSES.lock().unwrap_or_else(PoisonError::into_inner);
         let large = vec![0u8; LARGE + 5];
         assert!(large.iter().all(|&byte| byte == 0));
         assert_eq!(large.as_ptr().align_offset(HUGE_PAGE), 0);
@@ -137,10 +159,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_touched_all_over_is_there_at_once_and_what_is_filled_slowly_is_not() {
+        let _alone = ADDRESSES.lock().unwrap_or_else(PoisonError::into_inner);
+        let table = vec![0u64; AT_ONCE / 8];
+        assert_eq!(resident_kib(table.as_ptr() as usize), AT_ONCE / 1024);
+        let slab: Vec<u64> = Vec::with_capacity(AT_ONCE / 8 + HUGE_PAGE);
+        assert_eq!(resident_kib(slab.as_ptr() as usize), 0);
+    }
+
+    #[test]
     fn pieces_keep_their_bytes_when_they_grow_and_shrink_across_the_limit() {
+        let _alone = ADDRESSES.lock().unwrap_or_else(PoisonError::into_inner);
         let mut bytes: Vec<u8> = Vec::new();
         let byte = |i: usize| (i * 31 % 251) as u8;
-        for len in [1 << 20, LARGE - 1, LARGE, 2 * LARGE + 7, 3 << 20, 10] {
+        for len in [1 << 20, LARGE - 1, LARGE + 1, 2 * LARGE + 7, AT_ONCE + 3, 3 << 20, 10] {
             bytes.truncate(len);
             bytes.shrink_to_fit();
             bytes.reserve_exact(len - bytes.len());
@@ -151,7 +183,8 @@ mod tests {
 
     #[test]
     fn what_is_given_back_is_unmapped() {
-        let piece = vec![1u8; LARGE];
+        let _alone = ADDRESSES.lock().unwrap_or_else(PoisonError::into_inner);
+        let piece = vec![1u8; 2 * LARGE];
         let address = piece.as_ptr() as usize;
         assert!(asks_for_huge_pages(address));
         drop(piece);
