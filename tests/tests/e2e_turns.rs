@@ -45,6 +45,54 @@ fn b023_a_hundred_streams_of_http_2_on_each_connection() -> Result<()> {
     Ok(())
 }
 
+/// How much later than the online server the target got each request, sorted, microseconds.
+fn lateness_us(online: &Record, target: &Record) -> Vec<i64> {
+    let mut late: Vec<i64> = Vec::new();
+    for at_online in &online.connections {
+        let at_target = of_peer(target, &at_online.peer);
+        let times = at_online.times_us.iter().zip(&at_target.times_us);
+        late.extend(times.map(|(&online, &target)| target as i64 - online as i64));
+    }
+    late.sort_unstable();
+    late
+}
+
+#[test]
+fn b023_messages_in_both_directions_all_the_time_keep_pace() -> Result<()> {
+    const CONNECTIONS: usize = 5;
+    const MESSAGES: usize = 400;
+    // Each connection has 20 messages under way, and each server takes so many milliseconds for one: online, at the target.
+    const PACES: [(u64, u64); 3] = [(5, 3), (5, 5), (3, 5)];
+    let lab = Lab::up(Plan::default())?;
+    let ports: Vec<u16> = (STREAM..).take(PACES.len()).collect();
+    let replay = Replay::start(&lab, &ports, &[])?;
+    for (port, (online_ms, target_ms)) in ports.into_iter().zip(PACES) {
+        let delays = [online_ms, target_ms].map(|ms| ms.to_string());
+        let [at_online, at_target] = delays.each_ref().map(|ms| ["--delay-ms", ms]);
+        let mut streams = StreamPair::start_with(&lab, port, &at_online, &at_target)?;
+        let load = format!(
+            "--connect {}:{port} --connections {CONNECTIONS} --per-connection {MESSAGES} --requests {} \
+             --pipeline 20 --body 1-500 --response 1-500",
+            lab.online().v4(),
+            CONNECTIONS * MESSAGES
+        );
+        let summary = Load::run(&lab, "load", &load)?;
+        assert_eq!(summary.errors, 0, "{summary:?}");
+        let (online, target) = streams.ensure_equal(CONNECTIONS * MESSAGES)?;
+        let late = lateness_us(&online, &target);
+        let (median, last) = (late[late.len() / 2], late[late.len() - 1]);
+        // A slower target is later with each message, but never idle.
+        let slower_us = (target_ms.saturating_sub(online_ms) * 1000 * MESSAGES as u64) as i64;
+        assert!(
+            median < slower_us * 5 / 8 + 10_000 && last < slower_us * 5 / 4 + 200_000,
+            "{online_ms} and {target_ms} ms: half of the messages are {median} us late, the last {last} us"
+        );
+    }
+    let (report, _) = replay.stop()?;
+    assert_eq!(report.counter("turns_released_by_hold_limit"), 0, "{:?}", report.counters);
+    Ok(())
+}
+
 fn of_peer(record: &Record, peer: &str) -> Connection {
     let mut found = record.connections.iter().filter(|it| it.peer == peer);
     found.next().unwrap_or_else(|| panic!("no connection of {peer}")).clone()

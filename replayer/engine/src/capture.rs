@@ -7,7 +7,7 @@ use crate::engine::{BATCH, Engine, ServiceState};
 use crate::output::{InHand, Output};
 use crate::protocol::{self, Opening};
 use crate::sender::micros;
-use crate::session::{State, seq_before};
+use crate::session::{Ahead, State, seq_before};
 use crate::slab::NONE;
 use crate::timer::{before, tick};
 use crate::usual::COPIES_AHEAD;
@@ -710,7 +710,7 @@ impl Engine {
         self.connections[c].multiplexed = true;
         let mut s = self.connections[c].first_session;
         while s != NONE {
-            self.sessions[s].flowing = true;
+            self.sessions[s].ahead = Ahead::FLOWING;
             s = self.sessions[s].next_copy;
         }
     }

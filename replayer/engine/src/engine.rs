@@ -15,7 +15,7 @@ use crate::identity::{Copies, Pool, Ports};
 use crate::output::Output;
 use crate::sack::{Board, MAX_BOARDS};
 use crate::sender::{WINDOW, micros};
-use crate::session::{Session, State};
+use crate::session::{Ahead, Session, State};
 use crate::slab::{NONE, Slab};
 use crate::store::Store;
 use crate::table::Table;
@@ -410,7 +410,9 @@ impl Engine {
         let mut session = Session::new(identity, service, c, iss);
         session.timestamps = connection.ts_offset.is_some();
         session.ts_offset = connection.ts_offset.unwrap_or(0);
-        session.flowing = connection.multiplexed;
+        if connection.multiplexed {
+            session.ahead = Ahead::FLOWING;
+        }
         session.next_copy = connection.first_session;
         let Some(index) = self.sessions.insert(session) else {
             self.release_identity(&identity, now);

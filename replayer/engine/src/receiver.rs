@@ -150,6 +150,7 @@ impl Engine {
         session.snd_una = record.ack;
         session.rcv_nxt = record.seq.wrapping_add(1);
         session.turn_base = session.rcv_nxt;
+        session.online_base = session.rcv_nxt;
         session.response_at = tick(now_ns);
         session.response_began = session.response_at;
         // The window of a SYN is never scaled (RFC 7323 section 2.2).
@@ -428,8 +429,9 @@ impl Engine {
     fn finish<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let session = &self.sessions[s];
         let client_open = self.connections[session.connection].end == End::Open;
+        let target_closed_first = session.state == State::LastAck;
         let reason = match session.cut_reason {
-            EndReason::Completed | EndReason::TargetClosed if session.target_closed_first && client_open => {
+            EndReason::Completed | EndReason::TargetClosed if target_closed_first && client_open => {
                 EndReason::TargetClosed
             }
             EndReason::TargetClosed => EndReason::Completed,
@@ -449,7 +451,6 @@ impl Engine {
         match session.state {
             State::Established => {
                 session.state = State::CloseWait;
-                session.target_closed_first = true;
                 if !session.cut {
                     self.hand_over(now_ns, s, EndReason::TargetClosed, out);
                 }

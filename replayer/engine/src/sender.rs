@@ -17,6 +17,9 @@ use replayer_common::response::{ResponseHeader, present};
 /// The window field of every segment: with the client's scale it never closes, for nothing is stored of a response.
 pub(crate) const WINDOW: u16 = u16::MAX;
 
+/// How many segments behind a turn that waits are looked at for counts of later turns.
+pub(crate) const SEGMENTS_BEHIND: usize = 32;
+
 /// Bytes of a stored segment.
 #[derive(Clone, Copy)]
 pub(crate) struct Piece {
@@ -449,7 +452,7 @@ impl Engine {
 
     /// Passes the turn gate with the first byte of a turn, if it is open.
     pub(crate) fn begin_turn(&mut self, now_ns: u64, s: u32, need: u32) -> bool {
-        if !self.turn_may_begin(now_ns, s, need) {
+        if !self.gate_is_open(now_ns, s, need, false) {
             return false;
         }
         let session = &mut self.sessions[s];
@@ -460,19 +463,30 @@ impl Engine {
     }
 
     /// Whether the turn gate is open; arms the time to look again when it is not.
-    fn turn_may_begin(&mut self, now_ns: u64, s: u32, need: u32) -> bool {
+    fn gate_is_open(&mut self, now_ns: u64, s: u32, need: u32, closes: bool) -> bool {
         let now = tick(now_ns);
         let hold_limit = self.hold_limit;
         let session = &mut self.sessions[s];
         if session.joined || !self.config.wait_for_responses {
             session.joined = false;
             session.turn_base = session.rcv_nxt;
-            session.holding = false;
+            session.online_base = session.rcv_nxt;
+            session.hold_since = None;
             session.turn_seq = session.snd_nxt;
             session.watch_early = false;
             return true;
         }
-        let opened_by = match session.gate(need, hold_limit, now) {
+        let (mut segment, store) = (session.next_segment, &self.store);
+        let last = if session.cut { session.last_segment } else { NONE };
+        let behind = core::iter::from_fn(|| {
+            segment = if segment == NONE || segment == last { NONE } else { store[segment].next };
+            (segment != NONE).then(|| store[segment].need)
+        });
+        let later = behind.take(SEGMENTS_BEHIND).scan(0u32, |sum, need| {
+            *sum = sum.wrapping_add(need);
+            Some(*sum)
+        });
+        let opened_by = match session.gate(need, later, closes, hold_limit, now) {
             Gate::Wait(until) => {
                 session.release_at = Some(Due::at(until));
                 self.arm_session(s);
@@ -482,10 +496,12 @@ impl Engine {
             Gate::Quiet => Counter::TurnsReleasedByQuiet,
             Gate::HoldLimit => Counter::TurnsReleasedByHoldLimit,
         };
-        session.holding = false;
+        session.hold_since = None;
         session.release_at = None;
         session.turn_seq = session.snd_nxt;
-        session.watch_early = need > 0 && opened_by != Counter::TurnsReleasedByHoldLimit;
+        // Where several requests are under way, what comes next need not be the answer to this one.
+        session.watch_early =
+            need > 0 && opened_by != Counter::TurnsReleasedByHoldLimit && !session.ahead.is_seen();
         if need > 0 {
             self.counters[opened_by] += 1;
         }
@@ -520,14 +536,15 @@ impl Engine {
                 }
             }
             End::Fin { need } => {
-                if session.state == State::CloseWait || self.turn_may_begin(now_ns, s, need) {
+                if session.state == State::CloseWait || self.gate_is_open(now_ns, s, need, true) {
                     self.send_fin(now_ns, s, out);
                 }
             }
             End::Reset { need } => {
                 // A reset does not wait for what is on its way to arrive: so we do.
                 let arrived = session.snd_una == session.snd_max;
-                if arrived && (session.state == State::CloseWait || self.turn_may_begin(now_ns, s, need)) {
+                if arrived && (session.state == State::CloseWait || self.gate_is_open(now_ns, s, need, false))
+                {
                     self.send_reset(now_ns, s, out);
                     self.end_session(tick(now_ns), s, EndReason::ClientReset, out);
                 }
