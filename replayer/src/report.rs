@@ -213,6 +213,9 @@ impl Figures {
                 c[Counter::DatagramsSent],
                 c[Counter::DatagramResponses]
             );
+            if c[Counter::DatagramsSent] > 0 && c[Counter::DatagramResponses] == 0 {
+                text += ": the target does not answer, or its route to the clients does not lead to the assistant";
+            }
         }
         let line = |text: &mut String, what: &str, h: &Histogram| {
             let _ = write!(
