@@ -764,9 +764,7 @@ impl Feed {
                     return true;
                 }
                 if let Some(mut chunk) = self.chunk.take() {
-                    // The next one may be of the next loop, whose bytes count from the beginning.
-                    let ended = matches!(chunk.items.last(), Some((_, Item::End)));
-                    self.read_before = (if ended { 0 } else { chunk.read.0 }, chunk.read.1);
+                    self.read_before = chunk.read;
                     chunk.bytes.clear();
                     chunk.items.clear();
                     // It has room for all chunks; the reader may be gone.
@@ -781,6 +779,10 @@ impl Feed {
             };
             match next {
                 Ok(chunk) => {
+                    if chunk.read.0 < self.read_before.0 {
+                        // Of the next loop, whose bytes count from the beginning.
+                        self.read_before.0 = 0;
+                    }
                     self.chunk = Some(chunk);
                     self.at = 0;
                 }
@@ -930,5 +932,78 @@ impl Drop for Feed {
             // Standard input may never say anything again: it is not waited for.
             drop(reader);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::ServiceArg;
+    use crate::offline::dry_run::{FRAME_ROOM, LINK, Memory, START_NS};
+    use crate::pcap::writer::Writer;
+    use replayer_engine::config::{Config, Limits, Service};
+
+    #[test]
+    fn the_progress_is_that_of_the_replay_and_not_of_reading() {
+        const SECOND: u64 = 1_000_000_000;
+        let path = std::env::temp_dir().join(format!("replayer-feed-{}.pcap", std::process::id()));
+        let mut writer = Writer::create(&path).unwrap();
+        for second in 0..4 {
+            let builder = etherparse::PacketBuilder::ethernet2([2; 6], [4; 6])
+                .ipv4([10, 0, 0, 1], [192, 0, 2, 1], 64)
+                .udp(4000, 53);
+            let mut frame = Vec::new();
+            builder.write(&mut frame, b"query").unwrap();
+            writer.packet(second * SECOND, &frame).unwrap();
+        }
+        writer.flush().unwrap();
+        let size = writer.written();
+
+        let endpoint = |ip: [u8; 4]| Endpoint { ip: replayer_common::addr::from_v4(ip), port: 53 };
+        let service = Service { online: endpoint([192, 0, 2, 1]), target: endpoint([198, 51, 100, 1]) };
+        let mut config = Config::new(Vec::new());
+        config.udp_services = vec![service];
+        config.limits = Limits { connections: 8, sessions: 8, held_bytes: 1 << 16, ..Limits::default() };
+        config.frame_room = FRAME_ROOM as u16;
+        let mut engine = Engine::new(config, START_NS);
+        engine.set_link(0, Some(LINK));
+        let mut out = Memory::new(&[ServiceArg { protocol: Protocol::Udp, service }], 1, None, 0, 1);
+        let config = FeedConfig {
+            files: vec![path.clone()],
+            order: Order::Merged,
+            services: vec![(Protocol::Udp, service.online)],
+            sample_threshold: 1 << 32,
+            loops: Some(1),
+            start_ns: 0,
+            stop_ns: None,
+            frame_room: FRAME_ROOM,
+        };
+        let pace = FeedPace {
+            speed: Speed::Times(1.0),
+            max_gap: None,
+            duration: None,
+            in_flight: 1,
+            copies: 1,
+            hold_limit_ns: SECOND,
+        };
+        let mut feed = Feed::start(config, pace).unwrap();
+        let shown = feed.shown();
+        // The reader is at the end of the file before the first packet is given.
+        feed.wait(Duration::from_secs(10));
+        let mut batch = Vec::new();
+        let mut shares = Vec::new();
+        for second in 0..4 {
+            assert_eq!(feed.give(START_NS + second * SECOND, &mut engine, &mut batch, &mut out), 1);
+            let (done, all) = shown.progress();
+            assert_eq!(all, Some(size));
+            shares.push(done as f64 / size as f64);
+        }
+        assert!(shares.is_sorted() && shares[0] < 0.5 && shares[1] < 0.7, "{shares:?}");
+        while !feed.is_over() {
+            feed.wait(Duration::from_secs(10));
+        }
+        assert_eq!(shown.progress(), (size, Some(size)));
+        assert_eq!(shown.lateness().count(), 4);
+        std::fs::remove_file(path).unwrap();
     }
 }
