@@ -313,3 +313,26 @@ fn b015_after_a_burst_nothing_but_the_first_segment_s_number_is_sent_before_it_i
     lab.target("SA 0 ack 1 mss 1460 win 60000");
     lab.expect(&["A 1+1400 ack 1", "PA 1401+100 ack 1"]);
 }
+
+#[test]
+fn b029_an_old_duplicate_of_the_target_moves_nothing() {
+    let mut lab = Lab::new();
+    lab.client("S 0 mss 1460 ts 5000/0");
+    lab.target("SA 0 ack 1 mss 1460 ts 9000/5000");
+    lab.client("PA 1+10 ack 1 ts 5001/9001");
+    lab.target("PA 1+10 ack 11 ts 9010/5001");
+    lab.pass(50 * MS);
+    lab.sent();
+    // Of an older connection with these addresses: its number lies within the window.
+    lab.target("PA 5001+100 ack 11 ts 8000/5001");
+    let sent = lab.sent();
+    assert_eq!(sent.iter().map(|segment| lab.text(segment)).collect::<Vec<_>>(), ["A 11 ack 11"]);
+    lab.target("FA 11 ack 11 ts 8009/5001");
+    let sent = lab.sent();
+    assert_eq!(sent.iter().map(|segment| lab.text(segment)).collect::<Vec<_>>(), ["A 11 ack 11"]);
+    // A segment that overtook another does not make that one old.
+    lab.client("PA 11+10 ack 1 ts 5100/9001");
+    lab.target("A 31+20 ack 11 ts 9030/5001");
+    lab.target("PA 11+20 ack 21 ts 9020/5100");
+    assert_eq!(lab.count(Counter::ReplayBytesDelivered), 20);
+}
