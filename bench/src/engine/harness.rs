@@ -353,6 +353,59 @@ pub(super) fn least(load: Load, packets: u32) -> f64 {
     spent as f64 / f64::from(packets.next_multiple_of(BATCH as u32))
 }
 
+/// ns a packet for the memory alone: a slot of a hash table, two cache lines of a connection and two of a session, of as many as there are
+/// sessions and in the engine's order, read ahead in batches as the engine does it, then changed. One sample a round.
+pub(super) fn bare_lines(sessions: u32) -> Vec<f64> {
+    let count = sessions as usize;
+    let mut slots = vec![1u64; 2 * count.next_power_of_two()];
+    let mut of_connections = vec![[1u64; 128 / 8]; count];
+    let mut of_sessions = vec![[1u64; 192 / 8]; count];
+    let mask = slots.len() - 1;
+    let slot = |i: usize| i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20 & mask;
+    let mut places = [0usize; BATCH];
+    let mut round = || {
+        let mut spent = 0;
+        for first in (0..sessions).step_by(BATCH) {
+            let len = BATCH.min((sessions - first) as usize);
+            let places = &mut places[..len];
+            for (at, place) in places.iter_mut().enumerate() {
+                *place = shuffled(first + at as u32, sessions) as usize;
+            }
+            let start = Instant::now();
+            places.iter().for_each(|&i| replayer_prefetch::line(&slots[slot(i)]));
+            for &i in places.iter() {
+                replayer_prefetch::line(&of_connections[i][0]);
+                replayer_prefetch::line(&of_connections[i][8]);
+            }
+            for &i in places.iter() {
+                replayer_prefetch::line(&of_sessions[i][0]);
+                replayer_prefetch::line(&of_sessions[i][8]);
+            }
+            for &i in places.iter() {
+                slots[slot(i)] += 1;
+                for at in [0, 8] {
+                    of_connections[i][at] += 1;
+                    of_sessions[i][at] += 1;
+                }
+            }
+            spent += start.elapsed().as_nanos() as u64;
+        }
+        spent as f64 / f64::from(sessions)
+    };
+    round();
+    (0..5).map(|_| round()).collect()
+}
+
+/// ns a session for writing `bytes` a session to memory that was never used, for that many sessions.
+pub(super) fn first_touch(sessions: u32, bytes: usize) -> f64 {
+    let mut memory: Vec<u64> = Vec::with_capacity(sessions as usize * bytes / 8);
+    let start = Instant::now();
+    memory.resize(memory.capacity(), 1);
+    let spent = start.elapsed().as_nanos() as f64;
+    black_box(&memory);
+    spent / f64::from(sessions)
+}
+
 /// Resident memory per session, after each has sent a packet that was acknowledged. The first request reserves what all of them
 /// need in flight, which is held data and not an idle session's: it is in both readings.
 pub(super) fn idle_bytes(sessions: u32) -> Figure {

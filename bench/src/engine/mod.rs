@@ -4,6 +4,7 @@
 //! Frames and records are written before the clock starts, so a batch's headers are in the cache as they are after a
 //! copy-mode receive; everything else (tables, connections, sessions, timers, store) is wherever the last million packets left it.
 //! Sessions are visited in random order, each once a round; a packet is acknowledged [`IN_FLIGHT`] packets after it was sent.
+//! What the memory of a million sessions costs by itself is measured in the same run: the same cache lines, and nothing done with them.
 //! Beside each figure stands `least`: the same frames in the same batches, parsed and their segments summed up, nothing else.
 
 pub mod counted;
@@ -20,6 +21,9 @@ pub const WHAT: &str = "the session engine alone, one core: captured batch to tr
 
 /// Packets sent before the first is acknowledged: a target 100 us away at 10 million packets per second.
 pub const IN_FLIGHT: u32 = 1024;
+
+/// What a session takes of memory that grows with the sessions: itself, its connection, two timers.
+const SESSION_BYTES: usize = 192 + 128 + 2 * 16;
 
 /// 10 GbE line rate at 64 bytes: 14.88 million packets per second.
 const LINE_RATE_NS: f64 = 67.2;
@@ -43,6 +47,12 @@ pub fn run(options: Options) -> Result<Vec<Figure>> {
             figures.extend(data(sessions, what, load, options));
         }
     }
+    let lines = harness::bare_lines(many);
+    figures.push(Figure::median(
+        format!("{many} sessions: a packet's five cache lines, and nothing else"),
+        lines,
+        "ns",
+    ));
     figures.extend(data(many, "64 bytes and timestamps", SMALL_TIMESTAMPS, options));
     figures.extend(data(many, "requests and responses", REQUESTS, options));
     for copies in [10, 100] {
@@ -102,6 +112,9 @@ fn amplified(sessions: u32, copies: u32, options: Options) -> Figure {
 
 /// New sessions: SYN captured, SYN sent, SYN-ACK taken, ACK sent.
 fn opening(sessions: u32) -> Vec<Figure> {
+    // What memory costs by itself that is used for the first time. Under a hypervisor it comes from there, and the process gets it again
+    // afterwards: the engine's sessions are opened in memory that is new to the engine, but not to the machine.
+    let touch = harness::first_touch(sessions, SESSION_BYTES);
     let mut bench = Bench::new(sessions, 1);
     let fresh = bench.open(0..sessions, SMALL_TIMESTAMPS);
     // A quarter of them ends and opens again: memory that was used before.
@@ -110,7 +123,12 @@ fn opening(sessions: u32) -> Vec<Figure> {
     let again = bench.open(0..part, SMALL_TIMESTAMPS);
     let rate = |ns: f64| 1e9 / ns;
     vec![
-        Figure::new(format!("{sessions} new sessions, memory never used before"), rate(fresh), "per second")
+        Figure::new(
+            format!("a session's {SESSION_BYTES} bytes written to memory never used before, nothing else"),
+            touch,
+            "ns",
+        ),
+        Figure::new(format!("{sessions} new sessions, memory new to the process"), rate(fresh), "per second")
             .wanted(Wanted::AtLeast(1e6)),
         Figure::new(format!("{part} new sessions beside {}", sessions - part), rate(again), "per second")
             .wanted(Wanted::AtLeast(1e6)),
