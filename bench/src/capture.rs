@@ -1,6 +1,8 @@
 //! What capture costs whoever is served meanwhile: one thread sends packets into a veth whose other end delivers them to TCP, all of
 //! it on one core, so that the time of a packet's sending is that of its delivery. The reader is on another core.
 //!
+//! A reader that is at work is not woken, one that sleeps is, and the wake-up is what costs then: both are measured.
+//!
 //! Each way to capture stands beside none, beside an AF_PACKET socket and beside a raw IP socket, both with a filter in the kernel, and reads all that it was
 //! sent: the sender waits for the reader, outside of what is timed, so that nothing is cheap because it is thrown away.
 
@@ -15,7 +17,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, setsockopt, socket, sockopt,
 };
-use nix::time::{ClockId, clock_gettime};
 use nix::{libc, setsockopt_impl, sockopt_impl};
 use replayer::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
 use replayer::capture::{Backend, Capture, Source};
@@ -40,6 +41,8 @@ const SERVER: [u8; 4] = [10, 0, 0, 1];
 const BATCH: usize = 64;
 /// Packets that the reader may be behind.
 const BEHIND: u64 = 512;
+/// In this time the reader has gone to sleep.
+const FALLING_ASLEEP: Duration = Duration::from_micros(50);
 /// What is under way arrives within this time, or it was lost.
 const ARRIVAL: Duration = Duration::from_secs(2);
 /// Bytes of the frames.
@@ -76,8 +79,11 @@ impl Way {
 /// One way's measurements with packets of one size.
 #[derive(Clone, Debug, Default)]
 struct Samples {
-    /// Of a packet to the service, and of one that is for nobody, ns.
-    matching: Vec<f64>,
+    /// Of a packet to the service while the reader is at work, ns.
+    awake: Vec<f64>,
+    /// Of one that wakes the reader, with a system call of its own.
+    asleep: Vec<f64>,
+    /// Of a packet that is for nobody.
     unrelated: Vec<f64>,
     /// The reader's processor time of a packet, ns.
     reading: Vec<f64>,
@@ -90,7 +96,7 @@ struct Samples {
 pub fn run(options: Options) -> Result<Vec<Figure>> {
     alone(move || {
         let site = Site::new()?;
-        let duration = Duration::from_millis(if options.quick { 50 } else { 300 });
+        let duration = Duration::from_millis(if options.quick { 50 } else { 200 });
         let mut figures = Vec::new();
         for size in SIZES {
             let mut samples = vec![Samples::default(); WAYS.len()];
@@ -108,8 +114,12 @@ pub fn run(options: Options) -> Result<Vec<Figure>> {
 fn figures_of(size: usize, samples: &[Samples]) -> Vec<Figure> {
     let name = |way: &Way, what: &str| format!("{}, {size}-byte frames: {what}", way.name());
     let base = &samples[0];
-    let matching = Figure::median(name(&Way::Nobody, "a packet to the service"), base.matching.clone(), "ns");
-    let unrelated = Figure::median(name(&Way::Nobody, "an unrelated packet"), base.unrelated.clone(), "ns");
+    let [awake, asleep, unrelated] = [
+        ("a packet, reader at work", &base.awake),
+        ("a packet, reader asleep", &base.asleep),
+        ("an unrelated packet", &base.unrelated),
+    ]
+    .map(|(what, samples)| Figure::median(name(&Way::Nobody, what), samples.clone(), "ns"));
     let mut figures = Vec::new();
     for (way, samples) in WAYS.iter().zip(samples).skip(1) {
         let is_ours = matches!(way, Way::Capture(_));
@@ -118,8 +128,10 @@ fn figures_of(size: usize, samples: &[Samples]) -> Vec<Figure> {
         let more = ratios.map(|(with, without)| 100.0 * (with / without - 1.0)).collect();
         let more = Figure::median(name(way, "more for an unrelated packet"), more, "%");
         figures.extend([
-            Figure::median(name(way, "a packet to the service"), samples.matching.clone(), "ns")
-                .beside("no capture", matching.value),
+            Figure::median(name(way, "a packet, reader at work"), samples.awake.clone(), "ns")
+                .beside("no capture", awake.value),
+            Figure::median(name(way, "a packet, reader asleep"), samples.asleep.clone(), "ns")
+                .beside("no capture", asleep.value),
             Figure::median(name(way, "an unrelated packet"), samples.unrelated.clone(), "ns")
                 .beside("no capture", unrelated.value),
             if is_ours { more.wanted(Wanted::AtMost(5.0)) } else { more },
@@ -140,7 +152,7 @@ fn figures_of(size: usize, samples: &[Samples]) -> Vec<Figure> {
             ]);
         }
     }
-    [vec![matching, unrelated], figures].concat()
+    [vec![awake, asleep, unrelated], figures].concat()
 }
 
 /// A host with one interface, `serving`, and the cable to it, whose end is `near`.
@@ -181,26 +193,29 @@ impl Site {
     /// Takes one sample of everything.
     fn measure(&self, way: Way, size: usize, duration: Duration, samples: &mut Samples) -> Result<()> {
         let (to_service, to_other) = (frames(size, SERVICE), frames(size, OTHER));
-        let (taken, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+        let (taken, stop, at_work) = (AtomicU64::new(0), AtomicBool::new(false), AtomicBool::new(true));
         let mut reader = Reader::open(way, self)?;
         std::thread::scope(|scope| {
             let reading = scope.spawn(|| {
                 pin(self.cpus[self.cpus.len() - 1])?;
-                reader.read(&taken, &stop)?;
+                reader.read(&taken, &stop, &at_work)?;
                 anyhow::Ok(reader)
             });
             pin(self.cpus[0])?;
             let measured = (|| {
-                let waits = way != Way::Nobody;
-                self.send(&to_service, duration / 10, waits.then_some(&taken))?;
+                let reads = (way != Way::Nobody).then_some(&taken);
+                self.send(&to_service, duration / 10, reads)?;
+                let (awake, _) = self.send(&to_service, duration, reads)?;
+                at_work.store(false, Ordering::Release);
                 let before = taken.load(Ordering::Acquire);
-                let (matching, sent) = self.send(&to_service, duration, waits.then_some(&taken))?;
+                let (asleep, sent) = self.send(&to_service[..1], duration / 10, reads)?;
                 let (unrelated, _) = self.send(&to_other, duration, None)?;
                 ensure!(
-                    !waits || taken.load(Ordering::Acquire) - before == sent,
+                    reads.is_none() || taken.load(Ordering::Acquire) - before == sent,
                     "unrelated packets were taken"
                 );
-                samples.matching.push(matching);
+                samples.awake.push(awake);
+                samples.asleep.push(asleep);
                 samples.unrelated.push(unrelated);
                 Ok(())
             })();
@@ -208,7 +223,7 @@ impl Site {
             let reader = reading.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
             measured?;
             if way != Way::Nobody {
-                samples.reading.push(reader.nanoseconds as f64 / taken.load(Ordering::Acquire) as f64);
+                samples.reading.push(reader.spent.as_nanos() as f64 / reader.count as f64);
             }
             anyhow::Ok(())
         })?;
@@ -232,7 +247,8 @@ impl Site {
         Ok(())
     }
 
-    /// Sends for `duration`, without what is spent waiting for the reader: nanoseconds a packet, and how many. Returns when all were read.
+    /// Sends for `duration`, without what is spent waiting for the reader: nanoseconds a packet, and how many. Returns when all were read. A
+    /// single frame is sent when the reader has had the time to fall asleep.
     fn send(&self, frames: &[Vec<u8>], duration: Duration, taken: Option<&AtomicU64>) -> Result<(f64, u64)> {
         let before = taken.map_or(0, |taken| taken.load(Ordering::Acquire));
         let (mut spent, mut sent) = (Duration::ZERO, 0u64);
@@ -240,10 +256,15 @@ impl Site {
         loop {
             let behind = taken.map_or(0, |taken| sent - (taken.load(Ordering::Acquire) - before));
             let done = spent >= duration;
+            let single = frames.len() == 1;
+            if single && behind == 0 && waited.elapsed() < FALLING_ASLEEP {
+                std::hint::spin_loop();
+                continue;
+            }
             if done && behind == 0 {
                 return Ok((spent.as_nanos() as f64 / sent as f64, sent));
             }
-            if done || behind > BEHIND {
+            if done || behind > if single { 0 } else { BEHIND } {
                 ensure!(waited.elapsed() < ARRIVAL, "{behind} packets were lost: the figure would be wrong");
                 std::hint::spin_loop();
                 continue;
@@ -290,8 +311,9 @@ impl Site {
 /// Takes packets and counts them.
 struct Reader {
     from: From,
-    /// Processor time of the reading thread.
-    nanoseconds: u64,
+    /// Time spent reading while at work, and how many packets were read in it.
+    spent: Duration,
+    count: u64,
 }
 
 enum From {
@@ -323,22 +345,23 @@ impl Reader {
             Way::PacketSocket => From::Socket(packet_socket(Some("serving"))?),
             Way::RawSocket => From::Socket(raw_socket()?),
         };
-        Ok(Reader { from, nanoseconds: 0 })
+        Ok(Reader { from, spent: Duration::ZERO, count: 0 })
     }
 
-    fn read(&mut self, taken: &AtomicU64, stop: &AtomicBool) -> Result<()> {
-        let begun = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
+    fn read(&mut self, taken: &AtomicU64, stop: &AtomicBool, at_work: &AtomicBool) -> Result<()> {
         let mut batch = Vec::with_capacity(Source::MOST);
         let mut buffer = [0; 2048];
         while !stop.load(Ordering::Acquire) {
             let mut count = 0u64;
+            let start = Instant::now();
+            let may_sleep = !at_work.load(Ordering::Acquire);
             match &mut self.from {
                 From::Nobody => return Ok(()),
                 From::Capture { source, port, .. } => {
                     count = source.receive(port, &mut batch) as u64;
                     batch.drain(..).for_each(|(frame, _)| port.release(frame));
                     port.reclaim();
-                    if count == 0 {
+                    if count == 0 && may_sleep {
                         source.about_to_sleep();
                         sleep(source.fd(port).context("no descriptor")?);
                     }
@@ -351,15 +374,17 @@ impl Reader {
                             Err(error) => return Err(error).context("receive"),
                         }
                     }
-                    if count == 0 {
+                    if count == 0 && may_sleep {
                         sleep(socket.as_fd());
                     }
                 }
             }
+            if count > 0 && !may_sleep {
+                self.spent += start.elapsed();
+                self.count += count;
+            }
             taken.fetch_add(count, Ordering::AcqRel);
         }
-        let ended = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
-        self.nanoseconds = (Duration::from(ended) - Duration::from(begun)).as_nanos() as u64;
         Ok(())
     }
 }
