@@ -1,7 +1,8 @@
 //! What capture costs whoever is served meanwhile: one thread sends packets into a veth whose other end delivers them to TCP, all of
 //! it on one core, so that the time of a packet's sending is that of its delivery. The reader is on another core.
 //!
-//! A reader that is at work is not woken, one that sleeps is, and the wake-up is what costs then: both are measured.
+//! Whether a packet wakes the reader is most of what it costs: as many packets as the reader takes, single ones at a steady rate, and rare ones
+//! are measured apart.
 //!
 //! Each way to capture stands beside none, beside an AF_PACKET socket and beside a raw IP socket, both with a filter in the kernel, and reads all that it was
 //! sent: the sender waits for the reader, outside of what is timed, so that nothing is cheap because it is thrown away.
@@ -13,10 +14,11 @@ use anyhow::{Context, Result, ensure};
 use aya::sys::{Stats, enable_stats};
 use core_affinity::CoreId;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, setsockopt, socket, sockopt,
 };
+use nix::sys::time::TimeSpec;
 use nix::{libc, setsockopt_impl, sockopt_impl};
 use replayer::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
 use replayer::capture::{Backend, Capture, Source};
@@ -25,7 +27,7 @@ use replayer_common::addr::from_v4;
 use replayer_common::packet::{Protocol, flags};
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -41,8 +43,13 @@ const SERVER: [u8; 4] = [10, 0, 0, 1];
 const BATCH: usize = 64;
 /// Packets that the reader may be behind.
 const BEHIND: u64 = 512;
-/// In this time the reader has gone to sleep.
-const FALLING_ASLEEP: Duration = Duration::from_micros(50);
+/// Between two packets, at a steady rate and when they are rare.
+const STEADY: Duration = Duration::from_micros(200);
+const RARE: Duration = Duration::from_millis(4);
+/// How those that are sent are called.
+const MANY: &str = "a packet of many";
+const AT_A_RATE: &str = "a packet, 5000 a second";
+const NOW_AND_THEN: &str = "a packet, 250 a second";
 /// What is under way arrives within this time, or it was lost.
 const ARRIVAL: Duration = Duration::from_secs(2);
 /// Bytes of the frames.
@@ -79,10 +86,11 @@ impl Way {
 /// One way's measurements with packets of one size.
 #[derive(Clone, Debug, Default)]
 struct Samples {
-    /// Of a packet to the service while the reader is at work, ns.
-    awake: Vec<f64>,
-    /// Of one that wakes the reader, with a system call of its own.
-    asleep: Vec<f64>,
+    /// Of a packet to the service among as many as the reader takes, ns.
+    many: Vec<f64>,
+    /// Of one every [`STEADY`], and every [`RARE`], with a system call of its own.
+    steady: Vec<f64>,
+    rare: Vec<f64>,
     /// Of a packet that is for nobody.
     unrelated: Vec<f64>,
     /// The reader's processor time of a packet, ns.
@@ -114,9 +122,10 @@ pub fn run(options: Options) -> Result<Vec<Figure>> {
 fn figures_of(size: usize, samples: &[Samples]) -> Vec<Figure> {
     let name = |way: &Way, what: &str| format!("{}, {size}-byte frames: {what}", way.name());
     let base = &samples[0];
-    let [awake, asleep, unrelated] = [
-        ("a packet, reader at work", &base.awake),
-        ("a packet, reader asleep", &base.asleep),
+    let [many, steady, rare, unrelated] = [
+        (MANY, &base.many),
+        (AT_A_RATE, &base.steady),
+        (NOW_AND_THEN, &base.rare),
         ("an unrelated packet", &base.unrelated),
     ]
     .map(|(what, samples)| Figure::median(name(&Way::Nobody, what), samples.clone(), "ns"));
@@ -128,10 +137,11 @@ fn figures_of(size: usize, samples: &[Samples]) -> Vec<Figure> {
         let more = ratios.map(|(with, without)| 100.0 * (with / without - 1.0)).collect();
         let more = Figure::median(name(way, "more for an unrelated packet"), more, "%");
         figures.extend([
-            Figure::median(name(way, "a packet, reader at work"), samples.awake.clone(), "ns")
-                .beside("no capture", awake.value),
-            Figure::median(name(way, "a packet, reader asleep"), samples.asleep.clone(), "ns")
-                .beside("no capture", asleep.value),
+            Figure::median(name(way, MANY), samples.many.clone(), "ns").beside("no capture", many.value),
+            Figure::median(name(way, AT_A_RATE), samples.steady.clone(), "ns")
+                .beside("no capture", steady.value),
+            Figure::median(name(way, NOW_AND_THEN), samples.rare.clone(), "ns")
+                .beside("no capture", rare.value),
             Figure::median(name(way, "an unrelated packet"), samples.unrelated.clone(), "ns")
                 .beside("no capture", unrelated.value),
             if is_ours { more.wanted(Wanted::AtMost(5.0)) } else { more },
@@ -152,7 +162,7 @@ fn figures_of(size: usize, samples: &[Samples]) -> Vec<Figure> {
             ]);
         }
     }
-    [vec![awake, asleep, unrelated], figures].concat()
+    [vec![many, steady, rare, unrelated], figures].concat()
 }
 
 /// A host with one interface, `serving`, and the cable to it, whose end is `near`.
@@ -193,29 +203,33 @@ impl Site {
     /// Takes one sample of everything.
     fn measure(&self, way: Way, size: usize, duration: Duration, samples: &mut Samples) -> Result<()> {
         let (to_service, to_other) = (frames(size, SERVICE), frames(size, OTHER));
-        let (taken, stop, at_work) = (AtomicU64::new(0), AtomicBool::new(false), AtomicBool::new(true));
+        let (taken, stop) = (AtomicU64::new(0), AtomicBool::new(false));
         let mut reader = Reader::open(way, self)?;
         std::thread::scope(|scope| {
             let reading = scope.spawn(|| {
                 pin(self.cpus[self.cpus.len() - 1])?;
-                reader.read(&taken, &stop, &at_work)?;
+                // As a worker: the kernel's default slack is as long as some of its sleeps.
+                let _ = nix::sys::prctl::set_timerslack(1_000);
+                reader.read(&taken, &stop)?;
                 anyhow::Ok(reader)
             });
             pin(self.cpus[0])?;
             let measured = (|| {
                 let reads = (way != Way::Nobody).then_some(&taken);
                 self.send(&to_service, duration / 10, reads)?;
-                let (awake, _) = self.send(&to_service, duration, reads)?;
-                at_work.store(false, Ordering::Release);
+                let (many, _) = self.send(&to_service, duration, reads)?;
                 let before = taken.load(Ordering::Acquire);
-                let (asleep, sent) = self.send(&to_service[..1], duration / 10, reads)?;
+                let (steady, mut sent) = self.send_singly(&to_service[..1], STEADY, duration, reads)?;
+                let (rare, more) = self.send_singly(&to_service[..1], RARE, duration, reads)?;
+                sent += more;
                 let (unrelated, _) = self.send(&to_other, duration, None)?;
                 ensure!(
                     reads.is_none() || taken.load(Ordering::Acquire) - before == sent,
                     "unrelated packets were taken"
                 );
-                samples.awake.push(awake);
-                samples.asleep.push(asleep);
+                samples.many.push(many);
+                samples.steady.push(steady);
+                samples.rare.push(rare);
                 samples.unrelated.push(unrelated);
                 Ok(())
             })();
@@ -247,8 +261,7 @@ impl Site {
         Ok(())
     }
 
-    /// Sends for `duration`, without what is spent waiting for the reader: nanoseconds a packet, and how many. Returns when all were read. A
-    /// single frame is sent when the reader has had the time to fall asleep.
+    /// Sends for `duration`, without what is spent waiting for the reader: nanoseconds a packet, and how many. Returns when all were read.
     fn send(&self, frames: &[Vec<u8>], duration: Duration, taken: Option<&AtomicU64>) -> Result<(f64, u64)> {
         let before = taken.map_or(0, |taken| taken.load(Ordering::Acquire));
         let (mut spent, mut sent) = (Duration::ZERO, 0u64);
@@ -256,15 +269,10 @@ impl Site {
         loop {
             let behind = taken.map_or(0, |taken| sent - (taken.load(Ordering::Acquire) - before));
             let done = spent >= duration;
-            let single = frames.len() == 1;
-            if single && behind == 0 && waited.elapsed() < FALLING_ASLEEP {
-                std::hint::spin_loop();
-                continue;
-            }
             if done && behind == 0 {
                 return Ok((spent.as_nanos() as f64 / sent as f64, sent));
             }
-            if done || behind > if single { 0 } else { BEHIND } {
+            if done || behind > BEHIND {
                 ensure!(waited.elapsed() < ARRIVAL, "{behind} packets were lost: the figure would be wrong");
                 std::hint::spin_loop();
                 continue;
@@ -275,6 +283,34 @@ impl Site {
             sent += frames.len() as u64;
             waited = Instant::now();
         }
+    }
+
+    /// Sends a packet every `interval` for `duration`: nanoseconds a packet, and how many. Returns when all were read.
+    fn send_singly(
+        &self,
+        frame: &[Vec<u8>],
+        interval: Duration,
+        duration: Duration,
+        taken: Option<&AtomicU64>,
+    ) -> Result<(f64, u64)> {
+        let before = taken.map_or(0, |taken| taken.load(Ordering::Acquire));
+        let (begun, mut spent, mut sent) = (Instant::now(), Duration::ZERO, 0u32);
+        while begun.elapsed() < duration {
+            if begun.elapsed() < interval * sent {
+                std::hint::spin_loop();
+                continue;
+            }
+            let start = Instant::now();
+            self.send_batch(frame)?;
+            spent += start.elapsed();
+            sent += 1;
+        }
+        let ended = Instant::now();
+        while taken.is_some_and(|taken| taken.load(Ordering::Acquire) - before < sent.into()) {
+            ensure!(ended.elapsed() < ARRIVAL, "packets were lost: the figure would be wrong");
+            std::thread::yield_now();
+        }
+        Ok((spent.as_nanos() as f64 / f64::from(sent), sent.into()))
     }
 
     fn send_batch(&self, frames: &[Vec<u8>]) -> Result<()> {
@@ -348,22 +384,22 @@ impl Reader {
         Ok(Reader { from, spent: Duration::ZERO, count: 0 })
     }
 
-    fn read(&mut self, taken: &AtomicU64, stop: &AtomicBool, at_work: &AtomicBool) -> Result<()> {
+    fn read(&mut self, taken: &AtomicU64, stop: &AtomicBool) -> Result<()> {
+        let mut taken_at = Instant::now();
         let mut batch = Vec::with_capacity(Source::MOST);
         let mut buffer = [0; 2048];
         while !stop.load(Ordering::Acquire) {
             let mut count = 0u64;
             let start = Instant::now();
-            let may_sleep = !at_work.load(Ordering::Acquire);
             match &mut self.from {
                 From::Nobody => return Ok(()),
                 From::Capture { source, port, .. } => {
                     count = source.receive(port, &mut batch) as u64;
                     batch.drain(..).for_each(|(frame, _)| port.release(frame));
                     port.reclaim();
-                    if count == 0 && may_sleep {
-                        source.about_to_sleep();
-                        sleep(source.fd(port).context("no descriptor")?);
+                    if count == 0 {
+                        let ahead = source.about_to_sleep(taken_at.elapsed().as_nanos() as u64);
+                        sleep(source.fd(port).context("no descriptor")?, ahead);
                     }
                 }
                 From::Socket(socket) => {
@@ -374,13 +410,14 @@ impl Reader {
                             Err(error) => return Err(error).context("receive"),
                         }
                     }
-                    if count == 0 && may_sleep {
-                        sleep(socket.as_fd());
+                    if count == 0 {
+                        sleep(socket.as_fd(), None);
                     }
                 }
             }
-            if count > 0 && !may_sleep {
-                self.spent += start.elapsed();
+            if count > 0 {
+                taken_at = Instant::now();
+                self.spent += taken_at - start;
                 self.count += count;
             }
             taken.fetch_add(count, Ordering::AcqRel);
@@ -389,8 +426,9 @@ impl Reader {
     }
 }
 
-fn sleep(fd: std::os::fd::BorrowedFd<'_>) {
-    let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::from(2u8));
+fn sleep(fd: BorrowedFd<'_>, ahead_ns: Option<u64>) {
+    let timeout = TimeSpec::from(Duration::from_nanos(ahead_ns.unwrap_or(2_000_000)));
+    let _ = ppoll(&mut [PollFd::new(fd, PollFlags::POLLIN)], Some(timeout), None);
 }
 
 /// Segments that TCP takes a look at and throws away: resets of connections that it does not have, each with data and right checksums.

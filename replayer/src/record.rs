@@ -35,6 +35,8 @@ const FRAMES: u32 = 65_536;
 const ETHERNET_HEADER: u32 = 22;
 /// Packets taken at once.
 const BATCH: usize = 64;
+/// How often it is looked whether something has come, while that is often.
+const BUSY_INTERVAL: Duration = Duration::from_millis(1);
 /// How often limits of time are looked at while nothing comes.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -191,6 +193,7 @@ fn record(
 ) -> Result<()> {
     let started = Instant::now();
     let duration = args.duration.map(Duration::try_from_secs_f64).transpose().context("--duration")?;
+    let mut taken_at = started;
     loop {
         let count = taking.take(files, args.packets)?;
         files.rotate_if_old()?;
@@ -205,11 +208,14 @@ fn record(
         if signals.wait_until(Instant::now())? {
             return Ok(());
         }
-        let mut fds = [
-            PollFd::new(taking.before_sleep()?, PollFlags::POLLIN),
-            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-        ];
-        let timeout = PollTimeout::try_from(LOOK_INTERVAL.as_millis()).unwrap_or(PollTimeout::MAX);
+        let now = Instant::now();
+        if count > 0 {
+            taken_at = now;
+        }
+        let (fd, wakes) = taking.before_sleep(now - taken_at)?;
+        let interval = if wakes { LOOK_INTERVAL } else { BUSY_INTERVAL };
+        let mut fds = [PollFd::new(fd, PollFlags::POLLIN), PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(interval.as_millis()).unwrap_or(PollTimeout::MAX);
         match poll(&mut fds, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(error) => return Err(error).context("wait for packets"),
@@ -282,13 +288,13 @@ impl Taking {
         written.map(|()| count)
     }
 
-    /// What becomes readable when there is something more.
-    fn before_sleep(&mut self) -> Result<BorrowedFd<'_>> {
+    /// What becomes readable when there is something more, and whether it wakes somebody then: `idle` after the last packet.
+    fn before_sleep(&mut self, idle: Duration) -> Result<(BorrowedFd<'_>, bool)> {
         match self {
-            Taking::Port(port, _) => port.rx_fd().context("the port has no capture side"),
+            Taking::Port(port, _) => Ok((port.rx_fd().context("the port has no capture side")?, true)),
             Taking::Ring(reader, _) => {
-                reader.about_to_sleep();
-                Ok(Reader::as_fd(reader))
+                let wakes = reader.about_to_sleep(idle.as_nanos() as u64).is_none();
+                Ok((Reader::as_fd(reader), wakes))
             }
         }
     }

@@ -100,6 +100,8 @@ pub struct Worker {
     /// `None`: packets come from a feed.
     source: Option<Source>,
     captured: Vec<(Frame, usize)>,
+    /// When packets came last.
+    captured_at: u64,
     headers: Vec<ResponseHeader>,
     renewals: Vec<Option<u32>>,
     network: Watch,
@@ -261,6 +263,7 @@ impl Worker {
             shared,
             source,
             captured: Vec::with_capacity(Source::MOST),
+            captured_at: 0,
             headers: Vec::with_capacity(4096),
             network,
             published_at: 0,
@@ -373,6 +376,7 @@ impl Worker {
         let Some(source) = &mut self.source else { return 0 };
         let count = source.receive(&mut self.surroundings.port, &mut self.captured);
         if count > 0 {
+            self.captured_at = now;
             self.engine.on_captured(now, &mut self.captured, &mut self.surroundings);
         }
         count
@@ -460,8 +464,9 @@ impl Worker {
         for channel in &self.surroundings.channels {
             until = until.min(channel.deadline());
         }
-        if let Some(source) = &mut self.source {
-            source.about_to_sleep();
+        let idle = now.saturating_sub(self.captured_at);
+        if let Some(ahead) = self.source.as_mut().and_then(|source| source.about_to_sleep(idle)) {
+            until = until.min(now + ahead);
         }
         let woken = {
             let wake = PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN);

@@ -238,7 +238,7 @@ impl Source {
         }
     }
 
-    /// Becomes readable when there is something, if [`Source::about_to_sleep`] was called before.
+    /// Becomes readable when there is something, but see [`Source::about_to_sleep`].
     pub fn fd<'a>(&'a self, port: &'a Port) -> Option<BorrowedFd<'a>> {
         match self {
             Source::Port(_) => port.rx_fd(),
@@ -246,10 +246,12 @@ impl Source {
         }
     }
 
-    /// To be called before waiting for [`Source::fd`].
-    pub fn about_to_sleep(&mut self) {
-        if let Source::Ring(reader) = self {
-            reader.about_to_sleep();
+    /// To be called before waiting for [`Source::fd`], `idle_ns` after the last packet. `Some`: nobody will be woken; to look again after so
+    /// many ns.
+    pub fn about_to_sleep(&mut self, idle_ns: u64) -> Option<u64> {
+        match self {
+            Source::Port(_) => None,
+            Source::Ring(reader) => reader.about_to_sleep(idle_ns),
         }
     }
 }
