@@ -58,6 +58,7 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use xsk_rs::config::{
@@ -92,6 +93,9 @@ const RESERVE: u32 = 16;
 
 /// Frames that the device may refuse in one [`Port::flush`] before it gives up: each costs a system call.
 const DROPS_PER_FLUSH: u32 = BATCH as u32;
+
+/// How long queues that are all in use may take to become free.
+const BUSY_PATIENCE: Duration = Duration::from_secs(1);
 
 /// From include/uapi/linux/if_xdp.h, Linux 6.17; libc and libxdp do not have it yet.
 const XDP_MAX_TX_SKB_BUDGET: i32 = 9;
@@ -834,8 +838,21 @@ fn create_umem(frames: u32, frame_size: u32, fill: u32, completion: u32) -> Resu
     Ok((umem, areas, is_huge))
 }
 
-/// Binds a socket to the first free queue of `endpoint`, in the namespace of the calling thread.
-fn bind(
+/// Binds a socket to the first free queue of `endpoint`, in the namespace of the calling thread. The kernel takes the sockets of a process that
+/// was killed apart in its own time, so that queues are given some to become free.
+fn bind(umem: &Umem, endpoint: &Endpoint, rings: (u32, u32), flags: BindFlags) -> Result<Bound, PortError> {
+    let begun = Instant::now();
+    loop {
+        match bind_now(umem, endpoint, rings, flags) {
+            Err(PortError::Busy { .. }) if begun.elapsed() < BUSY_PATIENCE => {
+                std::thread::sleep(BUSY_PATIENCE / 20);
+            }
+            result => return result,
+        }
+    }
+}
+
+fn bind_now(
     umem: &Umem,
     endpoint: &Endpoint,
     (rx_ring, tx_ring): (u32, u32),
