@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
+use aya::programs::{SchedClassifier, TcAttachType};
 use replayer_tests::clients::{Load, Watch, output_of};
 use replayer_tests::lab::{Host, Lab, NIC, Plan};
 use replayer_tests::pairs::{ARRIVAL, StreamPair};
@@ -103,7 +104,9 @@ fn interfaces(host: &Host) -> Result<String> {
     let devices = output_of(host.command("ls").arg("/sys/class/net"))?;
     let queueing = output_of(host.command("tc").args(["qdisc", "show"]))?;
     let programs = output_of(host.command("bpftool").args(["net", "show"]))?;
-    Ok(format!("{devices}{queueing}{programs}"))
+    // Which older ones of bpftool do not show.
+    let (_, tcx) = host.namespace().enter(|| SchedClassifier::query_tcx(NIC, TcAttachType::Ingress))??;
+    Ok(format!("{devices}{queueing}{programs}{} at the ingress of {NIC}", tcx.len()))
 }
 
 #[test]
