@@ -45,7 +45,7 @@ pub fn run(options: Options) -> Result<Vec<Figure>> {
     let rounds = if options.quick { 1 } else { 3 };
     let mut figures = saturated(seconds, rounds)?;
     figures.extend(steady(seconds, rounds)?);
-    figures.extend(delays(seconds)?);
+    figures.extend(delays(2 * seconds)?);
     figures.extend(capture_alone(seconds, rounds)?);
     Ok(figures)
 }
