@@ -377,27 +377,28 @@ fn b062_a_service_that_is_not_there_is_answered_with_those_that_are() {
 #[test]
 fn b058_the_times_of_the_packets_are_those_of_the_file_scaled_and_capped() {
     let Some(path) = shared("zeek/pipelined-requests.pcap") else { return };
-    // From the first packet of the client to its last.
-    let span = |path: &Path| {
-        let times: Vec<u64> = segments(path)
-            .iter()
-            .filter(|segment| segment.destination.port() == 80)
-            .map(|segment| segment.time_ns)
-            .collect();
-        (times[times.len() - 1] - times[0]) as f64 / 1e9
+    // From the first packet of the client to its last, and to its last request.
+    let spans = |path: &Path| {
+        let mut segments = segments(path);
+        segments.retain(|segment| segment.destination.port() == 80);
+        let since_first = |segment: &Segment| (segment.time_ns - segments[0].time_ns) as f64 / 1e9;
+        let last_request = segments.iter().rfind(|segment| !segment.payload.is_empty()).unwrap();
+        (since_first(segments.last().unwrap()), since_first(last_request))
     };
-    let captured = span(&path);
+    let (captured, _) = spans(&path);
     let service = format!("80-{TARGET}");
     let run = |arguments: &[&str]| {
         let out = scratch(&format!("times{}.pcap", arguments.join("")));
         let fixed = ["-f", path.to_str().unwrap(), "-x", &service, "-w", out.to_str().unwrap()];
         dry_run("times", &[&fixed, arguments].concat());
-        span(&out)
+        spans(&out)
     };
-    assert!((run(&[]) / captured - 1.0).abs() < 0.001);
-    assert!((run(&["--speed", "10"]) / captured - 0.1).abs() < 0.0001);
-    assert!(run(&["--max-gap", "100"]) < captured / 2.0);
-    assert!(run(&["--speed", "max"]) < 0.01);
+    assert!((run(&[]).0 / captured - 1.0).abs() < 0.001);
+    assert!((run(&["--speed", "10"]).0 / captured - 0.1).abs() < 0.0001);
+    assert!(run(&["--max-gap", "100"]).0 < captured / 2.0);
+    // The end follows the last response when the target, whose responses are of another size, has said nothing for 50 ms.
+    let (to_end, to_last_request) = run(&["--speed", "max"]);
+    assert!(to_last_request < 0.01 && to_end < 0.1, "{to_last_request} {to_end}");
 }
 
 /// A file of `connections` connections of `requests` requests, each answered, written by this test.
