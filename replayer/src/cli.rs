@@ -1,6 +1,7 @@
 //! The command line: what was typed, parsed into types. What it means is decided in the roles' own files.
 
 use crate::capture::CaptureArg;
+use crate::net::VlanTag;
 use crate::placement::{CpuList, Workers};
 use crate::replay::ReplayArgs;
 use anyhow::{Context, Result, anyhow, bail};
@@ -212,6 +213,28 @@ impl FromStr for CopiesArg {
     }
 }
 
+/// `--vlan`: tags, the outer one first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VlanArg(pub Vec<VlanTag>);
+
+impl FromStr for VlanArg {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<VlanArg> {
+        let id = |text: &str| match text.parse() {
+            // 802.1Q-2022 table 9-2: 4095 is reserved.
+            Ok(id @ 0..=4094) => Ok(id),
+            _ => Err(anyhow!(
+                "'{text}' is not a VLAN's number; write one of 0 to 4094, or two for QinQ, for example 7 or 100.7"
+            )),
+        };
+        let tag = |protocol, text| Ok::<_, anyhow::Error>(VlanTag { protocol, id: id(text)? });
+        let (outer, inner) = text.split_once('.').map_or((None, text), |(outer, inner)| (Some(outer), inner));
+        let outer = outer.map(|text| tag(0x88a8, text)).transpose()?;
+        Ok(VlanArg(outer.into_iter().chain([tag(0x8100, inner)?]).collect()))
+    }
+}
+
 /// `-r`: a share, in percent.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PercentArg(pub f64);
@@ -314,6 +337,18 @@ mod tests {
         assert_eq!(address("192.0.2.1:7").unwrap(), "192.0.2.1:7");
         assert_eq!(address("2001:db8::1").unwrap(), "[2001:db8::1]:36524");
         assert_eq!(address("[2001:db8::1]:7").unwrap(), "[2001:db8::1]:7");
+    }
+
+    #[test]
+    fn b011_vlan_tags() {
+        let tags = |text| VlanArg::from_str(text).map(|arg| arg.0);
+        let tag = |protocol, id| VlanTag { protocol, id };
+        assert_eq!(tags("7").unwrap(), [tag(0x8100, 7)]);
+        assert_eq!(tags("100.7").unwrap(), [tag(0x88a8, 100), tag(0x8100, 7)]);
+        for wrong in ["", "x", "4095", "-1", "1.", "1.2.3"] {
+            let error = tags(wrong).unwrap_err().to_string();
+            assert!(error.contains("for example 7"), "{wrong}: {error}");
+        }
     }
 
     #[test]

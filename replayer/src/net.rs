@@ -54,6 +54,25 @@ pub struct Link {
     pub vlan: [Option<VlanTag>; MAX_VLAN_TAGS],
 }
 
+impl Link {
+    /// The same with further tags in front of those that are there. As below the kernel's VLAN devices, one tag finds room beside a packet
+    /// of the device's MTU, and another one takes its own from the packet (net/8021q, `netif_reduces_vlan_mtu()`).
+    ///
+    /// # Errors
+    /// [`NetError::NoRoomForTags`].
+    pub fn tagged(self, tags: &[VlanTag]) -> Result<Link, NetError> {
+        let there: Vec<VlanTag> = self.vlan.into_iter().flatten().collect();
+        let count = tags.len() + there.len();
+        if count > MAX_VLAN_TAGS {
+            return Err(NetError::NoRoomForTags { given: tags.len(), there: there.len() });
+        }
+        let mut all = tags.iter().chain(&there).copied();
+        let vlan = [all.next(), all.next()];
+        let beside = count.saturating_sub(1) - there.len().saturating_sub(1);
+        Ok(Link { vlan, mtu: self.mtu.saturating_sub(4 * beside as u32), ..self })
+    }
+}
+
 /// Questions to the kernel about the network namespace in which it was opened. Each method blocks for one or
 /// more exchanges with the kernel.
 #[derive(Debug)]
@@ -111,6 +130,16 @@ pub enum NetError {
     TooManyTags {
         /// Its name.
         name: String,
+    },
+    /// The same with those that were asked for.
+    #[error(
+        "--vlan asks for {given} VLAN tags, and VLAN interfaces on the way add {there}; a packet has at most {MAX_VLAN_TAGS}"
+    )]
+    NoRoomForTags {
+        /// Tags asked for.
+        given: usize,
+        /// Tags of the way.
+        there: usize,
     },
     /// The VLAN device's lower device is not to be seen.
     #[error(
@@ -342,5 +371,21 @@ mod tests {
         assert!(matches!(follow(&devices), Err(NetError::NoCarrier { name }) if name == "d1"));
         devices[2].vlan = Some((None, inner));
         assert!(matches!(follow(&devices), Err(NetError::HiddenLower { name }) if name == "d3"));
+    }
+
+    #[test]
+    fn b011_tags_that_were_asked_for_stand_in_front() {
+        let tag = |protocol, id| VlanTag { protocol, id };
+        let (outer, inner) = (tag(0x88a8, 7), tag(0x8100, 100));
+        let link = |vlan, mtu| Link { ifindex: 1, src_mac: [2; 6], dst_mac: [4; 6], mtu, vlan };
+        let (plain, of_device) = (link([None; 2], 1500), link([Some(inner), None], 1500));
+        assert_eq!(plain.tagged(&[]).unwrap(), plain);
+        assert_eq!(plain.tagged(&[inner]).unwrap(), of_device);
+        let both = link([Some(outer), Some(inner)], 1496);
+        assert_eq!(plain.tagged(&[outer, inner]).unwrap(), both);
+        assert_eq!(of_device.tagged(&[outer]).unwrap(), both);
+        assert_eq!(both.tagged(&[]).unwrap(), both);
+        let error = of_device.tagged(&[outer, inner]).unwrap_err().to_string();
+        assert!(error.contains("2 VLAN tags") && error.contains("add 1"), "{error}");
     }
 }

@@ -115,7 +115,7 @@ impl Online {
         }
         let services = args.replay.services();
         let mut network = Network::open()?;
-        let output = output_device(&mut network, args.replay.output_interface.as_deref(), &services)?;
+        let output = output_device(&mut network, &args.replay, &services)?;
         let device = capture_device(&mut network, args, &services)?;
         let wildcard = services.iter().any(|service| service.service.online.ip == ANY);
         let facts = Facts::find(&mut network, &device, wildcard)?;
@@ -141,6 +141,7 @@ impl Online {
         let monitor = Monitor::start(
             services.iter().map(|service| to_std(&service.service.target.ip)).collect(),
             args.replay.output_interface.clone(),
+            args.replay.tags().to_vec(),
         )?;
 
         let online: BTreeSet<_> =
@@ -498,13 +499,15 @@ fn check_span_workers(args: &OnlineArgs, device: &Device, workers: u32) -> Resul
 /// The device that sends. A target whose next hop does not answer may come up later; one without a route is a mistake.
 pub(crate) fn output_device(
     network: &mut Network,
-    output: Option<&str>,
+    replay: &ReplayArgs,
     services: &[ServiceArg],
 ) -> Result<Device> {
+    let output = replay.output_interface.as_deref();
     let mut chosen: Option<Device> = None;
     for service in services {
         let target = to_std(&service.service.target.ip);
-        let device = match network.resolve(target, output, NEXT_HOP_PATIENCE) {
+        let link = network.resolve(target, output, NEXT_HOP_PATIENCE);
+        let device = match link.and_then(|link| link.tagged(replay.tags())) {
             Ok(link) => network.device_by_index(link.ifindex)?,
             Err(error @ NetError::Unresolved { .. }) => {
                 eprintln!(

@@ -1,7 +1,8 @@
 //! What the online and the offline role have in common: the flags that say what is replayed to where, the checks of what clap cannot see,
 //! and the engine's configuration that comes of them.
 
-use crate::cli::{CopiesArg, PercentArg, PoolArg, ServiceArg, StatsFormat};
+use crate::cli::{CopiesArg, PercentArg, PoolArg, ServiceArg, StatsFormat, VlanArg};
+use crate::net::VlanTag;
 use anyhow::{Result, bail};
 use clap::Args;
 use replayer_common::addr::{is_v4, to_std};
@@ -26,6 +27,11 @@ pub struct ReplayArgs {
     /// Send on this interface [default: by the route to the target].
     #[arg(short = 'o', long = "output-interface", value_name = "IFACE")]
     pub output_interface: Option<String>,
+
+    /// Send with this VLAN tag, or two of them, the outer one (802.1ad) first; without it with those of the VLAN interfaces on the route. The
+    /// target, or the router on the way to it, has to be known to the output interface as it is (`ip neigh`).
+    #[arg(long, value_name = "ID|OUTER.ID")]
+    pub vlan: Option<VlanArg>,
 
     /// Use these source addresses, with ports 1024 to 65535, instead of the clients' own.
     #[arg(
@@ -91,6 +97,11 @@ pub struct ReplayArgs {
 }
 
 impl ReplayArgs {
+    /// The tags of `--vlan`.
+    pub fn tags(&self) -> &[VlanTag] {
+        self.vlan.as_ref().map_or(&[], |vlan| &vlan.0)
+    }
+
     /// The services of `-x`, in the order of their numbers: those of TCP, then those of UDP.
     pub fn services(&self) -> Vec<ServiceArg> {
         let mut services = self.services.clone();

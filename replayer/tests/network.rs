@@ -159,7 +159,7 @@ fn wait_for(watch: &mut Watch, what: &str, condition: impl Fn(&Snapshot) -> bool
 #[test]
 fn the_monitor_publishes_changes() {
     in_lab(|peer| {
-        let monitor = Monitor::start(vec![address("10.1.0.2")], None).expect("a monitor");
+        let monitor = Monitor::start(vec![address("10.1.0.2")], None, Vec::new()).expect("a monitor");
         let mut watch = monitor.watch();
         let mtu = |snapshot: &Snapshot| snapshot.links[0].as_ref().map(|link| link.mtu).ok();
         let first = wait_for(&mut watch, "the neighbour", |snapshot| mtu(snapshot) == Some(1500));

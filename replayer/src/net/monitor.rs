@@ -19,7 +19,7 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 
-use super::{Link, NetError, Network};
+use super::{Link, NetError, Network, VlanTag};
 
 /// Multicast groups (include/uapi/linux/rtnetlink.h, `enum rtnetlink_groups`): links, neighbours, addresses,
 /// routes and rules of both families. A group's bit is its number minus one.
@@ -69,16 +69,21 @@ struct Published {
 }
 
 impl Monitor {
-    /// Starts the thread in the calling thread's network namespace. The first snapshot is there when this
+    /// Starts the thread in the calling thread's network namespace. Packets leave through `output`, if it is given, with `tags` in front of
+    /// those of VLAN devices. The first snapshot is there when this
     /// returns; targets whose next hop has to be asked for follow.
     ///
     /// # Errors
     /// When netlink sockets or threads cannot be had. A target that cannot be reached is none: its place in
     /// the snapshot says so.
-    pub fn start(targets: Vec<IpAddr>, output: Option<String>) -> Result<Monitor, NetError> {
+    pub fn start(
+        targets: Vec<IpAddr>,
+        output: Option<String>,
+        tags: Vec<VlanTag>,
+    ) -> Result<Monitor, NetError> {
         let announcements = listen().map_err(io::Error::from)?;
         let (stopped, stop) = io::pipe()?;
-        let mut questions = Questions { network: Network::open()?, targets, output };
+        let mut questions = Questions { network: Network::open()?, targets, output, tags };
         let published = Arc::new(Published::default());
         published.update(questions.ask()?);
         let listener = Listener { announcements, stopped, published: published.clone() };
@@ -145,6 +150,7 @@ struct Questions {
     network: Network,
     targets: Vec<IpAddr>,
     output: Option<String>,
+    tags: Vec<VlanTag>,
 }
 
 impl Questions {
@@ -152,7 +158,7 @@ impl Questions {
         let devices = self.network.devices()?;
         let links = self.targets.iter().map(|&target| {
             let link = self.network.resolve_among(&devices, target, self.output.as_deref(), Duration::ZERO);
-            link.map_err(|error| error.to_string())
+            link.and_then(|link| link.tagged(&self.tags)).map_err(|error| error.to_string())
         });
         let links = links.collect();
         let addresses = devices.into_iter().flat_map(|device| device.addresses).collect();

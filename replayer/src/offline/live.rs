@@ -34,12 +34,13 @@ pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     privileges::check()?;
     let signals = Signals::install()?;
     let mut network = Network::open()?;
-    let output = output_device(&mut network, args.replay.output_interface.as_deref(), services)?;
+    let output = output_device(&mut network, &args.replay, services)?;
     let mut channels = connect(&args.assistants, args.replay.assistant_port, &args.replay.key, services, 1)?;
     let channels = channels.pop().context("-s names no assistant")?;
     let monitor = Monitor::start(
         services.iter().map(|service| to_std(&service.service.target.ip)).collect(),
         args.replay.output_interface.clone(),
+        args.replay.tags().to_vec(),
     )?;
     let port = Port::open(&PortConfig {
         frames: FRAMES,
