@@ -187,7 +187,10 @@ fn b053_both_workers_find_a_restarted_assistant_again() -> Result<()> {
         streams.target.record().is_ok_and(|record| record.requests() > 200)
     })?;
     replay.assistant.process.kill()?;
-    std::thread::sleep(Duration::from_secs(1));
+    let before = streams.online.record()?.requests();
+    wait_for("requests without the assistant", ARRIVAL, || {
+        streams.online.record().is_ok_and(|record| record.requests() > before + 400)
+    })?;
     replay.assistant = Role::assistant(&lab, lab.assistant(), &[])?;
     let summary = load.finish()?;
     assert_all_answered(&summary, summary.requests);
