@@ -337,8 +337,12 @@ impl Engine {
             let session = &mut self.sessions[s];
             if session.service == service && session.state != State::SynSent {
                 let target = &self.services[usize::from(service)].target;
-                let limit = payload_limit(mtu, target, session.timestamps);
-                session.mss = session.mss.min(limit).max(MIN_MSS);
+                let limit = payload_limit(mtu, target, session.timestamps).max(MIN_MSS);
+                if limit < session.mss {
+                    session.mss = limit;
+                    // Nothing of this size was lost yet: what timed out before says nothing of it.
+                    session.tries = 0;
+                }
             }
         }
     }

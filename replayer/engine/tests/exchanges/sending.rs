@@ -1,6 +1,7 @@
 //! TCP mechanics towards the target: windows, losses, sizes, clocks.
 
 use crate::lab::{Lab, MS, S, config, endpoint, link};
+use replayer_common::packet::flags;
 use replayer_engine::counters::Counter;
 
 /// A session with `window` bytes of the target's window.
@@ -419,6 +420,44 @@ fn b038_a_path_that_narrowed_without_a_word_is_found() {
         let sent = lab.sent();
         assert_eq!(lab.text(sent.last().unwrap()), "A 1+1460 ack 1");
     }
+}
+
+#[test]
+fn b038_sessions_that_wait_are_made_as_narrow_as_the_path_and_no_narrower() {
+    const SESSIONS: u16 = 4;
+    let mut lab = established(60_000, 1460);
+    let first = lab.client.port;
+    for port in first..first + SESSIONS {
+        lab.client.port = port;
+        if port != first {
+            lab.client("S 0 mss 1460");
+            lab.target("SA 0 ack 1 mss 1460 win 60000");
+        }
+        lab.client("A 1+1460 ack 1");
+        lab.pass(2 * MS);
+    }
+    // All of them lose their segment, each a little after the others.
+    let mut next = [1u32; SESSIONS as usize];
+    let mut shortest = [usize::MAX; SESSIONS as usize];
+    for _ in 0..20_000 {
+        for segment in lab.sent() {
+            let session = usize::from(segment.source.port - first);
+            let at = segment.seq.wrapping_sub(lab.isns.client);
+            let fits = segment.payload.len() <= 1360;
+            if fits && !segment.payload.is_empty() && at == next[session] {
+                next[session] += segment.payload.len() as u32;
+                if next[session] != 1461 {
+                    shortest[session] = shortest[session].min(segment.payload.len());
+                }
+            }
+            if fits && !segment.has(flags::SYN) {
+                lab.target_to(segment.source, &[&format!("A 1 ack {}", next[session])]);
+            }
+        }
+        lab.pass(MS);
+    }
+    assert_eq!(next, [1461; SESSIONS as usize]);
+    assert_eq!(shortest, [1240; SESSIONS as usize], "as 1280 bytes hold");
 }
 
 #[test]
