@@ -2,7 +2,7 @@
 //!
 //! Root only; each test has a lab of its own.
 
-use std::net::SocketAddrV4;
+use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -12,10 +12,10 @@ use replayer_tests::conversation::{Conversation, Manner};
 use replayer_tests::lab::{Lab, NIC, Plan};
 use replayer_tests::load::{Random, Summary};
 use replayer_tests::packet::{Frames, PacketSocket};
-use replayer_tests::pairs::StreamPair;
-use replayer_tests::replay::Replay;
+use replayer_tests::pairs::{ARRIVAL, StreamPair};
+use replayer_tests::replay::{Replay, service};
 use replayer_tests::stream::RequestHeader;
-use replayer_tests::wait::holds_within;
+use replayer_tests::wait::{holds_within, wait_for};
 
 const STREAM: u16 = 9000;
 
@@ -63,6 +63,52 @@ fn b038_no_packet_is_larger_than_the_path_to_the_target() -> Result<()> {
     let after = watch.packets()?;
     assert_eq!(after["above_1200"], changed["above_1200"], "{changed:?} {after:?}");
     replay.stop()?;
+    Ok(())
+}
+
+#[test]
+fn b038_a_path_that_narrows_without_a_word_is_found_by_a_session_and_used_by_all() -> Result<()> {
+    for v6 in [false, true] {
+        let lab = Lab::up(Plan::default())?;
+        let mut streams = StreamPair::start(&lab, STREAM)?;
+        let [client, online, target, assistant]: [IpAddr; 4] =
+            [lab.client(), lab.online(), lab.target(), lab.assistant()]
+                .map(|host| if v6 { host.v6().into() } else { host.v4().into() });
+        let server = SocketAddr::new(online, STREAM);
+        let uploads = |first: u64| {
+            format!(
+                "--connect {server} --connections 10 --per-connection 30 --requests 300 --first-id {first} --rate 100 \
+                 --body 1000-30000 --response 1-1000"
+            )
+        };
+        // As IPv4 counts: with the header, which a length of IPv6 leaves out.
+        let longer = |bytes: u16| match v6 {
+            true => format!("ip6 saddr {client} ip6 length > {}", bytes - 40),
+            false => format!("ip saddr {client} ip length > {bytes}"),
+        };
+        let watch = Watch::arriving(lab.target(), &[("too_large", &longer(1350)), ("large", &longer(1200))])?;
+        let replay = Replay::start_services(&lab, &[service(STREAM, target, STREAM)], assistant, &[])?;
+        let mut first = Load::start(&lab, lab.client(), "first", &uploads(1))?;
+        wait_for("half of the requests at the target", ARRIVAL, || {
+            streams.target.record().is_ok_and(|record| record.requests() > 100)
+        })?;
+        // A router of the path loses what is too large for it, and nobody hears of that.
+        lab.target().namespace().nft(&format!(
+            "table netdev path {{ chain router {{ type filter hook ingress device {NIC} priority 1;\n{} drop\n}}\n}}\n",
+            longer(1350)
+        ))?;
+        assert_all_answered(&first.finish()?, 300);
+        streams.ensure_equal_within(300, Duration::from_secs(20))?;
+        let found = watch.packets()?;
+        // New sessions know what the others found out.
+        assert_all_answered(&Load::run(&lab, "second", &uploads(1001))?, 300);
+        streams.ensure_equal(600)?;
+        let after = watch.packets()?;
+        assert_eq!(after["too_large"], found["too_large"], "IPv6 {v6}: {found:?} {after:?}");
+        assert!(after["large"] > found["large"] + 1000, "IPv6 {v6}: {found:?} {after:?}");
+        let (report, _) = replay.stop()?;
+        assert_eq!(report.counter("sessions_opened"), 20, "IPv6 {v6}: {:?}", report.counters);
+    }
     Ok(())
 }
 
