@@ -19,7 +19,7 @@
 //! - `path`: the path's MTU where nobody tells it
 //! - `protocol`: what a stream's first bytes say of it
 //! - `store`: client data that is held
-//! - `timer`, `table`, `slab`: mechanism
+//! - `timer`, [`table`], [`slab`]: mechanism
 //! - `wire`: writing segments
 //! - `check`: the invariants, in debug builds
 #![no_std]
@@ -45,9 +45,9 @@ mod receiver;
 mod sack;
 mod sender;
 mod session;
-mod slab;
+pub mod slab;
 mod store;
-mod table;
+pub mod table;
 mod timer;
 mod udp;
 mod usual;

@@ -4,18 +4,19 @@
 use alloc::vec::Vec;
 
 /// Not an index: the end of a list, or nothing.
-pub(crate) const NONE: u32 = u32::MAX;
+pub const NONE: u32 = u32::MAX;
 
 /// Values of `T` by index; freed places are used again, last freed first (they are still in the cache).
 #[derive(Debug)]
-pub(crate) struct Slab<T> {
+pub struct Slab<T> {
     values: Vec<T>,
     free: Vec<u32>,
     capacity: usize,
 }
 
 impl<T> Slab<T> {
-    pub(crate) fn new(capacity: usize) -> Slab<T> {
+    /// Room for `capacity` values.
+    pub fn new(capacity: usize) -> Slab<T> {
         assert!(capacity < NONE as usize, "indices are 32 bits");
         Slab { values: Vec::with_capacity(capacity), free: Vec::with_capacity(capacity), capacity }
     }
@@ -26,17 +27,17 @@ impl<T> Slab<T> {
     }
 
     /// Whether all places are taken.
-    pub(crate) fn is_full(&self) -> bool {
+    pub fn is_full(&self) -> bool {
         self.len() == self.capacity
     }
 
     /// One past the highest index that was ever in use.
-    pub(crate) fn high_water(&self) -> u32 {
+    pub fn high_water(&self) -> u32 {
         self.values.len() as u32
     }
 
     /// A place for `value`, or `None` when all are taken.
-    pub(crate) fn insert(&mut self, value: T) -> Option<u32> {
+    pub fn insert(&mut self, value: T) -> Option<u32> {
         if let Some(index) = self.free.pop() {
             self.values[index as usize] = value;
             return Some(index);
@@ -49,7 +50,7 @@ impl<T> Slab<T> {
     }
 
     /// Gives the place back. The caller holds no other copy of `index`.
-    pub(crate) fn remove(&mut self, index: u32) {
+    pub fn remove(&mut self, index: u32) {
         self.free.push(index);
     }
 }

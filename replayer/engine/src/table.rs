@@ -5,7 +5,7 @@ use alloc::{vec, vec::Vec};
 
 /// Each slot: the hash in the high half, the index plus one in the low half; zero is empty.
 #[derive(Debug)]
-pub(crate) struct Table {
+pub struct Table {
     slots: Vec<u64>,
     mask: usize,
     len: usize,
@@ -13,7 +13,7 @@ pub(crate) struct Table {
 
 impl Table {
     /// Room for `capacity` entries at a load of at most one half. Pages are touched as they are used.
-    pub(crate) fn new(capacity: usize) -> Table {
+    pub fn new(capacity: usize) -> Table {
         let slots = (capacity.max(8) * 2).next_power_of_two();
         Table { slots: vec![0; slots], mask: slots - 1, len: 0 }
     }
@@ -25,13 +25,13 @@ impl Table {
 
     /// Asks for the slot where a search for `hash` begins, so that it is in the cache when the search comes.
     #[inline]
-    pub(crate) fn read_ahead(&self, hash: u32) {
+    pub fn read_ahead(&self, hash: u32) {
         replayer_prefetch::line(&self.slots[hash as usize & self.mask]);
     }
 
     /// The index of the first entry with `hash`, whose key nobody has compared: good enough to read ahead.
     #[inline]
-    pub(crate) fn guess(&self, hash: u32) -> Option<u32> {
+    pub fn guess(&self, hash: u32) -> Option<u32> {
         let mut at = hash as usize & self.mask;
         loop {
             let slot = self.slots[at];
@@ -47,7 +47,7 @@ impl Table {
 
     /// The index of the entry with `hash` for which `is_key` holds.
     #[inline]
-    pub(crate) fn find(&self, hash: u32, mut is_key: impl FnMut(u32) -> bool) -> Option<u32> {
+    pub fn find(&self, hash: u32, mut is_key: impl FnMut(u32) -> bool) -> Option<u32> {
         let mut at = hash as usize & self.mask;
         loop {
             let slot = self.slots[at];
@@ -63,7 +63,7 @@ impl Table {
     }
 
     /// Adds an entry; the caller knows that the key is not there. The capacity given to `new` is not exceeded by its caller.
-    pub(crate) fn insert(&mut self, hash: u32, index: u32) {
+    pub fn insert(&mut self, hash: u32, index: u32) {
         debug_assert!(self.len < self.slots.len() / 2 + 1);
         let mut at = hash as usize & self.mask;
         while self.slots[at] != 0 {
@@ -74,7 +74,7 @@ impl Table {
     }
 
     /// Removes the entry of `index`, if it is there.
-    pub(crate) fn remove(&mut self, hash: u32, index: u32) {
+    pub fn remove(&mut self, hash: u32, index: u32) {
         let wanted = (u64::from(hash) << 32) | u64::from(index + 1);
         let mut hole = hash as usize & self.mask;
         while self.slots[hole] != wanted {

@@ -3,8 +3,9 @@
 use replayer::cli::ServiceArg;
 use replayer::inspect::inspect;
 use replayer::offline::dry_run::{self, FRAME_ROOM, LINK, Memory, START_NS};
-use replayer::offline::feed::{Feed, FeedConfig, FeedPace};
+use replayer::offline::feed::{Feed, FeedPace};
 use replayer::offline::pace::Speed;
+use replayer::offline::reading::FeedConfig;
 use replayer::pcap::input::Input;
 use replayer::pcap::{Files, Order, Reader};
 use replayer_common::addr::{ANY, Endpoint, from_v4};
@@ -85,7 +86,7 @@ fn replay(files: Files, choice: u8) {
         hold_limit_ns: 2_000_000_000,
     };
     let Ok(mut feed) = Feed::over(files, feed, pace) else { return };
-    let mut out = Memory::new(&services, 2, None, 0, 1);
+    let mut out = Memory::new(&services, 2, 64, None, 0, 1);
     let stop = AtomicBool::new(false);
     let ended = dry_run::run(&mut engine, &mut feed, &mut out, PATIENCE_NS, &stop, |_| {});
     assert!(ended.is_ok(), "{ended:?}");

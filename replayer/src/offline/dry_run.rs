@@ -4,13 +4,11 @@
 //! The clock jumps from one thing to do to the next, so an hour of traffic takes seconds, and what would be sent is the same in every run.
 
 use super::feed::{Feed, Next};
+use super::target::Target;
 use crate::cli::ServiceArg;
 use crate::pcap::writer::Writer;
-use hashbrown::HashTable;
 use replayer_common::addr::Endpoint;
-use replayer_common::hash::pair_hash;
-use replayer_common::packet::{Protocol, TcpSegment, UdpDatagram, flags, parse_tcp, parse_udp};
-use replayer_common::response::{ResponseHeader, present};
+use replayer_common::packet::{parse_tcp, parse_udp};
 use replayer_engine::counters::Counter;
 use replayer_engine::{BATCH, Engine, Link, Output};
 use std::fs::File;
@@ -34,12 +32,6 @@ const STEP_NS: u64 = 65_536;
 const LONGEST_STEP_NS: u64 = 3_600_000_000_000;
 /// How long the reader is waited for at once.
 const READER_PATIENCE: Duration = Duration::from_millis(100);
-/// What the target answers: so many bytes, and then one more that ends the response. Longer than most responses, and within the window of a
-/// client without window scaling, so that the next request need not wait.
-const RESPONSE: u32 = 60_000;
-const TARGET_ISN: u32 = 1_000_000;
-const WINDOW_SCALE: u8 = 7;
-const MSS: u16 = 1460;
 
 /// Runs the engine until everything was given to it and its sessions have ended, or are silent for longer than `patience_ns`. The clock's
 /// last value.
@@ -62,14 +54,8 @@ pub fn run(
         out.now = now;
         let given = feed.give(now, engine, &mut batch, out);
         now += given as u64 * PACKET_NS;
-        while !out.target.answers.is_empty() {
-            std::mem::swap(&mut out.target.answers, &mut out.target.in_hand);
-            let answers = std::mem::take(&mut out.target.in_hand);
-            for answers in answers.chunks(BATCH) {
-                engine.on_responses(now, answers, out);
-            }
-            out.target.in_hand = answers;
-            out.target.in_hand.clear();
+        while out.target.has_received() {
+            respond(engine, out, now);
         }
         engine.on_timers(now, out);
         if let Some(error) = out.error.take() {
@@ -82,7 +68,7 @@ pub fn run(
         if stop.load(Ordering::Relaxed) {
             return finish(engine, out, now);
         }
-        if given > 0 || !out.target.answers.is_empty() {
+        if given > 0 || out.target.has_received() {
             continue;
         }
         let timer = engine.next_deadline_ns(now).map(|ahead| now + ahead.max(STEP_NS));
@@ -112,6 +98,15 @@ pub fn run(
     }
 }
 
+/// Gives the engine what the target answers to what it has received.
+fn respond(engine: &mut Engine, out: &mut Memory, now: u64) {
+    let answers = out.target.answers();
+    for answers in answers.chunks(BATCH) {
+        engine.on_responses(now, answers, out);
+    }
+    out.target.take_back(answers);
+}
+
 /// Goes on when anything does.
 fn progress(engine: &Engine) -> u64 {
     let counters = engine.counters();
@@ -128,8 +123,7 @@ fn finish(engine: &mut Engine, out: &mut Memory, mut now: u64) -> io::Result<u64
     while !engine.stopped() {
         now += STEP_NS;
         out.now = now;
-        let answers = std::mem::take(&mut out.target.answers);
-        engine.on_responses(now, &answers, out);
+        respond(engine, out, now);
         engine.on_timers(now, out);
     }
     out.flush()?;
@@ -156,10 +150,11 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// `epoch_ns` is the time since the epoch at which the run begins, for the file.
+    /// For an engine of so many `sessions`; `epoch_ns` is the time since the epoch at which the run begins, for the file.
     pub fn new(
         services: &[ServiceArg],
         copies: usize,
+        sessions: usize,
         writer: Option<Writer<BufWriter<File>>>,
         epoch_ns: u64,
         seed: u64,
@@ -167,13 +162,7 @@ impl Memory {
         let frames = 4 * BATCH + 4 * copies;
         Memory {
             free: (0..frames).map(|_| vec![0; FRAME_ROOM].into_boxed_slice()).collect(),
-            target: Target {
-                services: services.iter().map(|s| (s.protocol, s.service.target)).collect(),
-                sessions: HashTable::new(),
-                answers: Vec::new(),
-                in_hand: Vec::new(),
-                seed,
-            },
+            target: Target::new(services, sessions, seed),
             writer,
             error: None,
             now: START_NS,
@@ -217,9 +206,9 @@ impl Output for Memory {
             self.error = Some(error);
         }
         if let Ok(segment) = parse_tcp(&bytes) {
-            self.target.receive(&segment);
+            self.target.segment(&segment);
         } else if let Ok(datagram) = parse_udp(&bytes) {
-            self.target.answer(&datagram);
+            self.target.datagram(&datagram);
         }
         self.free.push(frame);
         true
@@ -227,113 +216,4 @@ impl Output for Memory {
 
     fn register(&mut self, _: u16, _: Endpoint) {}
     fn unregister(&mut self, _: u16, _: Endpoint) {}
-}
-
-/// A target that acknowledges everything at once and answers whatever ends with PSH.
-#[derive(Debug)]
-struct Target {
-    /// By the services' numbers.
-    services: Vec<(Protocol, Endpoint)>,
-    sessions: HashTable<TargetSession>,
-    answers: Vec<ResponseHeader>,
-    in_hand: Vec<ResponseHeader>,
-    seed: u64,
-}
-
-#[derive(Debug)]
-struct TargetSession {
-    client: Endpoint,
-    server: Endpoint,
-    receive_next: u32,
-    send_next: u32,
-}
-
-impl Target {
-    /// The number of a service.
-    fn number(&self, protocol: Protocol, target: &Endpoint) -> Option<usize> {
-        self.services.iter().position(|(of, service)| *of == protocol && service == target)
-    }
-
-    /// Answers a datagram with one of one byte.
-    fn answer(&mut self, datagram: &UdpDatagram) {
-        let target = Endpoint { ip: datagram.dst, port: datagram.dst_port };
-        let Some(service) = self.number(Protocol::Udp, &target) else { return };
-        self.answers.push(ResponseHeader {
-            service: service as u16,
-            port: datagram.src_port,
-            addr: datagram.src,
-            payload_len: 1,
-            ..ResponseHeader::default()
-        });
-    }
-
-    fn receive(&mut self, segment: &TcpSegment) {
-        let client = Endpoint { ip: segment.src, port: segment.src_port };
-        let server = Endpoint { ip: segment.dst, port: segment.dst_port };
-        let Some(service) = self.number(Protocol::Tcp, &server) else { return };
-        let hash = u64::from(pair_hash(self.seed, &client.ip, client.port, &server.ip, server.port));
-        let same = |session: &TargetSession| session.client == client && session.server == server;
-        let rehash = {
-            let seed = self.seed;
-            move |s: &TargetSession| {
-                u64::from(pair_hash(seed, &s.client.ip, s.client.port, &s.server.ip, s.server.port))
-            }
-        };
-        let answer = |session: &TargetSession, control: u8, payload_len: u32| ResponseHeader {
-            service: service as u16,
-            flags: control,
-            port: client.port,
-            addr: client.ip,
-            window: u16::MAX,
-            seq: session.send_next,
-            ack: session.receive_next,
-            payload_len,
-            ..ResponseHeader::default()
-        };
-        // The upper bits of the hash matter to the table: spread it.
-        let hash = hash.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let rehash = move |s: &TargetSession| rehash(s).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        if segment.flags & flags::SYN != 0 {
-            let mut session = TargetSession {
-                client,
-                server,
-                receive_next: segment.seq.wrapping_add(1),
-                send_next: TARGET_ISN,
-            };
-            let mut syn_ack = answer(&session, flags::SYN | flags::ACK, 0);
-            syn_ack.present = present::MSS | present::WINDOW_SCALE | present::SACK_PERMITTED;
-            (syn_ack.mss, syn_ack.window_scale) = (MSS, WINDOW_SCALE);
-            self.answers.push(syn_ack);
-            session.send_next = session.send_next.wrapping_add(1);
-            if let Ok(old) = self.sessions.find_entry(hash, same) {
-                old.remove();
-            }
-            self.sessions.insert_unique(hash, session, rehash);
-            return;
-        }
-        let Ok(mut entry) = self.sessions.find_entry(hash, same) else { return };
-        if segment.flags & flags::RST != 0 {
-            entry.remove();
-            return;
-        }
-        let session = entry.get_mut();
-        let fin = segment.flags & flags::FIN != 0;
-        if segment.seq != session.receive_next || segment.payload_len == 0 && !fin {
-            return;
-        }
-        session.receive_next =
-            session.receive_next.wrapping_add(segment.payload_len).wrapping_add(u32::from(fin));
-        if segment.flags & flags::PSH != 0 && segment.payload_len > 0 {
-            self.answers.push(answer(session, flags::ACK, RESPONSE));
-            session.send_next = session.send_next.wrapping_add(RESPONSE);
-            self.answers.push(answer(session, flags::ACK | flags::PSH, 1));
-            session.send_next = session.send_next.wrapping_add(1);
-        } else if !fin {
-            self.answers.push(answer(session, flags::ACK, 0));
-        }
-        if fin {
-            self.answers.push(answer(session, flags::ACK | flags::FIN, 0));
-            entry.remove();
-        }
-    }
 }

@@ -6,7 +6,7 @@ use crate::cli::{ServiceArg, StatsFormat};
 use crate::clock;
 use crate::inspect::progress_line;
 use crate::net::{Monitor, Network};
-use crate::offline::feed::Shown;
+use crate::offline::shown::Shown;
 use crate::online::{connect, output_device};
 use crate::privileges;
 use crate::report::Figures;

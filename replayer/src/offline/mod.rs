@@ -2,8 +2,11 @@
 //!
 //! - [`args`]: its arguments
 //! - [`feed`]: from files to the engine, in the order and at the time that the arguments ask for
+//! - [`reading`]: the thread that reads ahead
+//! - [`shown`]: what both show of the files
 //! - [`pace`]: when a packet is due
 //! - [`dry_run`]: the engine without a network
+//! - `target`: what a dry run has for a target
 //! - `live`: the engine with one
 
 pub mod args;
@@ -11,6 +14,9 @@ pub mod dry_run;
 pub mod feed;
 mod live;
 pub mod pace;
+pub mod reading;
+pub mod shown;
+mod target;
 
 use crate::channel::random_instance;
 use crate::cli::ServiceArg;
@@ -26,11 +32,13 @@ use crate::worker::Snapshot;
 use anyhow::{Context, Result, bail};
 pub use args::OfflineArgs;
 use dry_run::Memory;
-use feed::{Feed, FeedConfig, FeedPace, Shown};
+use feed::{Feed, FeedPace};
+use reading::FeedConfig;
 use replayer_common::hash::sample_threshold;
 use replayer_engine::Engine;
 use replayer_engine::config::Config;
 use replayer_engine::counters::Counter;
+use shown::{FileFigures, Shown};
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -116,7 +124,9 @@ fn start_feed(
 
 fn run_dry(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     let started = Instant::now();
-    let mut engine = Engine::new(engine_config(args, dry_run::FRAME_ROOM as u16)?, dry_run::START_NS);
+    let config = engine_config(args, dry_run::FRAME_ROOM as u16)?;
+    let sessions = config.limits.sessions;
+    let mut engine = Engine::new(config, dry_run::START_NS);
     for service in 0..services.len() {
         engine.set_link(service, Some(dry_run::LINK));
     }
@@ -132,7 +142,7 @@ fn run_dry(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     let shown = feed.shown();
     let epoch_ns = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64);
     let copies = args.replay.most_copies() as usize * services.len();
-    let mut out = Memory::new(services, copies, writer, epoch_ns, random_instance());
+    let mut out = Memory::new(services, copies, sessions, writer, epoch_ns, random_instance());
     let signals = Signals::install()?;
     let stop = AtomicBool::new(false);
     let patience_ns = args.replay.hold_limit_ns()? + LAST_RESPONSE_NS;
@@ -209,7 +219,7 @@ fn print_summary(figures: &Figures, shown: &Shown, replay_seconds: f64, seconds:
 }
 
 /// What of the files was not given to the engine, for a person.
-fn print_file(file: &feed::FileFigures) {
+fn print_file(file: &FileFigures) {
     if file.packets_truncated > 0 {
         eprintln!(
             "  {} packets to the services are cut short, the first is number {}: their requests cannot be replayed; capture with tcpdump -s 0",
