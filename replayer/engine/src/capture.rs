@@ -406,7 +406,10 @@ impl Engine {
             connection.next_seq = segment.seq;
             connection.ack_known = false;
             connection.any_data = false;
-            connection.set_timestamps(options, now_ns);
+            // Sessions that are about to end, and the new ones of their addresses, go on with the clock that they had.
+            if !connection.timestamps {
+                connection.set_timestamps(options, now_ns);
+            }
             self.counters[Counter::ConnectionsJoined] += 1;
             self.open_sessions(now_ns, c, segment.seq.wrapping_sub(1), true, out);
             return self.on_stream(now_ns, c, segment, segment.seq, in_hand, out);
@@ -666,7 +669,7 @@ impl Engine {
         let mut s = self.connections[c].first_session;
         while s != NONE {
             let session = &mut self.sessions[s];
-            if !session.cut {
+            if session.cut.is_none() {
                 takers += 1;
                 if session.una_segment == NONE {
                     session.una_segment = segment;

@@ -50,7 +50,7 @@ impl Engine {
             assert_eq!(in_connection, connection.held_bytes, "held bytes of a connection");
             held += u64::from(in_connection);
 
-            let mut count = 0;
+            let (mut count, mut takers) = (0, 0);
             let mut s = connection.first_session;
             while s != NONE {
                 let session = &self.sessions[s];
@@ -58,9 +58,11 @@ impl Engine {
                 assert_ne!(session.state, State::Closed, "an ended session in its connection's list");
                 self.check_session(s, &mut references);
                 count += 1;
+                takers += u16::from(session.cut.is_none());
                 s = session.next_copy;
             }
             assert_eq!(count, connection.sessions, "sessions of a connection");
+            assert_eq!(takers, connection.takers, "sessions of a connection that take data");
             sessions += count;
             let mut segment = connection.head;
             while segment != NONE {
@@ -88,6 +90,7 @@ impl Engine {
     /// One session; takes what it holds off `references`.
     fn check_session(&self, s: u32, references: &mut [u32]) {
         let session = &self.sessions[s];
+        session.check();
         let mut positions = vec![NONE];
         let mut segment = session.una_segment;
         let mut next_seq = None;
@@ -104,10 +107,10 @@ impl Engine {
             positions.contains(&session.next_segment),
             "the send position is in what the session was given"
         );
-        assert!((session.snd_max.wrapping_sub(session.snd_nxt) as i32) >= 0);
+        assert!((session.snd_max().wrapping_sub(session.snd_nxt) as i32) >= 0);
         assert!((session.snd_nxt.wrapping_sub(session.snd_una) as i32) >= 0);
         assert!(
-            session.snd_una == session.snd_max || session.rto_at.is_some(),
+            session.snd_una == session.snd_max() || session.rto_at.is_some(),
             "what is in flight has a timer: {session:?}"
         );
         assert_eq!(

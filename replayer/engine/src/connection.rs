@@ -64,6 +64,13 @@ pub(crate) struct Connection {
     /// Copies wanted of each of its services, and how many of them can be.
     pub(crate) copies: u16,
     pub(crate) services: u16,
+    /// Its sessions that take data: they are not cut.
+    pub(crate) takers: u16,
+    /// What its SYN offered, for sessions opened later.
+    pub(crate) mss: u16,
+    pub(crate) window_scale: Option<u8>,
+    /// The client sends timestamps.
+    pub(crate) timestamps: bool,
     pub(crate) ack_known: bool,
     pub(crate) sack_permitted: bool,
     /// HTTP/2: responses do not alternate with requests.
@@ -76,12 +83,9 @@ pub(crate) struct Connection {
     pub(crate) early_fin: Option<(u32, u32)>,
     /// The number of the client's SYN.
     pub(crate) isn: u32,
-    /// What its SYN offered, for sessions opened later.
-    pub(crate) mss: u16,
-    pub(crate) window_scale: Option<u8>,
     /// What makes a TSval of the engine's milliseconds: the same for all sessions of the connection, so that one that is opened again
-    /// goes on where its predecessor was (RFC 7323 section 5, RFC 6191). `None`: the client sends no timestamps.
-    pub(crate) ts_offset: Option<u32>,
+    /// goes on where its predecessor was (RFC 7323 section 5, RFC 6191).
+    ts_offset: u32,
     pub(crate) gap_since: Tick,
 }
 
@@ -107,6 +111,7 @@ impl Connection {
             family_counted: false,
             services: 0,
             sessions: 0,
+            takers: 0,
             first_session: NONE,
             head: NONE,
             tail: NONE,
@@ -119,14 +124,22 @@ impl Connection {
             mss: 1460,
             window_scale: Some(7),
             sack_permitted: true,
-            ts_offset: None,
+            timestamps: false,
+            ts_offset: 0,
         }
     }
 
     /// Takes the client's clock over, if it sends timestamps.
     pub(crate) fn set_timestamps(&mut self, options: &TcpOptions, now_ns: u64) {
+        self.timestamps = options.timestamps.is_some();
         self.ts_offset =
-            options.timestamps.map(|(value, _)| value.wrapping_sub(crate::sender::millis(now_ns)));
+            options.timestamps.map_or(0, |(value, _)| value.wrapping_sub(crate::sender::millis(now_ns)));
+    }
+
+    /// The TSval of its sessions.
+    #[inline]
+    pub(crate) fn ts_value(&self, now_ns: u64) -> u32 {
+        self.ts_offset.wrapping_add(crate::sender::millis(now_ns))
     }
 
     /// Asks for its cache lines, so that they are there when it is used.

@@ -15,7 +15,7 @@ use crate::identity::{Copies, Pool, Ports};
 use crate::output::Output;
 use crate::sack::{Board, MAX_BOARDS};
 use crate::sender::{WINDOW, micros};
-use crate::session::{Ahead, Session, State};
+use crate::session::{Ahead, Session, State, Turn};
 use crate::slab::{NONE, Slab};
 use crate::store::Store;
 use crate::table::Table;
@@ -93,10 +93,10 @@ pub struct Lag {
 }
 
 impl Lag {
-    pub(crate) fn record(&mut self, us: u32) {
+    pub(crate) fn record(&mut self, us: u32, count: u32) {
         self.shortest_us = if self.count == 0 { us } else { self.shortest_us.min(us) };
         self.longest_us = self.longest_us.max(us);
-        self.count += 1;
+        self.count += count;
     }
 }
 
@@ -255,7 +255,7 @@ impl Engine {
     pub fn identities(&self, from: u32) -> impl Iterator<Item = (u32, u16, Endpoint)> {
         let of_tcp = (from..self.sessions.high_water()).filter_map(|index| {
             let session = &self.sessions[index];
-            (session.state != State::Closed).then_some((index, session.service, session.identity))
+            (session.state != State::Closed).then_some((index, session.service, session.identity()))
         });
         // The places of UDP follow on all that TCP can have.
         let (first, services) = (self.config.limits.sessions as u32, self.services.len() as u16);
@@ -324,7 +324,7 @@ impl Engine {
     /// Whether every copy of the connection has a session that takes its data.
     pub(crate) fn has_all_sessions(&self, c: u32) -> bool {
         let connection = &self.connections[c];
-        self.takers(connection.first_session) >= connection.wanted()
+        u32::from(connection.takers) >= connection.wanted()
     }
 
     /// Whether the connection's sessions have a source address for the service's target.
@@ -361,12 +361,12 @@ impl Engine {
             let mut session = self.connections[c].first_session;
             while session != NONE {
                 let s = &self.sessions[session];
-                live += u16::from(s.service == service && !s.cut);
+                live += u16::from(s.service == service && s.cut.is_none());
                 session = s.next_copy;
             }
             for copy in live..wanted {
                 if let Some(s) = self.open_session(now_ns, c, service, copy, iss, out) {
-                    self.sessions[s].joined = joined;
+                    self.sessions[s].turn.set(Turn::JOINED, joined);
                 }
             }
         }
@@ -401,6 +401,11 @@ impl Engine {
         }
         let target = state.target;
         let connection = self.connections[c];
+        // A stored segment counts the sessions that need it in 16 bits.
+        if connection.takers == u16::MAX {
+            self.counters[Counter::SessionsRefusedLimit] += 1;
+            return None;
+        }
         let Some(identity) = self.choose_identity(now, connection.client, &target, copy, Protocol::Tcp)
         else {
             self.counters[Counter::SessionsRefusedPool] += 1;
@@ -408,8 +413,7 @@ impl Engine {
         };
         let hash = pair_hash(self.config.seed, &identity.ip, identity.port, &target.ip, target.port);
         let mut session = Session::new(identity, service, c, iss);
-        session.timestamps = connection.ts_offset.is_some();
-        session.ts_offset = connection.ts_offset.unwrap_or(0);
+        session.timestamps = connection.timestamps;
         if connection.multiplexed {
             session.ahead = Ahead::FLOWING;
         }
@@ -422,6 +426,7 @@ impl Engine {
         self.by_identity.insert(hash, index);
         self.connections[c].first_session = index;
         self.connections[c].sessions += 1;
+        self.connections[c].takers += 1;
         self.counters[Counter::SessionsOpened] += 1;
         out.register(service, identity);
         let shift_us = self.shift_us(index);
@@ -479,7 +484,7 @@ impl Engine {
 
     /// A session's place in the identity table.
     pub(crate) fn identity_hash(&self, session: &Session) -> u32 {
-        let Endpoint { ip, port } = session.identity;
+        let Endpoint { ip, port } = session.identity();
         let target = &self.services[usize::from(session.service)].target;
         pair_hash(self.config.seed, &ip, port, &target.ip, target.port)
     }
@@ -488,7 +493,7 @@ impl Engine {
         let hash = pair_hash(self.config.seed, &identity.ip, identity.port, &target.ip, target.port);
         self.by_identity.find(hash, |index| {
             let session = &self.sessions[index];
-            session.identity == *identity && self.services[usize::from(session.service)].target == *target
+            session.identity() == *identity && self.services[usize::from(session.service)].target == *target
         })
     }
 
@@ -507,8 +512,8 @@ impl Engine {
         self.counters[reason.sessions()] += 1;
         self.unreference(s, session.una_segment);
         self.by_identity.remove(self.identity_hash(&session), s);
-        self.release_identity(&session.identity, now);
-        self.linger(now, session.service, session.identity, out);
+        self.release_identity(&session.identity(), now);
+        self.linger(now, session.service, session.identity(), out);
         if session.armed_at.is_some() {
             self.wheel.cancel(s);
         }
@@ -550,9 +555,10 @@ impl Engine {
     }
 
     fn unlink_session(&mut self, c: u32, s: u32) {
-        let next = self.sessions[s].next_copy;
+        let Session { next_copy: next, cut, .. } = self.sessions[s];
         let connection = &mut self.connections[c];
         connection.sessions -= 1;
+        connection.takers -= u16::from(cut.is_none());
         if connection.first_session == s {
             connection.first_session = next;
             return;
@@ -780,7 +786,7 @@ impl Engine {
         let mut s = self.connections[c].first_session;
         while s != NONE {
             let next = self.sessions[s].next_copy;
-            if !self.sessions[s].cut {
+            if self.sessions[s].cut.is_none() {
                 self.cut(s, EndReason::Gap);
                 self.output(now_ns, s, out, &mut None);
             }
@@ -826,8 +832,8 @@ impl Engine {
             let waited_us = micros(now_ns).wrapping_sub(session.turn_sent_us);
             session.state != State::Established
                 || session.una_segment != NONE
-                || session.awaiting_response && waited_us < hold_limit_us
-                || session.cut
+                || session.turn.has(Turn::AWAITS_RESPONSE) && waited_us < hold_limit_us
+                || session.cut.is_some()
                 || self.connections[session.connection].end != End::Open
         };
         self.live_sessions().filter(|&s| busy(s)).count() as u64 + self.udp.waiting(now_ns, hold_limit_us)

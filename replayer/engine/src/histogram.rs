@@ -39,11 +39,17 @@ fn upper(bucket: usize) -> u32 {
 }
 
 impl Histogram {
-    /// Counts one duration in microseconds.
+    /// Counts a duration in microseconds.
     #[inline]
     pub fn record(&mut self, us: u32) {
-        self.buckets[bucket(us)] += 1;
-        self.count += 1;
+        self.record_all(us, 1);
+    }
+
+    /// Counts `count` durations that are the same.
+    #[inline]
+    pub fn record_all(&mut self, us: u32, count: u32) {
+        self.buckets[bucket(us)] += u64::from(count);
+        self.count += u64::from(count);
         self.max = self.max.max(us);
     }
 

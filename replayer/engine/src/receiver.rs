@@ -8,9 +8,9 @@ use crate::engine::{BATCH, Engine};
 use crate::output::Output;
 use crate::sack::NO_BOARD;
 use crate::sender::micros;
-use crate::session::{State, seq_before};
+use crate::session::{Owes, State, Turn, seq_before};
 use crate::slab::NONE;
-use crate::timer::{Due, tick, ticks};
+use crate::timer::{Due, tick};
 use replayer_common::addr::Endpoint;
 use replayer_common::hash::pair_hash;
 use replayer_common::packet::flags;
@@ -82,7 +82,7 @@ impl Engine {
             if self.sessions[s].state == State::Closed {
                 continue;
             }
-            if self.sessions[s].ack_now {
+            if self.sessions[s].owes == Owes::AckNow {
                 self.send_ack(now_ns, s, out);
             }
             self.arm_session(s);
@@ -98,7 +98,7 @@ impl Engine {
         let found = self.services.get(usize::from(record.service)).and_then(|service| {
             self.by_identity.find(hash, |index| {
                 let session = &self.sessions[index];
-                session.identity == identity
+                session.identity() == identity
                     && self.services[usize::from(session.service)].target == service.target
             })
         });
@@ -174,7 +174,7 @@ impl Engine {
         }
         session.tries = 0;
         session.rto_at = None;
-        session.ack_now = true;
+        session.owes = Owes::AckNow;
         let mss = if record.has(present::MSS) { record.mss } else { 536 };
         self.begin_sending(tick(now_ns), s, mss);
     }
@@ -184,7 +184,9 @@ impl Engine {
         // A late segment of an older connection with these addresses: the target never sends beyond our window.
         let ahead = record.seq.wrapping_sub(session.rcv_nxt) as i32;
         if ahead > self.connections[session.connection].receive_window() as i32 {
-            session.ack_now = record.flags & flags::RST == 0;
+            if record.flags & flags::RST == 0 {
+                session.owes = Owes::AckNow;
+            }
             return;
         }
         if record.flags & flags::RST != 0 {
@@ -196,14 +198,14 @@ impl Engine {
         }
         if record.flags & flags::SYN != 0 {
             // Our handshake's last ACK was lost.
-            session.ack_now = true;
+            session.owes = Owes::AckNow;
             return;
         }
         if session.timestamps && record.has(present::TIMESTAMPS) {
             let age = session.ts_recent.wrapping_sub(record.ts_val) as i32;
             if age > OVERTAKEN {
                 // An old duplicate (PAWS, RFC 7323 section 5.3). It would count as received, with all before it.
-                session.ack_now = true;
+                session.owes = Owes::AckNow;
                 return;
             }
             if age <= 0 {
@@ -216,6 +218,7 @@ impl Engine {
         self.on_payload(now_ns, s, record);
         if record.flags & flags::ACK != 0 {
             self.on_acknowledgment(now_ns, s, record, out);
+            self.sessions[s].set_limit();
             if self.sessions[s].state == State::Closed {
                 return;
             }
@@ -226,7 +229,7 @@ impl Engine {
             if self.sessions[s].rcv_nxt == end {
                 self.on_target_fin(now_ns, s, out);
             } else {
-                self.sessions[s].ack_now = true;
+                self.sessions[s].owes = Owes::AckNow;
             }
         }
     }
@@ -237,7 +240,7 @@ impl Engine {
         if record.payload_len == 0 && !seq_before(session.rcv_nxt, record.seq) {
             // A keepalive probe repeats an old number and wants an answer (RFC 9293 section 3.8.4).
             if seq_before(record.seq, session.rcv_nxt) && record.flags & flags::FIN == 0 {
-                session.ack_now = true;
+                session.owes = Owes::AckNow;
             }
             return;
         }
@@ -250,7 +253,7 @@ impl Engine {
             }
         }
         if !seq_before(session.rcv_nxt, end) {
-            session.ack_now = true;
+            session.owes = Owes::AckNow;
             return;
         }
         self.counters[Counter::ResponseBytes] += u64::from(end.wrapping_sub(session.rcv_nxt));
@@ -260,13 +263,13 @@ impl Engine {
         session.rcv_nxt = end;
         // What answers a turn acknowledges its first byte; what does not was sent before the turn arrived.
         if seq_before(session.turn_seq, record.ack) {
-            if session.awaiting_response {
-                session.awaiting_response = false;
+            if session.turn.has(Turn::AWAITS_RESPONSE) {
+                session.turn.set(Turn::AWAITS_RESPONSE, false);
                 self.target_response.record(micros(now_ns).wrapping_sub(session.turn_sent_us));
             }
-            session.watch_early = false;
-        } else if session.watch_early {
-            session.watch_early = false;
+            session.turn.set(Turn::WATCHED, false);
+        } else if session.turn.has(Turn::WATCHED) {
+            session.turn.set(Turn::WATCHED, false);
             session.whole = 0;
             self.counters[Counter::TurnsReleasedEarly] += 1;
         }
@@ -277,9 +280,12 @@ impl Engine {
         // RFC 9293 section 3.8.6.3: at least every second full segment at once, the rest within the delay.
         session.unacked_segments = session.unacked_segments.saturating_add(1);
         if session.unacked_segments >= 2 {
-            session.ack_now = true;
+            session.owes = Owes::AckNow;
         } else if session.ack_at.is_none() {
             session.ack_at = Some(Due::at(tick(now_ns).wrapping_add(timing::DELAYED_ACK)));
+            if session.owes == Owes::Nothing {
+                session.owes = Owes::Ack;
+            }
         }
     }
 
@@ -288,7 +294,7 @@ impl Engine {
         let session = &mut self.sessions[s];
         let window = u32::from(record.window) << session.snd_wscale;
         let ack = record.ack;
-        if seq_before(ack, session.snd_una) || seq_before(session.snd_max, ack) {
+        if seq_before(ack, session.snd_una) || seq_before(session.snd_max(), ack) {
             return;
         }
         if ack == session.snd_una {
@@ -297,7 +303,7 @@ impl Engine {
             let repeated = record.payload_len == 0
                 && window > 0
                 && (window == session.snd_wnd || sacked)
-                && session.snd_una != session.snd_max
+                && session.snd_una != session.snd_max()
                 && record.flags & flags::FIN == 0;
             session.snd_wnd = window;
             if window == 0 {
@@ -305,7 +311,7 @@ impl Engine {
                 session.tries = session.tries.min(timing::PROBE_BACKOFF);
             }
             if !repeated {
-                if window > 0 && session.snd_una == session.snd_max && session.next_segment != NONE {
+                if window > 0 && session.snd_una == session.snd_max() && session.next_segment != NONE {
                     // An answer to a window probe: the target lives.
                     session.tries = 0;
                     session.rto_at = None;
@@ -322,8 +328,8 @@ impl Engine {
             let timed_out = seq_before(ack, session.recover);
             if lost && !session.in_recovery && !timed_out {
                 session.in_recovery = true;
-                session.recover = session.snd_max;
-                let flight = session.snd_max.wrapping_sub(session.snd_una);
+                session.recover = session.snd_max();
+                let flight = session.snd_max().wrapping_sub(session.snd_una);
                 session.ssthresh = (flight / 2).max(2 * u32::from(session.mss));
                 session.cwnd = session.ssthresh + 3 * u32::from(session.mss);
                 self.begin_resending(s);
@@ -336,7 +342,7 @@ impl Engine {
         }
         // New data acknowledged.
         let acked = ack.wrapping_sub(session.snd_una);
-        let fin = session.state.fin_sent() && ack == session.snd_max;
+        let fin = session.state.fin_sent() && ack == session.snd_max();
         self.counters[Counter::ReplayBytesDelivered] += u64::from(acked - u32::from(fin));
         session.snd_una = ack;
         session.snd_wnd = window;
@@ -347,7 +353,7 @@ impl Engine {
         }
         let session = &mut self.sessions[s];
         if seq_before(session.snd_nxt, ack) {
-            session.snd_nxt = ack;
+            session.advance_to(ack);
         }
         if session.timing && !seq_before(ack, session.timed_seq) {
             session.round_trip(micros(now_ns).wrapping_sub(session.timed_at_us));
@@ -373,9 +379,8 @@ impl Engine {
         if seq_before(session.recover, ack) {
             session.recover = ack;
         }
-        let outstanding = session.snd_una != session.snd_max;
-        session.rto_at =
-            outstanding.then(|| Due::at(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
+        let outstanding = session.snd_una != session.snd_max();
+        session.rto_at = outstanding.then(|| Due::at(now.wrapping_add(session.rto_ticks())));
         self.acknowledge_segments(s);
         if record.sack_count > 0 || self.sessions[s].board != NO_BOARD {
             self.note_sack(s, record);
@@ -424,7 +429,7 @@ impl Engine {
 
     fn on_fin_acknowledged<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let session = &mut self.sessions[s];
-        if !session.state.fin_sent() || session.snd_una != session.snd_max {
+        if !session.state.fin_sent() || session.snd_una != session.snd_max() {
             return;
         }
         match session.state {
@@ -442,7 +447,7 @@ impl Engine {
         let session = &self.sessions[s];
         let client_open = self.connections[session.connection].end == End::Open;
         let target_closed_first = session.state == State::LastAck;
-        let reason = match session.cut_reason {
+        let reason = match session.cut.unwrap_or(EndReason::Completed) {
             EndReason::Completed | EndReason::TargetClosed if target_closed_first && client_open => {
                 EndReason::TargetClosed
             }
@@ -457,13 +462,13 @@ impl Engine {
     fn on_target_fin<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let session = &mut self.sessions[s];
         session.rcv_nxt = session.rcv_nxt.wrapping_add(1);
-        session.ack_now = true;
+        session.owes = Owes::AckNow;
         let client_mss = self.connections[session.connection].mss;
         session.note_response(client_mss, 0, session.rcv_nxt, false, true, tick(now_ns));
         match session.state {
             State::Established => {
                 session.state = State::CloseWait;
-                if !session.cut {
+                if session.cut.is_none() {
                     self.hand_over(now_ns, s, EndReason::TargetClosed, out);
                 }
             }
@@ -485,7 +490,7 @@ impl Engine {
             self.finish(now_ns, s, out);
             return;
         }
-        if !session.cut {
+        if session.cut.is_none() {
             self.hand_over(now_ns, s, EndReason::TargetReset, out);
         }
         self.end_session(tick(now_ns), s, EndReason::TargetReset, out);
@@ -500,14 +505,14 @@ impl Engine {
             let iss = self.store[first].seq.wrapping_sub(1);
             // A session that joined and could send nothing would only hand the same turn on and on, to a target that ends every
             // connection at once. Copy 1: not the client's own port, which the old session still has.
-            let new = match session.joined {
+            let new = match session.turn.has(Turn::JOINED) {
                 true => None,
                 false => self.open_session(now_ns, c, session.service, 1, iss, out),
             };
             match new {
                 Some(new) => {
                     let new = &mut self.sessions[new];
-                    new.joined = true;
+                    new.turn.set(Turn::JOINED, true);
                     new.una_segment = first;
                     new.next_segment = first;
                 }

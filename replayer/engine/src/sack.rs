@@ -112,7 +112,7 @@ impl Engine {
         for &(left, right) in record.sack.iter().take(usize::from(record.sack_count)) {
             // Not what was acknowledged (RFC 2883), nor what was never sent.
             let sound =
-                seq_before(una, left) && seq_before(left, right) && !seq_before(session.snd_max, right);
+                seq_before(una, left) && seq_before(left, right) && !seq_before(session.snd_max(), right);
             if !sound {
                 continue;
             }

@@ -5,7 +5,7 @@ use crate::connection::{Connection, End};
 use crate::counters::{Counter, EndReason};
 use crate::engine::Engine;
 use crate::output::{InHand, Output};
-use crate::session::{Gate, INITIAL_WINDOW, MIN_MSS, State, seq_before};
+use crate::session::{Gate, INITIAL_WINDOW, MIN_MSS, State, Turn, seq_before};
 use crate::slab::NONE;
 use crate::timer::{Due, tick, ticks};
 use crate::wire::{self, Header, MAX_HEADER, PLAIN, PlainHeader, SynOptions, payload_limit};
@@ -144,12 +144,12 @@ impl Engine {
         // No timestamp on a reset before the handshake: it is for an older connection, whose clock may have been ahead, and in TIME-WAIT
         // Linux applies PAWS to resets too.
         let timestamps = (session.timestamps && (session.state != State::SynSent || syn))
-            .then(|| (session.ts_offset.wrapping_add(millis(now_ns)), session.ts_recent));
+            .then(|| (self.connections[session.connection].ts_value(now_ns), session.ts_recent));
         let ip_id = service.ip_id;
         let connection = &self.connections;
         // Nearly always the header has the one form for which there is a shorter way.
         let header = (syn || !template.is_plain()).then(|| Header {
-            source: session.identity,
+            source: session.identity(),
             seq,
             ack,
             flags: control,
@@ -202,8 +202,8 @@ impl Engine {
         match &header {
             Some(header) => header.write(template, bytes, len, payload_sum),
             None => {
-                let fields =
-                    PlainHeader { source: &session.identity, seq, ack, flags: control, timestamps, ip_id };
+                let (ip, port) = session.identity_v4();
+                let fields = PlainHeader { ip, port, seq, ack, flags: control, timestamps, ip_id };
                 template.write_plain(bytes, fields, len, payload_sum);
             }
         }
@@ -229,11 +229,10 @@ impl Engine {
             service.unanswered += 1;
         }
         let iss = session.snd_una;
-        session.snd_nxt = iss.wrapping_add(1);
-        session.snd_max = session.snd_nxt;
+        session.advance_to(iss.wrapping_add(1));
         session.timing = session.tries == 0;
         (session.timed_seq, session.timed_at_us) = (session.snd_nxt, micros(now_ns));
-        session.rto_at = Some(Due::at(tick(now_ns).wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
+        session.rto_at = Some(Due::at(tick(now_ns).wrapping_add(session.rto_ticks())));
         if session.tries > 0 {
             self.counters[Counter::SegmentsRetransmitted] += 1;
         }
@@ -287,7 +286,7 @@ impl Engine {
     pub(crate) fn send_ack<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let session = &self.sessions[s];
         // The first segment may be lost, and a number behind it be the first that the target sees of the connection.
-        let seq = if session.first_alone { session.snd_una } else { session.snd_max };
+        let seq = if session.first_alone { session.snd_una } else { session.snd_max() };
         self.send(now_ns, s, flags::ACK, seq, None, out, &mut None);
     }
 
@@ -295,7 +294,7 @@ impl Engine {
     /// either what it acknowledged last or, if all that is in flight arrived, the highest number sent.
     pub(crate) fn send_reset<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let session = &self.sessions[s];
-        let (una, max) = (session.snd_una, session.snd_max);
+        let (una, max) = (session.snd_una, session.snd_max());
         if session.is_unasked() {
             return;
         }
@@ -329,6 +328,7 @@ impl Engine {
             .min(target_mss.max(64).saturating_sub(options))
             .max(MIN_MSS);
         session.cwnd = INITIAL_WINDOW * u32::from(session.mss);
+        session.set_limit();
     }
 
     /// The path to a service's target became narrower: what is sent from now on fits.
@@ -359,7 +359,7 @@ impl Engine {
         let now = tick(now_ns);
         loop {
             let session = &mut self.sessions[s];
-            let again = session.snd_nxt != session.snd_max;
+            let again = session.rewound;
             if !(session.state.may_send() || again && session.state.fin_sent()) {
                 return;
             }
@@ -381,8 +381,7 @@ impl Engine {
                 if usable == 0 {
                     // Zero window: probe (RFC 9293 section 3.8.6.1).
                     if session.rto_at.is_none() {
-                        session.rto_at =
-                            Some(Due::at(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
+                        session.rto_at = Some(Due::at(now.wrapping_add(session.rto_ticks())));
                         self.arm_session(s);
                     }
                     return;
@@ -406,18 +405,15 @@ impl Engine {
             } else if session.next_offset == 0 {
                 let lag = micros(now_ns).wrapping_sub(stored.captured_us).saturating_sub(shift_us);
                 self.capture_to_transmit.record(lag);
-                self.lag.record(lag);
+                self.lag.record(lag, 1);
             }
-            session.snd_nxt = seq.wrapping_add(len);
-            if seq_before(session.snd_max, session.snd_nxt) {
-                session.snd_max = session.snd_nxt;
-            }
+            session.advance_to(seq.wrapping_add(len));
             if !session.timing && !again {
                 session.timing = true;
                 (session.timed_seq, session.timed_at_us) = (session.snd_nxt, micros(now_ns));
             }
             if session.rto_at.is_none() {
-                session.rto_at = Some(Due::at(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
+                session.rto_at = Some(Due::at(now.wrapping_add(session.rto_ticks())));
             }
             if whole {
                 session.next_segment = session.segment_after(piece.segment, stored.next);
@@ -437,7 +433,7 @@ impl Engine {
         if self.config.spread_ns == 0 {
             return 0;
         }
-        let identity = &self.sessions[s].identity;
+        let identity = self.sessions[s].identity();
         let hash = flow_hash(self.config.seed, &identity.ip, identity.port);
         ((self.config.spread_ns / 1000 * u64::from(hash)) >> 32) as u32
     }
@@ -460,7 +456,7 @@ impl Engine {
             return false;
         }
         let session = &mut self.sessions[s];
-        session.awaiting_response = true;
+        session.turn.set(Turn::AWAITS_RESPONSE, true);
         session.turn_sent_us = micros(now_ns);
         self.counters[Counter::TurnsSent] += 1;
         true
@@ -471,17 +467,17 @@ impl Engine {
         let now = tick(now_ns);
         let hold_limit = self.hold_limit;
         let session = &mut self.sessions[s];
-        if session.joined || !self.config.wait_for_responses {
-            session.joined = false;
+        if session.turn.has(Turn::JOINED) || !self.config.wait_for_responses {
+            session.turn.set(Turn::JOINED, false);
             session.turn_base = session.rcv_nxt;
             session.online_base = session.rcv_nxt;
             session.hold_since = None;
             session.turn_seq = session.snd_nxt;
-            session.watch_early = false;
+            session.turn.set(Turn::WATCHED, false);
             return true;
         }
         let (mut segment, store) = (session.next_segment, &self.store);
-        let last = if session.cut { session.last_segment } else { NONE };
+        let last = if session.cut.is_some() { session.last_segment } else { NONE };
         let behind = core::iter::from_fn(|| {
             segment = if segment == NONE || segment == last { NONE } else { store[segment].next };
             (segment != NONE).then(|| store[segment].need)
@@ -504,8 +500,8 @@ impl Engine {
         session.release_at = None;
         session.turn_seq = session.snd_nxt;
         // Where several requests are under way, what comes next need not be the answer to this one.
-        session.watch_early =
-            need > 0 && opened_by != Counter::TurnsReleasedByHoldLimit && !session.ahead.is_seen();
+        let watched = need > 0 && opened_by != Counter::TurnsReleasedByHoldLimit && !session.ahead.is_seen();
+        session.turn.set(Turn::WATCHED, watched);
         if need > 0 {
             self.counters[opened_by] += 1;
         }
@@ -515,7 +511,7 @@ impl Engine {
     /// Everything stored was sent: the end of the stream, if it has come.
     fn output_end<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let session = &self.sessions[s];
-        let again = session.snd_nxt != session.snd_max;
+        let again = session.rewound;
         if session.state.fin_sent() {
             if again {
                 self.counters[Counter::SegmentsRetransmitted] += 1;
@@ -526,9 +522,9 @@ impl Engine {
         if again || session.first_alone && session.in_flight() > 0 {
             return;
         }
-        let end = if session.cut {
+        let end = if let Some(reason) = session.cut {
             // A hole: the target may still be answering, which a close would disturb.
-            let need = u32::from(session.cut_reason == EndReason::Gap);
+            let need = u32::from(reason == EndReason::Gap);
             End::Fin { need }
         } else {
             self.connections[session.connection].end
@@ -546,7 +542,7 @@ impl Engine {
             }
             End::Reset { need } => {
                 // A reset does not wait for what is on its way to arrive: so we do.
-                let arrived = session.snd_una == session.snd_max;
+                let arrived = session.snd_una == session.snd_max();
                 if arrived && (session.state == State::CloseWait || self.gate_is_open(now_ns, s, need, false))
                 {
                     self.send_reset(now_ns, s, out);
@@ -560,17 +556,14 @@ impl Engine {
         let now = tick(now_ns);
         let session = &mut self.sessions[s];
         let seq = session.snd_nxt;
-        session.snd_nxt = seq.wrapping_add(1);
-        if seq_before(session.snd_max, session.snd_nxt) {
-            session.snd_max = session.snd_nxt;
-        }
+        session.advance_to(seq.wrapping_add(1));
         match session.state {
             State::Established => session.state = State::FinWait1,
             State::CloseWait => session.state = State::LastAck,
             _ => {}
         }
         session.release_at = None;
-        session.rto_at.get_or_insert(Due::at(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
+        session.rto_at.get_or_insert(Due::at(now.wrapping_add(session.rto_ticks())));
         self.send(now_ns, s, flags::FIN | flags::ACK, seq, None, out, &mut None);
         self.arm_session(s);
     }
@@ -604,8 +597,7 @@ impl Engine {
             if service.down {
                 // The sessions that wait share the probes: a target that is away gets one SYN in `DOWN_PROBE`, not one from each.
                 if !service.probe_is_due(now) {
-                    session.rto_at =
-                        Some(Due::at(now.wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
+                    session.rto_at = Some(Due::at(now.wrapping_add(session.rto_ticks())));
                     return;
                 }
                 service.next_probe = now.wrapping_add(timing::DOWN_PROBE);
@@ -613,7 +605,7 @@ impl Engine {
             self.send_syn(now_ns, s, out);
             return;
         }
-        if session.snd_una != session.snd_max {
+        if session.snd_una != session.snd_max() {
             if session.tries > timing::RETRANSMIT_TRIES {
                 self.send_reset(now_ns, s, out);
                 self.end_session(now, s, EndReason::RetransmitTimeout, out);
@@ -621,13 +613,14 @@ impl Engine {
             }
             // RFC 5681 section 3.1; then everything after the last acknowledgment goes again (RFC 9293 section 3.8.1).
             let mss = u32::from(session.mss);
-            session.ssthresh = (session.snd_max.wrapping_sub(session.snd_una) / 2).max(2 * mss);
+            session.ssthresh = (session.snd_max().wrapping_sub(session.snd_una) / 2).max(2 * mss);
             session.cwnd = mss;
             session.in_recovery = false;
-            session.recover = session.snd_max;
+            session.recover = session.snd_max();
             session.dup_acks = 0;
             session.timing = false;
-            session.snd_nxt = session.snd_una;
+            session.go_back_to(session.snd_una);
+            session.set_limit();
             session.next_segment = session.una_segment;
             self.forget_sack(s);
             let session = &mut self.sessions[s];
@@ -668,7 +661,7 @@ impl Engine {
     /// An old sequence number makes the target say its window (the form that Linux uses; RFC 9293 section 3.8.6.1 wants it answered).
     fn send_window_probe<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let session = &mut self.sessions[s];
-        session.rto_at = Some(Due::at(tick(now_ns).wrapping_add(ticks(u64::from(session.rto_us()) * 1000))));
+        session.rto_at = Some(Due::at(tick(now_ns).wrapping_add(session.rto_ticks())));
         let seq = session.snd_una.wrapping_sub(1);
         self.send(now_ns, s, flags::ACK, seq, None, out, &mut None);
         self.arm_session(s);
@@ -677,7 +670,7 @@ impl Engine {
     /// Sends the first unacknowledged segment again, without going back (fast retransmit, RFC 6582).
     pub(crate) fn retransmit_first<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let session = &self.sessions[s];
-        let (seq, sent) = (session.snd_una, session.snd_max.wrapping_sub(session.snd_una));
+        let (seq, sent) = (session.snd_una, session.snd_max().wrapping_sub(session.snd_una));
         if self.retransmit_hole(now_ns, s, out) {
             return;
         }
@@ -709,7 +702,7 @@ impl Engine {
         }
         let stored = self.store[segment];
         let offset = seq.wrapping_sub(stored.seq);
-        let sent = session.snd_max.wrapping_sub(seq);
+        let sent = session.snd_max().wrapping_sub(seq);
         let len = (stored.len - offset).min(u32::from(session.mss)).min(sent).min(limit);
         let piece = Piece { segment, offset, len };
         let push = if stored.push && offset + len == stored.len { flags::PSH } else { 0 };
@@ -720,12 +713,13 @@ impl Engine {
 
     /// The session takes no more data and closes when it has delivered what it was given.
     pub(crate) fn cut(&mut self, s: u32, reason: EndReason) {
-        let tail = self.connections[self.sessions[s].connection].tail;
+        let c = self.sessions[s].connection;
+        let tail = self.connections[c].tail;
         let session = &mut self.sessions[s];
-        if !session.cut {
-            session.cut = true;
-            session.cut_reason = reason;
+        if session.cut.is_none() {
+            session.cut = Some(reason);
             session.last_segment = tail;
+            self.connections[c].takers -= 1;
         }
     }
 
@@ -744,7 +738,7 @@ impl Engine {
         let mut segment = session.una_segment;
         while segment != NONE {
             let stored = &self.store[segment];
-            if !seq_before(stored.seq, session.snd_max) && (!turn_start || stored.starts_turn) {
+            if !seq_before(stored.seq, session.snd_max()) && (!turn_start || stored.starts_turn) {
                 return segment;
             }
             segment = session.segment_after(segment, stored.next);
@@ -759,8 +753,8 @@ impl Engine {
             return;
         }
         let session = &mut self.sessions[s];
-        session.cut = true;
-        session.cut_reason = reason;
+        self.connections[session.connection].takers -= u16::from(session.cut.is_none());
+        session.cut = Some(reason);
         if session.next_segment == segment {
             session.next_segment = NONE;
         }

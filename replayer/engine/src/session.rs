@@ -5,9 +5,10 @@
 //! the first byte sent the next one. So a byte has the same number in the capture, in the store and towards the target.
 
 use crate::config::timing;
+use crate::counters::EndReason;
 use crate::sack::NO_BOARD;
 use crate::slab::NONE;
-use crate::timer::{Due, Tick, before};
+use crate::timer::{Due, Tick, before, ticks};
 use replayer_common::addr::Endpoint;
 
 /// RFC 9293 section 3.3.2. LISTEN and SYN-RECEIVED do not occur: the engine is a client. TIME-WAIT is not kept: the identity
@@ -210,71 +211,110 @@ pub(crate) enum Gate {
     Wait(Tick),
 }
 
-/// Laid out by use: data that can go at once reads and changes the first two cache lines, what a response or a turn needs besides is in
-/// the third.
+/// What the target is owed for what it sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owes {
+    Nothing,
+    /// An acknowledgment, by `ack_at`.
+    Ack,
+    /// An acknowledgment with this batch.
+    AckNow,
+}
+
+/// What is so of the turn that was sent last, or of the next: in bits, for there are a million sessions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Turn(u8);
+
+impl Turn {
+    /// The first turn follows no other: it waits for nothing.
+    pub(crate) const JOINED: u8 = 1;
+    /// Its response has not begun.
+    pub(crate) const AWAITS_RESPONSE: u8 = 2;
+    /// A response that does not acknowledge it shows that it went too early.
+    pub(crate) const WATCHED: u8 = 4;
+
+    pub(crate) fn has(self, what: u8) -> bool {
+        self.0 & what != 0
+    }
+
+    pub(crate) fn set(&mut self, what: u8, so: bool) {
+        self.0 = if so { self.0 | what } else { self.0 & !what };
+    }
+}
+
+/// Laid out by use: data that can go at once reads and changes the first cache line only, whatever copies there are. What a response or a
+/// turn needs besides is in the other two.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 pub(crate) struct Session {
     pub(crate) state: State,
-    /// Takes no further data; it closes when what it has, up to `last_segment`, is delivered, for `cut_reason`.
-    pub(crate) cut: bool,
-    /// Its first turn follows no other: it waits for nothing.
-    pub(crate) joined: bool,
+    /// Takes no further data; it closes, for this reason, when what it has, up to `last_segment`, is delivered.
+    pub(crate) cut: Option<EndReason>,
+    /// The target may know of the connection only by its first segment: the others wait until that was acknowledged.
+    pub(crate) first_alone: bool,
+    pub(crate) timestamps: bool,
+    /// A round trip is being measured (RFC 6298).
+    pub(crate) timing: bool,
+    pub(crate) owes: Owes,
+    /// After a timeout `snd_nxt` went back behind `snd_max`.
+    pub(crate) rewound: bool,
     /// In the list of sessions that this batch has touched.
     pub(crate) dirty: bool,
     pub(crate) service: u16,
     pub(crate) mss: u16,
-    /// The client connection that it copies, and the next copy of the same.
-    pub(crate) connection: u32,
+    /// The identity's port.
+    port: u16,
+    /// The retransmission timeout before any backoff, in units of [`RTO_TICKS`].
+    rto: u16,
+    /// The last four bytes of the identity's address: all of an IPv4 address.
+    ip_low: [u8; 4],
+    /// The next copy of the same connection.
     pub(crate) next_copy: u32,
     /// First segment not wholly acknowledged, and the place of `snd_nxt`; `NONE`: at the end of what is stored.
     pub(crate) una_segment: u32,
     pub(crate) next_segment: u32,
-    pub(crate) next_offset: u32,
-    // Send side (RFC 9293 section 3.3.1). Until the SYN is acknowledged, `snd_una` is its number.
-    pub(crate) snd_una: u32,
+    // Send side (RFC 9293 section 3.3.1).
     pub(crate) snd_nxt: u32,
-    /// The highest number ever sent, plus one: after a timeout `snd_nxt` goes back behind it.
-    pub(crate) snd_max: u32,
-    pub(crate) snd_wnd: u32,
-    // Congestion (RFC 5681, RFC 6582).
-    pub(crate) cwnd: u32,
+    /// The number before which the target's window and ours end: see [`Session::set_limit`].
+    snd_limit: u32,
     // Receive side.
     pub(crate) rcv_nxt: u32,
+    // Timestamps (RFC 7323).
+    pub(crate) ts_recent: u32,
     // Deadlines; `None` when not wanted.
     pub(crate) rto_at: Option<Due>,
     /// When the timer in the wheel fires, at the latest; so that the wheel need not be looked at.
     pub(crate) armed_at: Option<Due>,
-    // Timestamps (RFC 7323).
-    pub(crate) ts_offset: u32,
-
-    pub(crate) ts_recent: u32,
-    pub(crate) identity: Endpoint,
-    pub(crate) timestamps: bool,
-    /// A round trip is being measured (RFC 6298).
-    pub(crate) timing: bool,
     pub(crate) timed_seq: u32,
     pub(crate) timed_at_us: u32,
-    pub(crate) srtt_us: u32,
-    pub(crate) rttvar_us: u32,
-    pub(crate) tries: u8,
-    /// The target may know of the connection only by its first segment: the others wait until that was acknowledged.
-    pub(crate) first_alone: bool,
-    pub(crate) unacked_segments: u8,
-    pub(crate) ack_now: bool,
+
+    /// The client connection that it copies.
+    pub(crate) connection: u32,
+    pub(crate) next_offset: u32,
+    /// Until the SYN is acknowledged, its number.
+    pub(crate) snd_una: u32,
+    pub(crate) snd_wnd: u32,
+    // Congestion (RFC 5681, RFC 6582).
+    pub(crate) cwnd: u32,
+    /// `snd_max` while `rewound`.
+    max_before: u32,
+    /// The identity's address but for its last four bytes.
+    ip_high: [u8; 12],
     pub(crate) ack_at: Option<Due>,
     pub(crate) release_at: Option<Due>,
     /// Response bytes before this number belong to earlier turns.
     pub(crate) turn_base: u32,
-    /// The current turn's first byte, and whether a response that does not acknowledge it shows that the turn went too early.
+    /// The current turn's first byte.
     pub(crate) turn_seq: u32,
-    /// When the current turn's first byte was sent; its response has not begun.
+    /// When it was sent.
     pub(crate) turn_sent_us: u32,
+    pub(crate) srtt_us: u32,
+    pub(crate) rttvar_us: u32,
 
-    pub(crate) awaiting_response: bool,
-    pub(crate) watch_early: bool,
+    pub(crate) turn: Turn,
     pub(crate) ahead: Ahead,
     pub(crate) response: Response,
+    pub(crate) tries: u8,
     /// Since when the next turn waits.
     pub(crate) hold_since: Option<Due>,
     pub(crate) response_at: Tick,
@@ -295,7 +335,7 @@ pub(crate) struct Session {
     pub(crate) board: u16,
     pub(crate) in_recovery: bool,
     pub(crate) snd_wscale: u8,
-    pub(crate) cut_reason: crate::counters::EndReason,
+    pub(crate) unacked_segments: u8,
     /// How often of late a write of the target ended at a turn's count from the beginning; below 0, how often in a row at the one from the
     /// last silence alone.
     pub(crate) agreed: i8,
@@ -303,30 +343,107 @@ pub(crate) struct Session {
     pub(crate) whole: u16,
 }
 
+/// The unit of [`Session::rto`], ticks: 1.05 ms.
+const RTO_TICKS: u32 = 16;
+
 // Whoever needs more has to look for what is not needed any more: a million of them are read at random.
 const _: () = assert!(size_of::<Session>() == 192);
+const _: () =
+    assert!(core::mem::offset_of!(Session, connection) == 64 && core::mem::offset_of!(Session, turn) == 128);
 
 impl Session {
-    /// Asks for the cache lines that data needs, so that they are there when it comes.
+    /// Asks for the cache line that data needs, so that it is there when it comes.
     #[inline]
     pub(crate) fn read_ahead(&self) {
         replayer_prefetch::line(&self.state);
-        replayer_prefetch::line(&self.ts_recent);
     }
 
-    /// Asks for the third, which a response needs and the beginning of a turn.
+    /// Asks for the others, which a response needs and the beginning of a turn.
     #[inline]
     pub(crate) fn read_ahead_rest(&self) {
-        replayer_prefetch::line(&self.awaiting_response);
+        replayer_prefetch::line(&self.connection);
+        replayer_prefetch::line(&self.turn);
     }
 
     /// A segment with an acknowledgment goes out: nothing more is owed to the target. Also when it cannot be sent: a deadline that stays in
     /// the past would fire for ever.
     #[inline]
     pub(crate) fn acknowledged(&mut self) {
-        self.ack_now = false;
-        self.unacked_segments = 0;
-        self.ack_at = None;
+        if self.owes != Owes::Nothing {
+            self.owes = Owes::Nothing;
+            self.unacked_segments = 0;
+            self.ack_at = None;
+        }
+    }
+
+    /// Its address and port towards the target.
+    #[inline]
+    pub(crate) fn identity(&self) -> Endpoint {
+        let mut ip = [0; 16];
+        ip[..12].copy_from_slice(&self.ip_high);
+        ip[12..].copy_from_slice(&self.ip_low);
+        Endpoint { ip, port: self.port }
+    }
+
+    /// The same where it is known to be IPv4.
+    #[inline]
+    pub(crate) fn identity_v4(&self) -> ([u8; 4], u16) {
+        (self.ip_low, self.port)
+    }
+
+    /// The highest number ever sent, plus one.
+    #[inline]
+    pub(crate) fn snd_max(&self) -> u32 {
+        if self.rewound { self.max_before } else { self.snd_nxt }
+    }
+
+    /// What comes next is `seq`: all before it was sent, or needs not be any more.
+    #[inline]
+    pub(crate) fn advance_to(&mut self, seq: u32) {
+        self.snd_nxt = seq;
+        self.rewound = self.rewound && seq_before(seq, self.max_before);
+    }
+
+    /// What was sent from `seq` on goes again.
+    pub(crate) fn go_back_to(&mut self, seq: u32) {
+        self.max_before = self.snd_max();
+        self.snd_nxt = seq;
+        self.rewound = seq != self.max_before;
+    }
+
+    /// To be called when the target's window, ours, or what is acknowledged has changed.
+    #[inline]
+    pub(crate) fn set_limit(&mut self) {
+        self.snd_limit = self.limit();
+    }
+
+    fn limit(&self) -> u32 {
+        self.snd_una.wrapping_add(self.snd_wnd.min(self.cwnd))
+    }
+
+    /// Whether it takes `len` bytes of new data and may send them at once, as far as windows and what it does otherwise go.
+    #[inline]
+    pub(crate) fn is_free_for(&self, len: u32) -> bool {
+        self.state == State::Established
+            && self.cut.is_none()
+            && !self.first_alone
+            && !self.rewound
+            && self.next_segment == NONE
+            && len <= u32::from(self.mss)
+            && self.snd_limit.wrapping_sub(self.snd_nxt) as i32 >= len as i32
+    }
+
+    /// Panics where what is kept twice contradicts itself.
+    #[cfg(debug_assertions)]
+    pub(crate) fn check(&self) {
+        assert!(
+            self.state == State::SynSent || self.snd_limit == self.limit(),
+            "where the windows end: {self:?}"
+        );
+        assert_eq!(self.rto, rto_units(self.first_rto_us()), "the retransmission timeout");
+        assert!(!self.rewound || seq_before(self.snd_nxt, self.max_before), "{self:?}");
+        let owes = self.ack_at.is_some() || self.unacked_segments > 0;
+        assert!(!owes || self.owes != Owes::Nothing, "an acknowledgment is owed: {self:?}");
     }
 
     /// Whether its first SYN is still to be sent.
@@ -334,25 +451,28 @@ impl Session {
         self.state == State::SynSent && self.snd_nxt == self.snd_una
     }
 
-    /// The retransmission timeout with its backoff, microseconds.
-    #[inline(always)]
-    pub(crate) fn rto_us(&self) -> u32 {
+    /// The retransmission timeout with its backoff, ticks.
+    pub(crate) fn rto_ticks(&self) -> u32 {
         if self.tries == 0 && self.state != State::SynSent {
-            return self.first_rto_us();
+            return self.first_rto_ticks();
         }
-        self.rto_us_after(self.tries)
+        ticks(u64::from(self.rto_us_after(self.tries)) * 1000)
     }
 
     /// The same before any timeout.
-    #[inline(always)]
-    pub(crate) fn first_rto_us(&self) -> u32 {
+    #[inline]
+    pub(crate) fn first_rto_ticks(&self) -> u32 {
+        u32::from(self.rto) * RTO_TICKS
+    }
+
+    fn first_rto_us(&self) -> u32 {
         if self.srtt_us == 0 {
             return timing::SYN_TIMEOUT_US;
         }
         (self.srtt_us + (4 * self.rttvar_us).max(1000)).clamp(timing::RTO_MIN_US, timing::RTO_MAX_US)
     }
 
-    /// The same after so many timeouts.
+    /// The same after so many timeouts, microseconds.
     pub(crate) fn rto_us_after(&self, tries: u8) -> u32 {
         if self.state == State::SynSent {
             return (timing::SYN_TIMEOUT_US << tries.min(timing::SYN_TRIES)).min(timing::BACKOFF_MAX_US);
@@ -373,6 +493,7 @@ impl Session {
             self.rttvar_us = (3 * self.rttvar_us + self.srtt_us.abs_diff(rtt)) / 4;
             self.srtt_us = ((7 * u64::from(self.srtt_us) + u64::from(rtt)) / 8) as u32;
         }
+        self.rto = rto_units(self.first_rto_us());
     }
 
     /// Bytes sent and not acknowledged (SYN and FIN count one each).
@@ -382,7 +503,7 @@ impl Session {
 
     /// The segment after `segment` among those that the session was given, or `NONE`.
     pub(crate) fn segment_after(&self, segment: u32, next: u32) -> u32 {
-        if self.cut && segment == self.last_segment { NONE } else { next }
+        if self.cut.is_some() && segment == self.last_segment { NONE } else { next }
     }
 
     /// Takes note of a segment of the response, new up to `end`.
@@ -611,21 +732,27 @@ impl Session {
 
     /// A session about to send its SYN.
     pub(crate) fn new(identity: Endpoint, service: u16, connection: u32, iss: u32) -> Session {
+        let [ip_high @ .., a, b, c, d] = identity.ip;
         Session {
-            identity,
             service,
             state: State::SynSent,
             connection,
             next_copy: NONE,
             dirty: false,
-            cut: false,
+            cut: None,
+            owes: Owes::Nothing,
+            turn: Turn::default(),
+            port: identity.port,
+            ip_low: [a, b, c, d],
+            ip_high,
+            rewound: false,
+            max_before: iss,
+            snd_limit: iss,
+            rto: rto_units(timing::SYN_TIMEOUT_US),
             last_segment: NONE,
-            joined: false,
-            cut_reason: crate::counters::EndReason::Completed,
             board: NO_BOARD,
             snd_una: iss,
             snd_nxt: iss,
-            snd_max: iss,
             snd_wnd: 0,
             snd_wscale: 0,
             mss: 536,
@@ -647,10 +774,8 @@ impl Session {
             timed_seq: 0,
             timed_at_us: 0,
             rcv_nxt: 0,
-            ack_now: false,
             unacked_segments: 0,
             timestamps: false,
-            ts_offset: 0,
             ts_recent: 0,
             turn_base: 0,
             online_base: 0,
@@ -662,9 +787,7 @@ impl Session {
             whole: 0,
             ahead: Ahead::default(),
             turn_seq: iss,
-            watch_early: false,
             hold_since: None,
-            awaiting_response: false,
             turn_sent_us: 0,
             rto_at: None,
             armed_at: None,
@@ -672,6 +795,11 @@ impl Session {
             release_at: None,
         }
     }
+}
+
+/// In units of [`RTO_TICKS`], rounded up.
+fn rto_units(us: u32) -> u16 {
+    (ticks(u64::from(us) * 1000).div_ceil(RTO_TICKS)) as u16
 }
 
 #[cfg(test)]

@@ -8,11 +8,10 @@ use crate::connection::{End, Phase};
 use crate::counters::Counter;
 use crate::engine::Engine;
 use crate::output::{InHand, Output};
-use crate::sender::{Piece, micros, millis};
-use crate::session::State;
+use crate::sender::{Piece, micros};
 use crate::slab::NONE;
-use crate::timer::{Due, tick, ticks};
-use crate::wire::{PLAIN, PlainHeader};
+use crate::timer::{Due, Tick, tick};
+use crate::wire::{PLAIN, PlainHeader, Stamp};
 use replayer_common::packet::{TcpSegment, flags};
 
 /// The copies of a connection are opened together and lie side by side, the last first: so far ahead they are read.
@@ -50,8 +49,7 @@ impl Engine {
         if first_session == NONE {
             return Err(frame);
         }
-        let first = &self.sessions[first_session];
-        let takers = if first.next_copy == NONE { u32::from(!first.cut) } else { self.takers(first_session) };
+        let takers = u32::from(connection.takers);
         // Without a session nothing is stored; with too few, a turn opens those that are missing.
         if takers == 0 || answered && takers < connection.wanted() {
             return Err(frame);
@@ -92,38 +90,41 @@ impl Engine {
         self.counters[Counter::ReplayBytesOffered] += u64::from(len) * u64::from(takers);
 
         let mut in_hand = Some(InHand { frame, payload_offset, payload_len, segment: stored });
+        let data =
+            NewData { now_ns, now, now_us, connection: c, segment: stored, seq: segment.seq, len, push };
+        let mut stamp = None;
+        let mut sent_at_once = 0;
         let mut s = first_session;
         while s != NONE {
+            let next = self.sessions[s].next_copy;
+            if next != NONE && s >= COPIES_AHEAD {
+                self.sessions[s - COPIES_AHEAD].read_ahead();
+            }
             let session = &mut self.sessions[s];
-            let next = session.next_copy;
-            let caught_up = session.next_segment == NONE;
-            let room = session.snd_wnd.min(session.cwnd).saturating_sub(session.in_flight());
-            let direct = session.state == State::Established
-                && !session.cut
-                && caught_up
-                && session.snd_nxt == session.snd_max
-                && !session.first_alone
-                && len <= u32::from(session.mss)
-                && len <= room
-                && self.config.spread_ns == 0;
-            if direct && (!answered || self.begin_turn(now_ns, s, need)) {
-                self.send_new(now_ns, s, stored, len, push, out, &mut in_hand);
+            let free = session.is_free_for(len) && self.config.spread_ns == 0;
+            if free && (!answered || self.begin_turn(now_ns, s, need)) {
+                self.send_new(s, &data, out, &mut in_hand, &mut stamp);
+                sent_at_once += 1;
             } else {
                 let session = &mut self.sessions[s];
-                if !session.cut {
+                if session.cut.is_none() {
                     if session.una_segment == NONE {
                         session.una_segment = stored;
                     }
-                    if caught_up {
+                    if session.next_segment == NONE {
                         session.next_segment = stored;
                         session.next_offset = 0;
                     }
                 }
-                if !direct {
+                if !free {
                     self.output(now_ns, s, out, &mut in_hand);
                 }
             }
             s = next;
+        }
+        if sent_at_once > 0 {
+            self.capture_to_transmit.record_all(0, sent_at_once);
+            self.lag.record(0, sent_at_once);
         }
         if let Some(hand) = in_hand {
             out.release(hand.frame);
@@ -131,112 +132,110 @@ impl Engine {
         Ok(())
     }
 
-    /// Sends a segment that was just captured: the next data of a session that has sent all it had, and may.
+    /// Sends data that was just captured: the next of a session that has sent all it had, and may.
     #[inline(always)]
     fn send_new<O: Output>(
         &mut self,
-        now_ns: u64,
         s: u32,
-        stored: u32,
-        len: u32,
-        push: bool,
+        data: &NewData,
         out: &mut O,
         in_hand: &mut Option<InHand<O::Frame>>,
+        stamp: &mut Option<Stamp>,
     ) {
+        let &NewData { now_ns, seq, len, push, .. } = data;
         let session = &mut self.sessions[s];
-        let seq = session.snd_nxt;
+        debug_assert_eq!(session.snd_nxt, seq);
         session.snd_nxt = seq.wrapping_add(len);
-        session.snd_max = session.snd_nxt;
         if session.una_segment == NONE {
-            session.una_segment = stored;
+            session.una_segment = data.segment;
         }
         if !session.timing {
             session.timing = true;
-            (session.timed_seq, session.timed_at_us) = (session.snd_nxt, micros(now_ns));
+            (session.timed_seq, session.timed_at_us) = (session.snd_nxt, data.now_us);
         }
         if session.rto_at.is_none() {
-            let due = Due::at(tick(now_ns).wrapping_add(ticks(u64::from(session.rto_us()) * 1000)));
+            // Nothing is in flight, so there was no timeout.
+            let due = Due::at(data.now.wrapping_add(session.first_rto_ticks()));
             session.rto_at = Some(due);
             self.arm_session_at(s, due);
         }
-        self.capture_to_transmit.record(0);
-        self.lag.record(0);
 
         let session = &mut self.sessions[s];
         let service = &mut self.services[usize::from(session.service)];
         let start = PLAIN + if session.timestamps { 12 } else { 0 };
-        let (template, frame) = match (&service.template, in_hand.take()) {
-            (Some(template), Some(hand)) if template.is_plain() && hand.payload_offset == start => {
-                (template, hand.frame)
-            }
-            (Some(template), None) if template.is_plain() => {
-                let Some(mut frame) = out.allocate() else {
-                    // As if it had been lost.
-                    session.acknowledged();
-                    self.counters[Counter::SegmentsNoFrame] += 1;
-                    return;
-                };
-                let bytes = out.bytes(&mut frame);
-                if bytes.len() >= start + len as usize {
-                    self.store.copy_whole(stored, &mut bytes[start..]);
-                }
-                (template, frame)
-            }
-            (_, hand) => {
-                *in_hand = hand;
-                let piece = Piece { segment: stored, offset: 0, len };
-                self.send_data(now_ns, s, push, seq, piece, out, in_hand);
-                return;
-            }
+        let template = service.template.as_ref().filter(|template| template.is_plain());
+        let (Some(template), true) =
+            (template, in_hand.as_ref().is_none_or(|hand| hand.payload_offset == start))
+        else {
+            let piece = Piece { segment: data.segment, offset: 0, len };
+            return self.send_data(now_ns, s, push, seq, piece, out, in_hand);
         };
-        let mut frame = frame;
+        // Without a frame it is as if the segment had been lost.
+        session.acknowledged();
+        service.ip_id = service.ip_id.wrapping_add(1);
+        let (is_in_place, frame) = match in_hand.take() {
+            Some(hand) => (true, Some(hand.frame)),
+            None => (false, out.allocate()),
+        };
+        let Some(mut frame) = frame else {
+            self.counters[Counter::SegmentsNoFrame] += 1;
+            return;
+        };
         let end = start + len as usize;
-        let Some(bytes) = out.bytes(&mut frame).get_mut(..end) else {
-            session.acknowledged();
+        let bytes = out.bytes(&mut frame);
+        if bytes.len() < end {
             self.counters[Counter::SegmentsNoFrame] += 1;
             out.release(frame);
             return;
-        };
-        session.acknowledged();
-        service.ip_id = service.ip_id.wrapping_add(1);
-        let fields = PlainHeader {
-            source: &session.identity,
-            seq,
-            ack: session.rcv_nxt,
-            flags: flags::ACK | if push { flags::PSH } else { 0 },
-            timestamps: session
-                .timestamps
-                .then(|| (session.ts_offset.wrapping_add(millis(now_ns)), session.ts_recent)),
-            ip_id: service.ip_id,
-        };
-        template.write_plain(bytes, fields, len as usize, self.store.sum_whole(stored));
+        }
+        let (ip, port) = session.identity_v4();
+        let (ack, ip_id) = (session.rcv_nxt, service.ip_id);
+        let timestamps = session
+            .timestamps
+            .then(|| (self.connections[data.connection].ts_value(now_ns), session.ts_recent));
+        let control = flags::ACK | if push { flags::PSH } else { 0 };
+        let fields = PlainHeader { ip, port, seq, ack, flags: control, timestamps, ip_id };
+        if is_in_place || end > Stamp::MAX {
+            if !is_in_place {
+                self.store.copy_whole(data.segment, &mut bytes[start..]);
+            }
+            template.write_plain(bytes, fields, len as usize, self.store.sum_whole(data.segment));
+        } else {
+            if stamp.as_ref().is_none_or(|stamp| !stamp.is_of(session.service, timestamps.is_some())) {
+                let mut new = Stamp::new(session.service, timestamps.is_some());
+                let room = new.room(start);
+                self.store.copy_whole(data.segment, room);
+                new.fill(template, fields, len as usize, self.store.sum_whole(data.segment));
+                *stamp = Some(new);
+            }
+            if let Some(stamp) = stamp {
+                stamp.write(bytes, end, fields);
+            }
+        }
         self.counters[Counter::SegmentsSent] += 1;
         if !out.transmit(frame, end) {
             self.counters[Counter::SegmentsNoFrame] += 1;
         }
     }
+}
 
-    /// How many of a connection's sessions take its data.
-    #[inline]
-    pub(crate) fn takers(&self, first_session: u32) -> u32 {
-        let mut takers = 0;
-        let mut s = first_session;
-        while s != NONE {
-            let session = &self.sessions[s];
-            takers += u32::from(!session.cut);
-            s = session.next_copy;
-            if s >= COPIES_AHEAD && s != NONE {
-                self.sessions[s - COPIES_AHEAD].read_ahead();
-            }
-        }
-        takers
-    }
+/// Data that was just captured and stored.
+struct NewData {
+    now_ns: u64,
+    now: Tick,
+    now_us: u32,
+    connection: u32,
+    segment: u32,
+    seq: u32,
+    len: u32,
+    push: bool,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::{Config, Service};
+    use crate::session::State;
     use crate::wire::{Header, Link, Template, sum};
     use crate::{AddressRange, BATCH};
     use alloc::{vec, vec::Vec};
@@ -377,7 +376,7 @@ mod tests {
                         mss: 1460,
                         window: if kind == 5 { 0 } else { 60_000 },
                         seq: session.rcv_nxt,
-                        ack: if kind == 6 { session.snd_una } else { session.snd_max },
+                        ack: if kind == 6 { session.snd_una } else { session.snd_max() },
                         payload_len: random(3) * random(500),
                         ..Default::default()
                     });

@@ -37,10 +37,11 @@ pub(crate) struct Header {
     pub(crate) ip_id: u16,
 }
 
-/// The same of a segment that is no SYN.
+/// The same of a segment over IPv4 that is no SYN.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct PlainHeader<'a> {
-    pub(crate) source: &'a Endpoint,
+pub(crate) struct PlainHeader {
+    pub(crate) ip: [u8; 4],
+    pub(crate) port: u16,
     pub(crate) seq: u32,
     pub(crate) ack: u32,
     pub(crate) flags: u8,
@@ -115,34 +116,33 @@ impl Template {
     pub(crate) fn write_plain(
         &self,
         frame: &mut [u8],
-        fields: PlainHeader<'_>,
+        fields: PlainHeader,
         payload_len: usize,
         payload_sum: u16,
     ) {
-        let PlainHeader { source, seq, ack, flags, timestamps, ip_id } = fields;
+        let PlainHeader { ip, port, seq, ack, flags, timestamps, ip_id } = fields;
         let Some((header, rest)) = frame.split_first_chunk_mut::<PLAIN>() else { return };
         let Some(start) = self.bytes.first_chunk::<PLAIN>() else { return };
         *header = *start;
         let tcp_len = if timestamps.is_some() { 32 } else { 20 };
         let segment_len = tcp_len + payload_len;
         let total_len = 20 + segment_len as u16;
-        let source_ip = v4_octets(&source.ip);
-        let source_sum = u64::from(u32::from_be_bytes(source_ip));
+        let source_sum = u64::from(u32::from_be_bytes(ip));
         let ip_sum = self.ip_sum + u64::from(total_len) + u64::from(ip_id) + source_sum;
         header[16..18].copy_from_slice(&total_len.to_be_bytes());
         header[18..20].copy_from_slice(&ip_id.to_be_bytes());
         header[24..26].copy_from_slice(&checksum(ip_sum));
-        header[26..30].copy_from_slice(&source_ip);
+        header[26..30].copy_from_slice(&ip);
         let offset_and_flags = ((tcp_len / 4) << 12) as u16 | u16::from(flags);
         let mut sum = self.tcp_sum
             + source_sum
-            + u64::from(source.port)
+            + u64::from(port)
             + u64::from(seq)
             + u64::from(ack)
             + u64::from(offset_and_flags)
             + segment_len as u64
             + u64::from(payload_sum);
-        header[34..36].copy_from_slice(&source.port.to_be_bytes());
+        header[34..36].copy_from_slice(&port.to_be_bytes());
         header[38..42].copy_from_slice(&seq.to_be_bytes());
         header[42..46].copy_from_slice(&ack.to_be_bytes());
         header[46..48].copy_from_slice(&offset_and_flags.to_be_bytes());
@@ -153,6 +153,82 @@ impl Template {
             option[4..8].copy_from_slice(&value.to_be_bytes());
             option[8..12].copy_from_slice(&echo.to_be_bytes());
             sum += 0x0101_080a + u64::from(value) + u64::from(echo);
+        }
+        header[50..52].copy_from_slice(&checksum(sum));
+    }
+}
+
+/// A small packet without what sets the copies of a session apart: made once, then copied for each.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stamp {
+    service: u16,
+    timestamps: bool,
+    bytes: [u8; Stamp::MAX],
+    /// The sums of what is the same.
+    ip_sum: u64,
+    tcp_sum: u64,
+}
+
+impl Stamp {
+    /// The longest packet, bytes.
+    pub(crate) const MAX: usize = 128;
+    /// Shorter ones are copied as one cache line.
+    const SHORT: usize = 64;
+
+    /// For sessions of the service, with the timestamps option or without.
+    pub(crate) fn new(service: u16, timestamps: bool) -> Stamp {
+        Stamp { service, timestamps, bytes: [0; Stamp::MAX], ip_sum: 0, tcp_sum: 0 }
+    }
+
+    #[inline]
+    pub(crate) fn is_of(&self, service: u16, timestamps: bool) -> bool {
+        (self.service, self.timestamps) == (service, timestamps)
+    }
+
+    /// Where the payload goes.
+    pub(crate) fn room(&mut self, start: usize) -> &mut [u8] {
+        &mut self.bytes[start..]
+    }
+
+    /// Writes what is the same of all sessions that `fields` are those of one of; the payload is there.
+    pub(crate) fn fill(
+        &mut self,
+        template: &Template,
+        fields: PlainHeader,
+        payload_len: usize,
+        payload_sum: u16,
+    ) {
+        let timestamps = fields.timestamps.map(|(value, _)| (value, 0));
+        let fields = PlainHeader { ip: [0; 4], port: 0, ack: 0, timestamps, ip_id: 0, ..fields };
+        template.write_plain(&mut self.bytes, fields, payload_len, payload_sum);
+        let sum_at = |at: usize| u64::from(!u16::from_be_bytes([self.bytes[at], self.bytes[at + 1]]));
+        (self.ip_sum, self.tcp_sum) = (sum_at(24), sum_at(50));
+    }
+
+    /// Writes the packet of one session.
+    #[inline(always)]
+    pub(crate) fn write(&self, frame: &mut [u8], len: usize, fields: PlainHeader) {
+        let PlainHeader { ip, port, ack, timestamps, ip_id, .. } = fields;
+        if let (true, Some(short)) = (len <= Stamp::SHORT, frame.first_chunk_mut::<{ Stamp::SHORT }>()) {
+            short.copy_from_slice(&self.bytes[..Stamp::SHORT]);
+        } else if let Some(long) = frame.first_chunk_mut::<{ Stamp::MAX }>() {
+            *long = self.bytes;
+        } else {
+            frame[..len].copy_from_slice(&self.bytes[..len]);
+        }
+        let Some((header, rest)) = frame.split_first_chunk_mut::<PLAIN>() else { return };
+        let source_sum = u64::from(u32::from_be_bytes(ip));
+        header[18..20].copy_from_slice(&ip_id.to_be_bytes());
+        header[24..26].copy_from_slice(&checksum(self.ip_sum + u64::from(ip_id) + source_sum));
+        header[26..30].copy_from_slice(&ip);
+        header[34..36].copy_from_slice(&port.to_be_bytes());
+        header[42..46].copy_from_slice(&ack.to_be_bytes());
+        let mut sum = self.tcp_sum + source_sum + u64::from(port) + u64::from(ack);
+        if let Some((_, echo)) = timestamps
+            && let Some(option) = rest.first_chunk_mut::<12>()
+        {
+            option[8..12].copy_from_slice(&echo.to_be_bytes());
+            sum += u64::from(echo);
         }
         header[50..52].copy_from_slice(&checksum(sum));
     }
