@@ -116,30 +116,18 @@ impl ServiceArg {
 }
 
 /// What comes before a service of UDP.
-pub(crate) const UDP_PREFIX: &str = "udp:";
+const UDP_PREFIX: &str = "udp:";
 
 impl FromStr for ServiceArg {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<ServiceArg> {
         let form = "write [udp:][SRC_IP:]SRC_PORT-DST_IP:DST_PORT, for example 80-192.0.2.7:8080, udp:53-192.0.2.7:53 or [2001:db8::1]:80-[2001:db8::7]:80";
-        let (protocol, rest) = match text.strip_prefix(UDP_PREFIX) {
-            Some(rest) => (Protocol::Udp, rest),
-            None => (Protocol::Tcp, text.strip_prefix("tcp:").unwrap_or(text)),
-        };
+        let (protocol, rest) = protocol_of(text);
         let (source, target) =
             rest.split_once('-').ok_or_else(|| anyhow!("there is no '-' in it; {form}"))?;
-        let online = if source.contains(':') {
-            Endpoint::from(
-                SocketAddr::from_str(source).map_err(|_| anyhow!("'{source}' is not IP:PORT; {form}"))?,
-            )
-        } else {
-            let port = source.parse().map_err(|_| anyhow!("'{source}' is not a port; {form}"))?;
-            Endpoint { ip: ANY, port }
-        };
-        let target = Endpoint::from(
-            SocketAddr::from_str(target).map_err(|_| anyhow!("'{target}' is not IP:PORT; {form}"))?,
-        );
+        let online = online_endpoint(source, form)?;
+        let target = endpoint(target, form)?;
         if online.port == 0 || target.port == 0 {
             bail!("port 0 cannot be copied; {form}");
         }
@@ -151,6 +139,27 @@ impl FromStr for ServiceArg {
         }
         Ok(ServiceArg { protocol, service: Service { online, target } })
     }
+}
+
+/// A service's protocol, `udp:` or `tcp:` or neither, and what follows.
+pub(crate) fn protocol_of(text: &str) -> (Protocol, &str) {
+    match text.strip_prefix(UDP_PREFIX) {
+        Some(rest) => (Protocol::Udp, rest),
+        None => (Protocol::Tcp, text.strip_prefix("tcp:").unwrap_or(text)),
+    }
+}
+
+/// What clients send to: a port of any address, or of one. `form` says how it is written.
+pub(crate) fn online_endpoint(text: &str, form: &str) -> Result<Endpoint> {
+    if text.contains(':') {
+        return endpoint(text, form);
+    }
+    let port = text.parse().map_err(|_| anyhow!("'{text}' is not a port; {form}"))?;
+    Ok(Endpoint { ip: ANY, port })
+}
+
+fn endpoint(text: &str, form: &str) -> Result<Endpoint> {
+    Ok(SocketAddr::from_str(text).map_err(|_| anyhow!("'{text}' is not IP:PORT; {form}"))?.into())
 }
 
 /// `-c`: addresses.

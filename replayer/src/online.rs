@@ -17,7 +17,7 @@ use crate::net::{Device, Monitor, NetError, Network};
 use crate::placement::{Placement, Workers};
 use crate::privileges;
 use crate::replay::ReplayArgs;
-use crate::report::Figures;
+use crate::report::{self, Figures};
 use crate::signals::Signals;
 use crate::sizing::{self, Demand, Supply};
 use crate::worker::{MAX_CHANNELS, Shared, Snapshot, Worker};
@@ -70,10 +70,7 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
         eprintln!("  {lost} packets were lost in the capture: the kernel had no room for them");
     }
     if let Some(path) = &args.replay.report {
-        let report = figures.report(online.verdicts.clone(), seconds, cpu);
-        let written = std::fs::write(path, format!("{report:#}\n")).with_context(|| {
-            format!("cannot write the report to {}; choose a writable path", path.display())
-        });
+        let written = report::write(path, &figures.report(online.verdicts.clone(), seconds, cpu));
         return ended.and(written);
     }
     ended

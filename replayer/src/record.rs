@@ -8,22 +8,22 @@ use crate::afxdp::{Port, PortConfig, Received};
 use crate::capture::choice::{self, Facts};
 use crate::capture::ring::Reader;
 use crate::capture::{self, Backend, Capture, CaptureArg, Source, span};
-use crate::cli::{PercentArg, UDP_PREFIX};
+use crate::cli::{PercentArg, online_endpoint, protocol_of};
 use crate::net::{Device, NetError, Network};
 use crate::pcap::writer::NgWriter;
 use crate::privileges;
+use crate::report;
 use crate::signals::Signals;
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use replayer_common::addr::{ANY, Ip, from_std};
+use replayer_common::addr::{ANY, Endpoint};
 use replayer_common::hash::sample_threshold;
 use replayer_common::packet::Protocol;
 use serde_json::json;
 use std::collections::{BTreeSet, VecDeque};
 use std::fs::{self, File};
 use std::io::BufWriter;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -99,10 +99,8 @@ pub struct RecordArgs {
 pub struct RecordedArg {
     /// Its transport protocol.
     pub protocol: Protocol,
-    /// Its address, or any.
-    pub ip: Ip,
-    /// Its port.
-    pub port: u16,
+    /// Its address, or any, and its port.
+    pub online: Endpoint,
 }
 
 impl FromStr for RecordedArg {
@@ -110,21 +108,12 @@ impl FromStr for RecordedArg {
 
     fn from_str(text: &str) -> Result<RecordedArg> {
         let form = "write [udp:][IP:]PORT, for example 80, udp:53 or [2001:db8::1]:80";
-        let (protocol, text) = match text.strip_prefix(UDP_PREFIX) {
-            Some(rest) => (Protocol::Udp, rest),
-            None => (Protocol::Tcp, text.strip_prefix("tcp:").unwrap_or(text)),
-        };
-        let (ip, port) = if text.contains(':') {
-            let address =
-                SocketAddr::from_str(text).map_err(|_| anyhow!("'{text}' is not IP:PORT; {form}"))?;
-            (from_std(address.ip()), address.port())
-        } else {
-            (ANY, text.parse().map_err(|_| anyhow!("'{text}' is not a port; {form}"))?)
-        };
-        if port == 0 {
+        let (protocol, text) = protocol_of(text);
+        let online = online_endpoint(text, form)?;
+        if online.port == 0 {
             bail!("port 0 cannot be recorded; {form}");
         }
-        Ok(RecordedArg { protocol, ip, port })
+        Ok(RecordedArg { protocol, online })
     }
 }
 
@@ -141,7 +130,8 @@ pub fn run(args: &RecordArgs) -> Result<()> {
     if !device.up {
         return Err(NetError::Down { name: device.name }.into());
     }
-    let services: BTreeSet<_> = args.services.iter().map(|s| (s.protocol, s.ip, s.port)).collect();
+    let services: BTreeSet<_> =
+        args.services.iter().map(|s| (s.protocol, s.online.ip, s.online.port)).collect();
     let wildcard = services.iter().any(|(_, ip, _)| *ip == ANY);
     let facts = Facts::find(&mut network, &device, wildcard)?;
     let (backend, why) = choice::choose(args.capture, &device, &facts)?;
@@ -171,9 +161,7 @@ pub fn run(args: &RecordArgs) -> Result<()> {
             "packets_lost": lost,
             "kernel": verdicts,
         });
-        fs::write(path, format!("{report:#}\n")).with_context(|| {
-            format!("cannot write the report to {}; choose a writable path", path.display())
-        })?;
+        report::write(path, &report)?;
     }
     ended?;
     finished?;
@@ -485,7 +473,7 @@ mod tests {
     fn services_to_be_recorded() {
         assert_eq!(
             "80".parse::<RecordedArg>().unwrap(),
-            RecordedArg { protocol: Protocol::Tcp, ip: ANY, port: 80 }
+            RecordedArg { protocol: Protocol::Tcp, online: Endpoint { ip: ANY, port: 80 } }
         );
         assert_eq!("udp:53".parse::<RecordedArg>().unwrap().protocol, Protocol::Udp);
         assert!(

@@ -3,11 +3,22 @@
 use crate::afxdp::{PortCounters, SocketStatistics, Statistics};
 use crate::channel::client::ClientCounters;
 use crate::worker::Snapshot;
+use anyhow::{Context, Result};
 use replayer_engine::counters::{Counter, Counters, Pending};
 use replayer_engine::histogram::Histogram;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
+use std::path::Path;
+
+/// Writes a role's report where `--report` says.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write(path: &Path, report: &Value) -> Result<()> {
+    std::fs::write(path, format!("{report:#}\n"))
+        .with_context(|| format!("cannot write the report to {}; choose a writable path", path.display()))
+}
 
 /// The figures of all workers together.
 #[derive(Clone, Debug, Default)]

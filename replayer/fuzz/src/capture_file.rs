@@ -66,16 +66,11 @@ fn replay(files: Files, choice: u8) {
     let mut engine = Engine::new(config, START_NS);
     engine.set_link(0, Some(LINK));
     engine.set_link(1, Some(LINK));
-    let feed = FeedConfig {
-        files: Vec::new(),
-        order: Order::Merged,
-        services: vec![(Protocol::Tcp, service.online), (Protocol::Udp, service.online)],
-        sample_threshold: 1 << 32,
-        loops: Some(1),
-        start_ns: 0,
-        stop_ns: None,
-        frame_room: FRAME_ROOM,
-    };
+    let feed = FeedConfig::all(
+        Vec::new(),
+        vec![(Protocol::Tcp, service.online), (Protocol::Udp, service.online)],
+        FRAME_ROOM,
+    );
     let pace = FeedPace {
         // A file's own pace takes as many steps as it has hours.
         speed: if choice & 1 == 0 { Speed::Max } else { Speed::Times(1_000_000.0) },

@@ -118,9 +118,7 @@ pub fn run(args: AssistantArgs) -> Result<()> {
     let report = assistant.report()?;
     eprint!("{report}");
     if let Some(path) = &args.report {
-        let json = serde_json::to_string_pretty(&report)?;
-        std::fs::write(path, json)
-            .with_context(|| format!("cannot write the report to {}", path.display()))?;
+        crate::report::write(path, &serde_json::to_value(&report)?)?;
     }
     ended
 }

@@ -1,5 +1,6 @@
 //! The arguments of the offline role.
 
+use crate::placement::Workers;
 use crate::replay::ReplayArgs;
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
@@ -80,6 +81,10 @@ pub struct OfflineArgs {
     /// End after so many seconds.
     #[arg(long, value_name = "SECONDS")]
     pub duration: Option<f64>,
+
+    /// As of the online role, whose command line may be at hand: there is one.
+    #[arg(long, value_name = "COUNT|auto", hide = true)]
+    pub workers: Option<Workers>,
 }
 
 impl OfflineArgs {

@@ -337,7 +337,6 @@ mod tests {
     use super::*;
     use crate::cli::ServiceArg;
     use crate::offline::dry_run::{FRAME_ROOM, LINK, Memory, START_NS};
-    use crate::pcap::Order;
     use crate::pcap::writer::Writer;
     use replayer_common::addr::Endpoint;
     use replayer_common::packet::Protocol;
@@ -368,16 +367,7 @@ mod tests {
         let mut engine = Engine::new(config, START_NS);
         engine.set_link(0, Some(LINK));
         let mut out = Memory::new(&[ServiceArg { protocol: Protocol::Udp, service }], 1, 8, None, 0, 1);
-        let config = FeedConfig {
-            files: vec![path.clone()],
-            order: Order::Merged,
-            services: vec![(Protocol::Udp, service.online)],
-            sample_threshold: 1 << 32,
-            loops: Some(1),
-            start_ns: 0,
-            stop_ns: None,
-            frame_room: FRAME_ROOM,
-        };
+        let config = FeedConfig::all(vec![path.clone()], vec![(Protocol::Udp, service.online)], FRAME_ROOM);
         let pace = FeedPace {
             speed: Speed::Times(1.0),
             max_gap: None,

@@ -25,8 +25,9 @@ use crate::inspect::{inspect, progress_line};
 use crate::pcap::input::STANDARD_INPUT;
 use crate::pcap::writer::Writer;
 use crate::pcap::{Files, Order};
+use crate::placement::Workers;
 use crate::replay::nanoseconds;
-use crate::report::{Figures, histogram};
+use crate::report::{self, Figures, histogram};
 use crate::signals::Signals;
 use crate::worker::Snapshot;
 use anyhow::{Context, Result, bail};
@@ -67,6 +68,11 @@ fn check(args: &OfflineArgs) -> Result<()> {
     args.replay.check()?;
     if args.loops.0 != Some(1) && args.files.iter().any(|file| file.as_os_str() == STANDARD_INPUT) {
         bail!("--loop: standard input can be read only once; name a file");
+    }
+    if args.workers.is_some_and(|workers| matches!(workers, Workers::Count(2..))) {
+        bail!(
+            "--workers: files are replayed by one worker, since their packets have one order and one pace; leave it out"
+        );
     }
     if args.stop.is_some_and(|stop| stop <= args.start) {
         bail!("--stop must be later than --start");
@@ -254,9 +260,7 @@ fn conclude(
         report["role"] = "offline".into();
         report["file"] = serde_json::to_value(file)?;
         report["late_us"] = histogram(&shown.lateness());
-        std::fs::write(path, format!("{report:#}\n")).with_context(|| {
-            format!("cannot write the report to {}; choose a writable path", path.display())
-        })?;
+        report::write(path, &report)?;
     }
     let problems = shown.take_problems();
     // The first is what the run ends with.

@@ -53,6 +53,22 @@ pub struct FeedConfig {
     pub frame_room: usize,
 }
 
+impl FeedConfig {
+    /// All that is in files, once.
+    pub fn all(files: Vec<PathBuf>, services: Vec<(Protocol, Endpoint)>, frame_room: usize) -> FeedConfig {
+        FeedConfig {
+            files,
+            order: Order::Merged,
+            services,
+            sample_threshold: 1 << 32,
+            loops: Some(1),
+            start_ns: 0,
+            stop_ns: None,
+            frame_room,
+        }
+    }
+}
+
 /// What the worker does next, in the order of the files.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Item {
