@@ -16,6 +16,7 @@
 //! - [`load`]: what that client measures
 //! - [`packet`]: whole frames from and to a NIC
 //! - [`wait`]: waiting for a condition with a deadline
+//! - [`way`]: the ways to capture
 //!
 //! Binaries: `stream-server` records every byte that it is sent; `loadgen` drives it, or any HTTP server.
 
@@ -31,8 +32,8 @@ pub mod namespace;
 pub mod packet;
 pub mod pairs;
 pub mod process;
-
 pub mod replay;
 pub mod servers;
 pub mod stream;
 pub mod wait;
+pub mod way;

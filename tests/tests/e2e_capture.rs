@@ -18,74 +18,15 @@ use replayer_tests::lab::{Host, Lab, NIC, Plan};
 use replayer_tests::load::Summary;
 use replayer_tests::pairs::{ARRIVAL, NginxPair, StreamPair};
 use replayer_tests::process::Process;
-use replayer_tests::replay::{Replay, Report, Role, service};
-use replayer_tests::servers::{MIRROR_PORT_NIC, mirror_port, start, tool};
+use replayer_tests::replay::{Report, Role, service};
+use replayer_tests::servers::{MIRROR_PORT_NIC, start, tool};
 use replayer_tests::stream::RequestHeader;
 use replayer_tests::wait::{settled, wait_for};
+use replayer_tests::way::{WAYS, Way};
 use serde_json::Value;
 
 const HTTP: u16 = 8080;
 const STREAM: u16 = 9000;
-
-/// A way to capture, and where.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
-    Mirror,
-    Ring,
-    Span,
-}
-
-const WAYS: [Way; 3] = [Way::Mirror, Way::Ring, Way::Span];
-
-impl Way {
-    fn name(self) -> &'static str {
-        match self {
-            Way::Mirror => "mirror",
-            Way::Ring => "ring",
-            Way::Span => "span",
-        }
-    }
-
-    /// A lab with so many queues where they are needed.
-    fn lab(self, plan: Plan, queues: u8) -> Result<Lab> {
-        let onlines = if self == Way::Span { 2 } else { 1 };
-        let lab = Lab::up(Plan { onlines, online_queues: queues, ..plan })?;
-        if self == Way::Span {
-            mirror_port(&lab, lab.online(), self.host(&lab), queues)?;
-        }
-        Ok(lab)
-    }
-
-    /// The host that captures.
-    fn host(self, lab: &Lab) -> &Host {
-        if self == Way::Span { lab.host("online2") } else { lab.online() }
-    }
-
-    fn nic(self) -> &'static str {
-        if self == Way::Span { MIRROR_PORT_NIC } else { NIC }
-    }
-
-    /// A port of the online server, copied to the same of the target.
-    fn service(self, lab: &Lab, port: u16) -> String {
-        let service = service(port, lab.target().v4(), port);
-        if self == Way::Span { format!("{}:{service}", lab.online().v4()) } else { service }
-    }
-
-    fn start(self, lab: &Lab, ports: &[u16], arguments: &[&str]) -> Result<Replay> {
-        let assistant = Role::assistant(lab, lab.assistant(), &[])?;
-        let services: Vec<String> = ports.iter().map(|&port| self.service(lab, port)).collect();
-        let arguments = [&["--capture", self.name()], arguments].concat();
-        let assistants = [lab.assistant().v4().into()];
-        let online = Role::online_at(lab, self.host(lab), self.nic(), &services, &assistants, &arguments)?;
-        Ok(Replay { online, assistant })
-    }
-
-    /// The value of a verdict of the program on the capture interface.
-    fn verdict(self, report: &Report, name: &str) -> Result<u64> {
-        let value = &report.kernel[self.name()][name];
-        value.as_u64().with_context(|| format!("no verdict {name} of {}: {:#}", self.name(), report.kernel))
-    }
-}
 
 fn assert_all_answered(summary: &Summary, expected: u64) {
     assert_eq!((summary.responses, summary.errors), (expected, 0), "{summary:?}");

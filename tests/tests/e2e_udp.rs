@@ -2,25 +2,26 @@
 //!
 //! Root only; each test has a lab of its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::socket::{setsockopt, sockopt};
 use replayer_common::addr::from_std;
 use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
 use replayer_tests::capture::Capture;
-use replayer_tests::lab::{Host, Lab, POOL_V4, Plan};
+use replayer_tests::lab::{Host, Lab, NIC, POOL_V4, Plan};
 use replayer_tests::pairs::{ARRIVAL, StreamPair};
 use replayer_tests::replay::{Replay, Report, Role};
 use replayer_tests::servers::{start, tool};
 use replayer_tests::wait::{settled, wait_for};
+use replayer_tests::way::{WAYS, Way};
 
 const PORT: u16 = 5353;
 const CLIENTS: usize = 50;
@@ -87,6 +88,15 @@ impl Drop for Server {
 
 /// Clients with a socket each that ask in turn, and check that the online server answers, and nobody else. The sockets stay.
 fn ask(lab: &Lab, to: SocketAddr, each: usize) -> Result<Vec<UdpSocket>> {
+    let sockets = clients(lab, to)?;
+    for request in 0..each {
+        ask_once(&sockets, request)?;
+    }
+    Ok(sockets)
+}
+
+/// Sockets of clients.
+fn clients(lab: &Lab, to: SocketAddr) -> Result<Vec<UdpSocket>> {
     let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
     let sockets: Vec<UdpSocket> = lab
         .client()
@@ -96,16 +106,19 @@ fn ask(lab: &Lab, to: SocketAddr, each: usize) -> Result<Vec<UdpSocket>> {
         socket.connect(to)?;
         socket.set_read_timeout(Some(ANSWER))?;
     }
-    let mut buffer = [0; 2000];
-    for request in 0..each {
-        for (client, socket) in sockets.iter().enumerate() {
-            let payload = payload(client, request);
-            socket.send(&payload)?;
-            let len = socket.recv(&mut buffer).context("the online server's answer")?;
-            ensure!(buffer[..len] == [&b"online"[..], &payload].concat(), "another answer than expected");
-        }
-    }
     Ok(sockets)
+}
+
+/// Each client asks once.
+fn ask_once(sockets: &[UdpSocket], request: usize) -> Result<()> {
+    let mut buffer = [0; 2000];
+    for (client, socket) in sockets.iter().enumerate() {
+        let payload = payload(client, request);
+        socket.send(&payload)?;
+        let len = socket.recv(&mut buffer).context("the online server's answer")?;
+        ensure!(buffer[..len] == [&b"online"[..], &payload].concat(), "another answer than expected");
+    }
+    Ok(())
 }
 
 /// Of many lengths, odd ones too.
@@ -151,6 +164,10 @@ fn service(lab: &Lab, v6: bool) -> String {
         false => format!("udp:{PORT}-{}:{PORT}", lab.target().v4()),
         true => format!("udp:{PORT}-[{}]:{PORT}", lab.target().v6()),
     }
+}
+
+fn is_in_sample(client: &SocketAddr, percent: f64) -> bool {
+    u64::from(flow_hash(FLOW_SEED, &from_std(client.ip()), client.port())) < sample_threshold(percent)
 }
 
 struct World {
@@ -226,14 +243,90 @@ fn b041_b044_copies_and_samples() -> Result<()> {
     let replay = Replay::start_services(&lab, &services, lab.assistant().v4().into(), &["-r", "20"])?;
     ask(&lab, to, EACH)?;
     let all = online.ledger(2 * ALL as usize).split_off(before.len());
-    let is_in = |from: &SocketAddr| {
-        u64::from(flow_hash(FLOW_SEED, &from_std(from.ip()), from.port())) < sample_threshold(20.0)
-    };
-    let expected: Vec<Received> = all.into_iter().filter(|(from, _)| is_in(from)).collect();
+    let expected: Vec<Received> = all.into_iter().filter(|(from, _)| is_in_sample(from, 20.0)).collect();
     let sampled = target.ledger(arrived.len() + expected.len()).split_off(arrived.len());
     assert_same(sampled, expected.clone());
     let (report, _) = replay.stop()?;
     assert_eq!(report.counter("datagrams_sent"), expected.len() as u64);
+    Ok(())
+}
+
+#[test]
+fn b044_a_ramp_grows_to_the_sample_and_keeps_whom_it_has() -> Result<()> {
+    const RAMP: Duration = Duration::from_secs(3);
+    let World { lab, online, target } = world()?;
+    let arguments = ["-r", "60", "-g", "3"];
+    let assistant = lab.assistant().v4().into();
+    let replay = Replay::start_services(&lab, &[service(&lab, false)], assistant, &arguments)?;
+    // It began a little earlier, so after this time it is over.
+    let began = Instant::now();
+    let sockets = clients(&lab, SocketAddr::new(lab.online().v4().into(), PORT))?;
+    let mut rounds = 0;
+    loop {
+        let over = began.elapsed() > RAMP;
+        ask_once(&sockets, rounds)?;
+        rounds += 1;
+        if over {
+            break;
+        }
+        // The rounds are spread over the ramp.
+        std::thread::sleep(RAMP / 10);
+    }
+    let asked = online.ledger(rounds * CLIENTS);
+    let (report, _) = replay.stop()?;
+    let sent = report.counter("datagrams_sent");
+    let arrived = target.ledger(sent as usize);
+    assert_eq!(arrived.len() as u64, sent);
+    let of_round = |round: usize| -> BTreeSet<SocketAddr> {
+        let asked_in =
+            |payload: &[u8]| payload.split(|&b| b == b' ').nth(1) == Some(round.to_string().as_bytes());
+        arrived.iter().filter(|(_, payload)| asked_in(payload)).map(|(from, _)| *from).collect()
+    };
+    let members: Vec<BTreeSet<SocketAddr>> = (0..rounds).map(of_round).collect();
+    for pair in members.windows(2) {
+        assert!(pair[0].is_subset(&pair[1]), "who was in it is in it: {pair:?}");
+    }
+    let sample: BTreeSet<SocketAddr> =
+        asked.iter().map(|(from, _)| *from).filter(|from| is_in_sample(from, 60.0)).collect();
+    assert_eq!(members[rounds - 1], sample);
+    assert!(
+        members[0].len() < sample.len(),
+        "it grows: {:?}",
+        members.iter().map(BTreeSet::len).collect::<Vec<_>>()
+    );
+    Ok(())
+}
+
+#[test]
+fn every_way_captures_every_datagram_with_one_worker_and_with_two() -> Result<()> {
+    for way in WAYS {
+        for workers in [1, 2] {
+            let lab = way.lab(Plan::default(), workers)?;
+            let online = Server::start(lab.online(), PORT, "online")?;
+            let target = Server::start(lab.target(), PORT, "target")?;
+            let service = format!("udp:{}", way.service(&lab, PORT));
+            let replay = way.start_services(&lab, &[service], &["--workers", &workers.to_string()])?;
+            let sockets = ask(&lab, SocketAddr::new(lab.online().v4().into(), PORT), EACH)?;
+            let (sent, arrived) = (online.ledger(ALL as usize), target.ledger(ALL as usize));
+            assert_same(arrived, sent);
+            assert_silent(&sockets);
+            let (report, assistant) = replay.stop()?;
+            let counts = ["packets_datagrams", "datagrams_sent", "datagram_responses"]
+                .map(|name| report.counter(name));
+            assert_eq!(counts, [ALL; 3], "{way:?}, {workers} workers: {:?} {assistant:#}", report.counters);
+            assert_eq!(
+                assistant["channel"]["records_sent"], ALL,
+                "{way:?}, {workers} workers: {assistant:#}"
+            );
+            let idle = report.workers.iter().filter(|worker| worker.packets_captured == 0).count();
+            // Which worker a packet of a mirror port comes to is the NIC's choice.
+            assert!(
+                report.workers.len() == usize::from(workers) && (idle == 0 || way == Way::Span),
+                "{way:?}: {:?}",
+                report.workers
+            );
+        }
+    }
     Ok(())
 }
 
@@ -257,24 +350,18 @@ fn what_is_larger_than_a_packet_is_counted_and_a_closed_port_harms_nobody() -> R
     Ok(())
 }
 
-/// A replay of a file that must end by itself, and well; the report, and when it ended, seconds since the epoch.
-fn offline(lab: &Lab, file: &Path, arguments: &[&str]) -> Result<(Report, f64)> {
+/// A replay of files that must end by itself, and well; its report.
+fn offline(lab: &Lab, files: &str, services: &str, arguments: &[&str]) -> Result<Report> {
     let report = lab.dir().join("offline-report.json");
     let assistant = lab.assistant().v4().to_string();
     let mut command = lab.online().command(tool("replayer")?);
-    command
-        .arg("offline")
-        .arg("-f")
-        .arg(file)
-        .args(["-x", &service(lab, false), "-s", &assistant])
-        .args(arguments);
+    command.arg("offline").args(["-f", files, "-x", services, "-s", &assistant]).args(arguments);
     let mut process = start(lab, lab.online(), "offline", command.arg("--report").arg(&report))?;
     let status = process.wait(Duration::from_secs(60))?;
-    let ended = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
     ensure!(status.success(), "offline {arguments:?} ended with {status}:\n{}", process.errors());
     let report: Report = serde_json::from_str(&std::fs::read_to_string(&report)?)?;
     report.check_accounts()?;
-    Ok((report, ended))
+    Ok(report)
 }
 
 #[test]
@@ -287,16 +374,53 @@ fn b058_b059_datagrams_of_a_file() -> Result<()> {
     let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
 
     let begun = Instant::now();
-    let (report, _) = offline(&lab, &file, &[])?;
+    let (file, service) = (file.to_string_lossy(), service(&lab, false));
+    let report = offline(&lab, &file, &service, &[])?;
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
     let arrived = target.ledger(ALL as usize);
     assert_same(arrived.clone(), sent.clone());
     assert_eq!(report.counter("datagrams_sent"), ALL);
     assert_eq!(report.counter("datagram_responses"), ALL, "{:?}", report.counters);
 
-    let (report, _) = offline(&lab, &file, &["--loop", "3", "-n", "2", "--speed", "max"])?;
+    let report = offline(&lab, &file, &service, &["--loop", "3", "-n", "2", "--speed", "max"])?;
     assert_eq!(report.counter("datagram_responses"), 6 * ALL, "{:?}", report.counters);
     let more = target.ledger(7 * ALL as usize).split_off(arrived.len());
     assert_times(&more, &sent, 6);
+    Ok(())
+}
+
+#[test]
+fn what_was_recorded_over_ipv4_and_ipv6_is_replayed_in_every_loop() -> Result<()> {
+    let World { lab, online, target } = world()?;
+    let (v4, v6) = (lab.online().v4(), lab.online().v6());
+    let prefix = lab.dir().join("recorded");
+    let mut command = lab.online().command(tool("replayer")?);
+    command
+        .args(["record", "-i", NIC, "-x", &format!("udp:{PORT}"), "--file-size", "0.1", "-w"])
+        .arg(&prefix);
+    let mut record = start(&lab, lab.online(), "record", &mut command)?;
+    record.wait_for_message("record ready", Duration::from_secs(15))?;
+    ask(&lab, SocketAddr::new(v4.into(), PORT), EACH)?;
+    ask(&lab, SocketAddr::new(v6.into(), PORT), EACH)?;
+    let sent = online.ledger(2 * ALL as usize);
+    ensure!(record.stop()?.success(), "{}", record.errors());
+    let recorded = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "pcapng");
+    let files: Vec<PathBuf> =
+        std::fs::read_dir(lab.dir())?.flatten().map(|entry| entry.path()).filter(recorded).collect();
+    assert!(files.len() > 3, "{files:?}");
+    let files = files.iter().map(|path| path.to_string_lossy()).collect::<Vec<_>>().join(",");
+
+    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    let (target_v4, target_v6) = (lab.target().v4(), lab.target().v6());
+    let services = format!("udp:{v4}:{PORT}-{target_v4}:{PORT},udp:[{v6}]:{PORT}-[{target_v6}]:{PORT}");
+    let report = offline(&lab, &files, &services, &["--loop", "2", "--speed", "max"])?;
+    let arrived = target.ledger(4 * ALL as usize);
+    assert_times(&arrived, &sent, 2);
+    for of_v6 in [false, true] {
+        let count = arrived.iter().filter(|(from, _)| from.is_ipv6() == of_v6).count();
+        assert_eq!(count as u64, 2 * ALL, "datagrams over {}", if of_v6 { "IPv6" } else { "IPv4" });
+    }
+    assert_eq!(report.counter("datagrams_sent"), 4 * ALL);
+    assert_eq!(report.counter("datagram_responses"), 4 * ALL, "{:?}", report.counters);
     Ok(())
 }
