@@ -353,7 +353,7 @@ pub(super) fn least(load: Load, packets: u32) -> f64 {
     spent as f64 / f64::from(packets.next_multiple_of(BATCH as u32))
 }
 
-/// ns a packet for the memory alone: a slot of a hash table, two cache lines of a connection and one of a session, of as many as there are
+/// ns a packet for the memory alone: a slot of a hash table, a cache line of a connection and one of a session, of as many as there are
 /// sessions and in the engine's order, read ahead in batches as the engine does it, then changed. One sample a round.
 pub(super) fn bare_lines(sessions: u32) -> Vec<f64> {
     let count = sessions as usize;
@@ -373,15 +373,11 @@ pub(super) fn bare_lines(sessions: u32) -> Vec<f64> {
             }
             let start = Instant::now();
             places.iter().for_each(|&i| replayer_prefetch::line(&slots[slot(i)]));
-            for &i in places.iter() {
-                replayer_prefetch::line(&of_connections[i][0]);
-                replayer_prefetch::line(&of_connections[i][8]);
-            }
+            places.iter().for_each(|&i| replayer_prefetch::line(&of_connections[i][0]));
             places.iter().for_each(|&i| replayer_prefetch::line(&of_sessions[i][0]));
             for &i in places.iter() {
                 slots[slot(i)] += 1;
                 of_connections[i][0] += 1;
-                of_connections[i][8] += 1;
                 of_sessions[i][0] += 1;
             }
             spent += start.elapsed().as_nanos() as u64;

@@ -49,7 +49,7 @@ pub fn run(options: Options) -> Result<Vec<Figure>> {
     }
     let lines = harness::bare_lines(many);
     figures.push(Figure::median(
-        format!("{many} sessions: a packet's four cache lines, and nothing else"),
+        format!("{many} sessions: a packet's three cache lines, and nothing else"),
         lines,
         "ns",
     ));

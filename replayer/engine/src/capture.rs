@@ -134,8 +134,8 @@ impl Engine {
             return;
         }
         let now = tick(now_ns);
-        let mut connection = Connection::new(client, server, Phase::BetweenTurns, now);
-        connection.copies = self.next_copies();
+        let connection =
+            Connection::new(client, server, Phase::BetweenTurns, now).with_copies(self.next_copies());
         self.new_connection(connection, now);
     }
 
@@ -168,7 +168,7 @@ impl Engine {
         {
             // What was found when the batch began still holds if the place is that of this very connection.
             let c = looked.place;
-            if c != NONE && self.connections[c].is_of(segment) {
+            if c != NONE && self.connections[c].is_of(&self.servers, segment) {
                 frame = match self.on_usual(now_ns, c, segment, frame, out) {
                     Ok(()) => return,
                     Err(frame) => frame,
@@ -284,7 +284,7 @@ impl Engine {
         if let Some(c) = found {
             let old = &self.connections[c];
             if old.began_with_syn && old.isn == segment.seq {
-                if segment.payload_len > 0 && old.end == End::Open {
+                if segment.payload_len > 0 && old.end() == End::Open {
                     return self.on_syn_data(now_ns, c, segment, in_hand, out);
                 }
                 self.counters[Counter::BytesDuplicate] += u64::from(segment.payload_len);
@@ -299,7 +299,7 @@ impl Engine {
         connection.window_scale = options.window_scale.map(|shift| shift.min(14));
         connection.sack_permitted = options.sack_permitted;
         connection.set_timestamps(options, now_ns);
-        connection.copies = self.next_copies();
+        let connection = connection.with_copies(self.next_copies());
         let Some(c) = self.new_connection(connection, tick(now_ns)) else {
             return Err((Counter::PacketsLimit, Counter::BytesLimit));
         };
@@ -332,9 +332,9 @@ impl Engine {
     pub(crate) fn replace<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
         self.drop_out_of_order(c, Counter::BytesGap);
         let connection = &mut self.connections[c];
-        connection.early_fin = None;
-        if connection.end == End::Open {
-            connection.end = End::Fin { need: u32::from(connection.any_data) };
+        connection.set_early_fin(None);
+        if connection.end() == End::Open {
+            connection.set_end(End::Fin { need: u32::from(connection.any_data) });
         }
         self.output_all(now_ns, c, out);
         self.detach(c);
@@ -370,7 +370,7 @@ impl Engine {
         connection.last_ack = segment.ack;
         connection.ack_known = true;
         connection.set_timestamps(options, now_ns);
-        connection.copies = self.next_copies();
+        let connection = connection.with_copies(self.next_copies());
         match self.new_connection(connection, tick(now_ns)) {
             Some(_) => midstream,
             None => Err((Counter::PacketsLimit, Counter::BytesLimit)),
@@ -424,7 +424,7 @@ impl Engine {
             connection.ack_known = true;
         }
         if segment.flags & flags::FIN != 0 {
-            connection.end = End::Fin { need: 0 };
+            connection.set_end(End::Fin { need: 0 });
             self.forget_if_over(c);
         }
         Err((Counter::PacketsMidstream, Counter::BytesMidstream))
@@ -442,8 +442,9 @@ impl Engine {
         connection.phase = Phase::Encrypted;
         self.arm_connection(c, tick(now_ns).wrapping_add(timing::WATCHED_IDLE));
         let connection = &mut self.connections[c];
-        if connection.early_fin.take().is_some() {
-            connection.end = End::Fin { need: 0 };
+        if connection.early_fin().is_some() {
+            connection.set_early_fin(None);
+            connection.set_end(End::Fin { need: 0 });
         }
         let mut s = connection.first_session;
         while s != NONE {
@@ -465,7 +466,7 @@ impl Engine {
             return Ok(Counter::PacketsAck);
         }
         if segment.flags & flags::FIN != 0 {
-            self.connections[c].end = End::Fin { need: 0 };
+            self.connections[c].set_end(End::Fin { need: 0 });
             self.forget_if_over(c);
         }
         Err((Counter::PacketsTls, Counter::BytesTls))
@@ -478,15 +479,15 @@ impl Engine {
             return Err((Counter::PacketsOutOfWindow, Counter::BytesOutOfWindow));
         }
         self.counters[Counter::BytesAfterEnd] += u64::from(segment.payload_len);
-        if connection.end == End::Open {
+        if connection.end() == End::Open {
             // The session ends after the pending turn: when as much of its response has come as the client had read.
             let read = if segment.flags & flags::ACK != 0 && connection.ack_advances(segment.ack) {
                 segment.ack.wrapping_sub(connection.last_ack)
             } else {
                 u32::from(connection.any_data)
             };
-            connection.end = End::Reset { need: read };
-            connection.early_fin = None;
+            connection.set_end(End::Reset { need: read });
+            connection.set_early_fin(None);
             self.drop_out_of_order(c, Counter::BytesGap);
             self.output_all(now_ns, c, out);
             if !self.connections[c].detached {
@@ -522,17 +523,17 @@ impl Engine {
         if ahead.unsigned_abs() > MAX_DISTANCE {
             return Err((Counter::PacketsOutOfWindow, Counter::BytesOutOfWindow));
         }
-        if connection.copies == 0 {
+        if connection.copies() == 0 {
             if ahead >= 0 {
                 connection.next_seq = seq.wrapping_add(len);
             }
             if fin {
-                connection.end = End::Fin { need: 0 };
+                connection.set_end(End::Fin { need: 0 });
                 self.forget_if_over(c);
             }
             return Err((Counter::PacketsSampledOut, Counter::BytesSampledOut));
         }
-        if connection.end != End::Open {
+        if connection.end() != End::Open {
             let fresh = !seq_before(seq.wrapping_add(len), connection.next_seq.wrapping_add(1));
             return if fresh && len > 0 {
                 Err((Counter::PacketsAfterEnd, Counter::BytesAfterEnd))
@@ -567,8 +568,8 @@ impl Engine {
         } else {
             self.counters[Counter::BytesDuplicate] += u64::from(len);
         }
-        if fin && self.connections[c].end == End::Open {
-            self.connections[c].early_fin = Some((seq.wrapping_add(len), segment.ack));
+        if fin && self.connections[c].end() == End::Open {
+            self.connections[c].set_early_fin(Some((seq.wrapping_add(len), segment.ack)));
         }
         self.end_stream(now_ns, c, out);
         fate
@@ -619,7 +620,7 @@ impl Engine {
         let connection = &mut self.connections[c];
         connection.phase = Phase::Watching;
         connection.next_seq = end;
-        connection.early_fin = None;
+        connection.set_early_fin(None);
         (connection.last_ack, connection.ack_known) = (ack, true);
         Err((Counter::PacketsLimit, Counter::BytesLimit))
     }
@@ -745,7 +746,7 @@ impl Engine {
                 duplicate += covered as u64;
             }
             let next = match previous {
-                NONE => self.connections[c].out_of_order,
+                NONE => self.connections[c].out_of_order(),
                 previous => self.store[previous].next,
             };
             let room = match next {
@@ -788,7 +789,7 @@ impl Engine {
     /// The last segment behind a hole that begins at or before `seq`, or `NONE`.
     fn out_of_order_before(&self, c: u32, seq: u32) -> u32 {
         let connection = &self.connections[c];
-        let mut next = connection.out_of_order;
+        let mut next = connection.out_of_order();
         // After a loss all that follows comes in order: it goes to the end, without a walk.
         if next != NONE && !seq_before(seq, self.store[connection.out_of_order_tail].seq) {
             return connection.out_of_order_tail;
@@ -806,7 +807,7 @@ impl Engine {
         connection.held_bytes += self.store[segment].len;
         self.store[segment].next = next;
         if previous == NONE {
-            connection.out_of_order = segment;
+            connection.set_out_of_order(segment);
         } else {
             self.store[previous].next = segment;
         }
@@ -826,12 +827,12 @@ impl Engine {
         let mut progress = false;
         loop {
             let connection = &mut self.connections[c];
-            let segment = connection.out_of_order;
+            let segment = connection.out_of_order();
             if segment == NONE || seq_before(connection.next_seq, self.store[segment].seq) {
                 break;
             }
             let stored = self.store[segment];
-            connection.out_of_order = stored.next;
+            connection.set_out_of_order(stored.next);
             progress = true;
             let seen = connection.next_seq.wrapping_sub(stored.seq);
             if seen >= stored.len {
@@ -857,16 +858,16 @@ impl Engine {
     /// Ends the stream when its FIN is the next in order.
     fn end_stream<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
         let connection = &mut self.connections[c];
-        let Some((seq, ack)) = connection.early_fin else { return };
+        let Some((seq, ack)) = connection.early_fin() else { return };
         if connection.next_seq != seq {
-            if connection.out_of_order == NONE {
+            if connection.out_of_order() == NONE {
                 self.open_hole(c, tick(now_ns));
             }
             return;
         }
-        connection.early_fin = None;
+        connection.set_early_fin(None);
         let need = if connection.ack_advances(ack) { ack.wrapping_sub(connection.last_ack) } else { 0 };
-        connection.end = End::Fin { need };
+        connection.set_end(End::Fin { need });
         self.output_all(now_ns, c, out);
         if !self.connections[c].detached {
             self.forget_if_over(c);

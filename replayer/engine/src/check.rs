@@ -30,7 +30,7 @@ impl Engine {
                 segment = stored.next;
             }
             assert_eq!(last, connection.tail, "the tail is the end of the list");
-            let mut segment = connection.out_of_order;
+            let mut segment = connection.out_of_order();
             let mut previous_end = None;
             while segment != NONE {
                 let stored = &self.store[segment];
@@ -44,7 +44,7 @@ impl Engine {
                 last = segment;
                 segment = stored.next;
             }
-            if connection.out_of_order != NONE {
+            if connection.out_of_order() != NONE {
                 assert_eq!(last, connection.out_of_order_tail);
             }
             assert_eq!(in_connection, connection.held_bytes, "held bytes of a connection");

@@ -8,7 +8,7 @@
 
 use crate::capture::Looked;
 use crate::config::{Config, timing};
-use crate::connection::{Connection, End, Phase};
+use crate::connection::{Connection, End, Phase, Servers};
 use crate::counters::{Counter, Counters, EndReason, Pending};
 use crate::histogram::Histogram;
 use crate::identity::{Copies, Pool, Ports};
@@ -108,6 +108,7 @@ pub struct Engine {
     pub(crate) gap_timeout: u32,
     pub(crate) services: Vec<ServiceState>,
     pub(crate) connections: Slab<Connection>,
+    pub(crate) servers: Servers,
     pub(crate) sessions: Slab<Session>,
     pub(crate) by_client: Table,
     pub(crate) by_identity: Table,
@@ -167,6 +168,7 @@ impl Engine {
             gap_timeout: ticks(config.gap_timeout_ns),
             services,
             connections: Slab::new(limits.connections),
+            servers: Servers::new(),
             sessions: Slab::new(limits.sessions),
             by_client: Table::new(limits.connections),
             by_identity: Table::new(limits.sessions),
@@ -242,7 +244,7 @@ impl Engine {
             pending.replay_bytes += self.undelivered(&self.sessions[session]);
         }
         for index in 0..self.connections.high_water() {
-            let mut segment = self.connections[index].out_of_order;
+            let mut segment = self.connections[index].out_of_order();
             while segment != NONE {
                 pending.out_of_order_bytes += u64::from(self.store[segment].len);
                 segment = self.store[segment].next;
@@ -313,7 +315,8 @@ impl Engine {
         let (_, source) = self.services_of(&connection.server);
         let of_it =
             |service: &&ServiceState| service.online == source && self.family_fits(&connection, service);
-        connection.services = self.services.iter().filter(of_it).count() as u16;
+        let services = self.services.iter().filter(of_it).count();
+        connection.begin(&mut self.servers, services);
         let hash = connection.hash(self.config.seed);
         let index = self.connections.insert(connection)?;
         self.by_client.insert(hash, index);
@@ -341,7 +344,7 @@ impl Engine {
         joined: bool,
         out: &mut O,
     ) {
-        let wanted = self.connections[c].copies;
+        let wanted = self.connections[c].copies();
         let mut family_refused = false;
         let (_, source) = self.services_of(&self.connections[c].server);
         for service in 0..self.services.len() as u16 {
@@ -598,7 +601,7 @@ impl Engine {
         let connection = &self.connections[c];
         if connection.phase != Phase::Forgotten
             && connection.sessions == 0
-            && (connection.detached || connection.end != End::Open)
+            && (connection.detached || connection.end() != End::Open)
         {
             self.forget(c);
         }
@@ -624,7 +627,8 @@ impl Engine {
 
     /// Drops what waits behind a hole, counted as `fate`.
     pub(crate) fn drop_out_of_order(&mut self, c: u32, fate: Counter) {
-        let mut segment = core::mem::replace(&mut self.connections[c].out_of_order, NONE);
+        let mut segment = self.connections[c].out_of_order();
+        self.connections[c].set_out_of_order(NONE);
         while segment != NONE {
             let stored = self.store[segment];
             self.counters[fate] += u64::from(stored.len);
@@ -767,7 +771,7 @@ impl Engine {
 
     /// A hole stayed open too long: the sessions end after what came before it, and join again at the next turn.
     pub(crate) fn give_up_hole<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
-        let mut segment = self.connections[c].out_of_order;
+        let mut segment = self.connections[c].out_of_order();
         while segment != NONE {
             let stored = self.store[segment];
             let connection = &mut self.connections[c];
@@ -780,8 +784,9 @@ impl Engine {
         self.drop_out_of_order(c, Counter::BytesGap);
         let connection = &mut self.connections[c];
         connection.phase = Phase::Watching;
-        if connection.early_fin.take().is_some() {
-            connection.end = End::Fin { need: 0 };
+        if connection.early_fin().is_some() {
+            connection.set_early_fin(None);
+            connection.set_end(End::Fin { need: 0 });
         }
         let mut s = self.connections[c].first_session;
         while s != NONE {
@@ -834,7 +839,7 @@ impl Engine {
                 || session.una_segment != NONE
                 || session.turn.has(Turn::AWAITS_RESPONSE) && waited_us < hold_limit_us
                 || session.cut.is_some()
-                || self.connections[session.connection].end != End::Open
+                || self.connections[session.connection].end() != End::Open
         };
         self.live_sessions().filter(|&s| busy(s)).count() as u64 + self.udp.waiting(now_ns, hold_limit_us)
     }

@@ -527,7 +527,7 @@ impl Engine {
             let need = u32::from(reason == EndReason::Gap);
             End::Fin { need }
         } else {
-            self.connections[session.connection].end
+            self.connections[session.connection].end()
         };
         match end {
             End::Open => {

@@ -4,7 +4,7 @@
 //! step by step, with the same outcome; whatever is not usual, of the packet or of one of its sessions, is left to them. The test at the
 //! end holds the two against each other.
 
-use crate::connection::{End, Phase};
+use crate::connection::Phase;
 use crate::counters::Counter;
 use crate::engine::Engine;
 use crate::output::{InHand, Output};
@@ -34,9 +34,7 @@ impl Engine {
         let usual = connection.phase == Phase::Following
             && connection.any_data
             && connection.next_seq == segment.seq
-            && connection.end == End::Open
-            && !connection.has_hole()
-            && connection.copies > 0
+            && connection.is_uninterrupted()
             && connection.held_bytes + len <= self.config.limits.held_bytes_per_connection
             && self.stopping.is_none();
         #[cfg(test)]
