@@ -1,28 +1,20 @@
 //! Dry runs of the offline role: what it would send, compared byte by byte with what the clients sent according to a reassembly that
 //! shares no code with the replayer.
 
-use etherparse::{NetSlice, SlicedPacket, TransportSlice};
-use pcap_parser::{Block, PcapBlockOwned, PcapError, create_reader};
+mod reassembly;
+
+use reassembly::{OTHERS, Segment, Stream, WHOLE, segments, shared, streams};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Write;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 const TARGET: &str = "198.51.100.7:80";
 const TARGET_V6: &str = "[2001:db8::7]:80";
-
-fn shared(name: &str) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/pcaps").join(name);
-    if !path.exists() {
-        eprintln!("skipped: {} is not there", path.display());
-        return None;
-    }
-    Some(path)
-}
 
 fn scratch(name: &str) -> PathBuf {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("offline");
@@ -53,165 +45,6 @@ fn dry_run(name: &str, arguments: &[&str]) -> (Value, String) {
 fn counter(report: &Value, name: &str) -> u64 {
     report["counters"][name].as_u64().unwrap_or_else(|| panic!("no counter {name}"))
 }
-
-// ---- the independent reassembly ----
-
-/// A segment of TCP.
-struct Segment {
-    time_ns: u64,
-    source: SocketAddr,
-    destination: SocketAddr,
-    seq: u32,
-    syn: bool,
-    ack: bool,
-    rst: bool,
-    payload: Vec<u8>,
-}
-
-fn segments(path: &Path) -> Vec<Segment> {
-    let mut reader = create_reader(1 << 20, File::open(path).unwrap()).unwrap();
-    let mut found = Vec::new();
-    let (mut link, mut unit) = (1, 1000);
-    loop {
-        match reader.next() {
-            Ok((used, block)) => {
-                let mut packet = |time_ns: u64, data: &[u8]| {
-                    let data = match link {
-                        0 => SlicedPacket::from_ip(&data[4..]),
-                        101 => SlicedPacket::from_ip(data),
-                        _ => SlicedPacket::from_ethernet(data),
-                    };
-                    found.extend(data.ok().and_then(|sliced| segment(time_ns, &sliced)));
-                };
-                match block {
-                    PcapBlockOwned::LegacyHeader(header) => {
-                        link = header.network.0;
-                        unit = if header.is_nanosecond_precision() { 1 } else { 1000 };
-                    }
-                    PcapBlockOwned::Legacy(record) => {
-                        let time =
-                            u64::from(record.ts_sec) * 1_000_000_000 + u64::from(record.ts_usec) * unit;
-                        packet(time, record.data);
-                    }
-                    PcapBlockOwned::NG(Block::EnhancedPacket(record)) => {
-                        packet(0, &record.data[..record.caplen as usize]);
-                    }
-                    PcapBlockOwned::NG(_) => {}
-                }
-                reader.consume(used);
-            }
-            Err(PcapError::Eof) => return found,
-            Err(PcapError::Incomplete(_)) => reader.refill().unwrap(),
-            Err(error) => panic!("{}: {error:?}", path.display()),
-        }
-    }
-}
-
-fn segment(time_ns: u64, packet: &SlicedPacket<'_>) -> Option<Segment> {
-    let Some(TransportSlice::Tcp(tcp)) = &packet.transport else { return None };
-    let (source, destination): (IpAddr, IpAddr) = match packet.net.as_ref()? {
-        NetSlice::Ipv4(v4) => (v4.header().source_addr().into(), v4.header().destination_addr().into()),
-        NetSlice::Ipv6(v6) => (v6.header().source_addr().into(), v6.header().destination_addr().into()),
-        NetSlice::Arp(_) => return None,
-    };
-    Some(Segment {
-        time_ns,
-        source: SocketAddr::new(source, tcp.source_port()),
-        destination: SocketAddr::new(destination, tcp.destination_port()),
-        seq: tcp.sequence_number(),
-        syn: tcp.syn(),
-        ack: tcp.ack(),
-        rst: tcp.rst(),
-        payload: tcp.payload().to_vec(),
-    })
-}
-
-/// What a client sent on a connection: bytes by their sequence number, from the SYN on.
-#[derive(Default)]
-struct Stream {
-    /// The number of the first byte, when a SYN says it.
-    first: Option<u32>,
-    bytes: BTreeMap<u32, u8>,
-}
-
-impl Stream {
-    fn add(&mut self, segment: &Segment) {
-        let seq = segment.seq.wrapping_add(u32::from(segment.syn));
-        if segment.syn {
-            self.first = Some(seq);
-        }
-        for (i, &byte) in segment.payload.iter().enumerate() {
-            // What came first counts.
-            self.bytes.entry(seq.wrapping_add(i as u32)).or_insert(byte);
-        }
-    }
-
-    /// From its first byte to the first that is missing.
-    fn contiguous(&self) -> Option<Vec<u8>> {
-        let first = self.first?;
-        Some((0u32..).map_while(|i| self.bytes.get(&first.wrapping_add(i)).copied()).collect())
-    }
-}
-
-/// The streams to a port, by client; a client that connects again has several.
-fn streams(segments: &[Segment], port: u16) -> BTreeMap<SocketAddr, Vec<Stream>> {
-    let mut all: BTreeMap<SocketAddr, Vec<Stream>> = BTreeMap::new();
-    for segment in segments.iter().filter(|segment| segment.destination.port() == port) {
-        if segment.rst {
-            continue;
-        }
-        let streams = all.entry(segment.source).or_default();
-        let opening = segment.syn && !segment.ack;
-        let same = streams.last().is_some_and(|last| {
-            !opening || last.first.is_none_or(|first| first == segment.seq.wrapping_add(1))
-        });
-        if !same {
-            streams.push(Stream::default());
-        }
-        if let Some(last) = streams.last_mut() {
-            last.add(segment);
-        }
-    }
-    all
-}
-
-// ---- tests ----
-
-/// Files whose clients' streams are whole from their SYN on: all of them must be sent, byte for byte.
-const WHOLE: &[(&str, u16)] = &[
-    ("trex/delay_10_http_browsing_0.pcap", 80),
-    ("trex/http_post.pcap", 80),
-    ("trex/tcp2_http_drop_c.pcap", 80),
-    ("trex/tcp2_http_ipv6_c.pcap", 80),
-    ("trex/tcp2_http_reorder_c.pcap", 80),
-    ("trex/tcp2_http_rst_middle_c.pcap", 80),
-    ("zeek/100-continue.pcap", 80),
-    ("zeek/206_example_b.pcap", 80),
-    ("zeek/bulk-loading.pcap", 6379),
-    ("zeek/get-without-fins.pcap", 80),
-    ("zeek/get.pcap", 80),
-    ("zeek/handshake-reorder.pcap", 80),
-    ("zeek/http-post-large.pcap", 80),
-    ("zeek/http-post-large.pcap", 5000),
-    ("zeek/http-vlan-0.pcap", 80),
-    ("zeek/miss_end_data.pcap", 80),
-    ("zeek/mysql.pcap", 3306),
-    ("zeek/payload-syn.pcap", 80),
-    ("zeek/pipelined-requests.pcap", 80),
-    ("zeek/rst-inject-rae.pcap", 6649),
-    ("zeek/tcp-fast-open.pcap", 80),
-];
-
-/// Others: what is sent must be what was captured, whatever is left out.
-const OTHERS: &[(&str, u16)] = &[
-    ("zeek/get_nosyn.pcap", 80),
-    ("zeek/missing-syn.pcap", 80),
-    ("zeek/no-handshake.pcap", 80),
-    ("zeek/reassembly.pcap", 80),
-    ("zeek/retransmit-fast009.pcap", 80),
-    ("zeek/retransmit-timeout.pcapng", 80),
-    ("zeek/tls1.2.pcap", 443),
-];
 
 fn run_and_reassemble(
     path: &Path,

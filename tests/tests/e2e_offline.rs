@@ -2,10 +2,13 @@
 //!
 //! Root only; each test has a lab of its own. Dry runs are tested in `replayer/tests/offline.rs`.
 
+#[path = "../../replayer/tests/reassembly/mod.rs"]
+mod reassembly;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -13,13 +16,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use pcap_parser::{PcapBlockOwned, PcapError, create_reader};
+use reassembly::{OTHERS, WHOLE, segments, shared, streams};
 use replayer_tests::capture::Capture;
 use replayer_tests::clients::Load;
-use replayer_tests::lab::{Host, Lab, Plan};
+use replayer_tests::lab::{Host, Lab, POOL_V4, POOL_V6, Plan};
 use replayer_tests::ledger::{self, Ledger};
 use replayer_tests::made::Made;
 use replayer_tests::pairs::{ARRIVAL, NginxPair};
-use replayer_tests::replay::{Report, Role};
+use replayer_tests::replay::{Report, Role, service};
 use replayer_tests::servers::{start, tool};
 use replayer_tests::wait::settled;
 
@@ -225,41 +229,45 @@ fn b059_each_loop_of_a_made_file_asks_everything_once() -> Result<()> {
 }
 
 #[test]
-fn b061_real_captures_arrive_whole() -> Result<()> {
-    let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/pcaps");
-    if !shared.exists() {
-        eprintln!("skipped: {} is not there", shared.display());
-        return Ok(());
-    }
+fn b061_real_captures_arrive_as_they_were_captured() -> Result<()> {
     let lab = Lab::up(Plan::default())?;
     let recorder = Recorder::start(lab.target(), HTTP)?;
     let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
-    // Name, port, and bytes of each client's stream, as Wireshark's "follow" shows them.
-    let cases: &[(&str, u16, &[usize])] = &[
-        ("zeek/get.pcap", 80, &[136]),
-        ("zeek/get-without-fins.pcap", 80, &[136]),
-        ("zeek/handshake-reorder.pcap", 80, &[136]),
-        ("zeek/http-vlan-0.pcap", 80, &[136]),
-        ("zeek/http-post-large.pcap", 80, &[61_907]),
-        ("zeek/bulk-loading.pcap", 6379, &[38_823]),
-        ("zeek/mysql.pcap", 3306, &[659]),
-        ("zeek/tcp-fast-open.pcap", 80, &[]),
-        ("trex/tcp2_http_drop_c.pcap", 80, &[249]),
-        ("trex/tcp2_http_reorder_c.pcap", 80, &[249]),
-        ("trex/http_post.pcap", 80, &[10_332]),
-    ];
-    for (name, port, lengths) in cases {
-        let file = shared.join(name);
-        let service = format!("{port}-{}:{HTTP}", lab.target().v4());
-        let run = offline(&lab, &file, &service, &["--speed", "max", "-c", "172.29.0.0/24"])?;
-        let received = recorder.take();
-        let bytes: usize = received.iter().map(Vec::len).sum();
-        assert_eq!(bytes as u64, run.report.counter("bytes_accepted"), "{name}: {:?}", run.report.counters);
-        assert_eq!(bytes as u64, run.report.counter("replay_bytes_delivered"), "{name}");
-        let mut found: Vec<usize> = received.iter().map(Vec::len).filter(|&len| len > 0).collect();
-        found.sort_unstable();
-        if !lengths.is_empty() {
-            assert_eq!(found, *lengths, "{name}");
+    for (whole, (name, port)) in
+        WHOLE.iter().map(|file| (true, file)).chain(OTHERS.iter().map(|file| (false, file)))
+    {
+        let Some(file) = shared(name) else { continue };
+        let captured = streams(&segments(&file), *port);
+        let v6 = captured.keys().any(SocketAddr::is_ipv6);
+        let (target, pool): (IpAddr, _) =
+            if v6 { (lab.target().v6().into(), POOL_V6) } else { (lab.target().v4().into(), POOL_V4) };
+        let service = service(*port, target, HTTP);
+        let run = offline(&lab, &file, &service, &["--speed", "max", "-c", pool])?;
+        let mut received = recorder.take();
+        received.retain(|bytes| !bytes.is_empty());
+        let bytes = received.iter().map(Vec::len).sum::<usize>() as u64;
+        for counter in ["bytes_accepted", "replay_bytes_delivered"] {
+            assert_eq!(bytes, run.report.counter(counter), "{name}: {counter} {:?}", run.report.counters);
+        }
+        let all = captured.values().flatten();
+        if whole {
+            let mut expected: Vec<Vec<u8>> =
+                all.map(|stream| stream.contiguous().context("a SYN")).collect::<Result<_>>()?;
+            expected.retain(|bytes| !bytes.is_empty());
+            expected.sort();
+            received.sort();
+            assert!(
+                !expected.is_empty() && received == expected,
+                "{name}: {} streams of {}",
+                received.len(),
+                expected.len()
+            );
+        } else {
+            let bytes: Vec<Vec<u8>> = all.map(|stream| stream.bytes.values().copied().collect()).collect();
+            for stream in &received {
+                let is_part = |all: &Vec<u8>| all.windows(stream.len()).any(|part| part == stream);
+                assert!(bytes.iter().any(is_part), "{name}: {} bytes that nobody sent", stream.len());
+            }
         }
     }
     Ok(())
@@ -342,8 +350,7 @@ struct Recorder {
 
 impl Recorder {
     fn start(host: &Host, port: u16) -> Result<Self> {
-        let listener =
-            host.namespace().enter(|| TcpListener::bind(("0.0.0.0", port)))?.context("listening")?;
+        let listener = host.namespace().enter(|| TcpListener::bind(("::", port)))?.context("listening")?;
         let received: Arc<Mutex<Vec<Received>>> = Arc::default();
         let all = received.clone();
         std::thread::spawn(move || {
