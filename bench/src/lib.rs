@@ -8,6 +8,7 @@
 //! - [`scale`]: one worker and two
 //! - [`live`]: the roles in the lab, with real servers and clients
 //! - [`offline`]: capture files: pace, speed, memory
+//! - `traffic`, `wire`: what several of them share: clients and target; devices and a replayer between them
 //!
 //! A subject is a function from [`Options`] to figures, listed in [`SUBJECTS`]. Whatever it compares itself with is measured in the
 //! same run, and a figure says what was wanted of it, so that a reader needs no second document.
@@ -20,6 +21,7 @@ pub mod path;
 pub mod report;
 pub mod scale;
 pub mod sending;
+mod traffic;
 mod wire;
 
 use report::Figure;

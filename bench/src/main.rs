@@ -32,7 +32,7 @@ struct Arguments {
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     if let Some(work) = arguments.work {
-        return bench::engine::counted::work(&work);
+        return if work == "sending" { bench::sending::work() } else { bench::engine::counted::work(&work) };
     }
     let mut chosen = Vec::new();
     for name in &arguments.subjects {

@@ -1,12 +1,12 @@
 //! The whole way of a captured packet: a veth pair, its far end's RX ring, the engine, the TX ring of another veth pair.
 //!
 //! One thread sends as fast as the other takes, so that nothing is lost and every stream stays whole. Beside it stand the
-//! same rings without an engine (what arrives is sent on as it is), and the TX ring alone. The target's acknowledgments are made in the
-//! same thread from what is sent; parsing for it is counted as the replayer's.
+//! same rings without an engine (what arrives is sent on as it is), and the TX ring alone. What the replayer does with the target's
+//! acknowledgments is measured with it.
 
 use crate::Options;
 use crate::report::{Figure, Wanted};
-use crate::wire::{Cable, ISN, PAYLOAD, Replayer, alone, bare_transmit, client, rate, send, write_segment};
+use crate::wire::{Cable, Replayer, alone, bare_transmit, rate, send, write_packet};
 use anyhow::{Result, ensure};
 use replayer::afxdp::{Port, Received};
 use replayer_engine::BATCH;
@@ -94,6 +94,7 @@ fn forwarded(
         if let Some(replayer) = replayer {
             let data = replayer.counters()[Counter::PacketsData];
             ensure!(data + u64::from(CONNECTIONS) == sent, "{data} data packets replayed of {sent} packets");
+            replayer.ensure_sent()?;
         }
         Ok(rate)
     })
@@ -114,9 +115,7 @@ fn generate(port: &mut Port, taken: &AtomicU64, stop: &AtomicBool) -> u64 {
         }
         for _ in 0..BATCH {
             let Some(mut frame) = port.allocate() else { break };
-            let (round, i) = (sent / u64::from(CONNECTIONS), (sent % u64::from(CONNECTIONS)) as u32);
-            let seq = if round == 0 { ISN } else { ISN + 1 + (round as u32 - 1) * PAYLOAD };
-            let len = write_segment(port.frame_mut(&mut frame), &client(i), seq, round == 0);
+            let len = write_packet(port.frame_mut(&mut frame), sent as u32, CONNECTIONS);
             // One that finds no room is made again.
             sent += u64::from(send(port, frame, len as u32));
         }

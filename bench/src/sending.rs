@@ -1,9 +1,12 @@
 //! Sending to a device: copies made by the engine, beside the TX ring alone, sendmmsg(2) on a raw socket, and tcpreplay's fastest
-//! mode. The same frames into the same veth pair, whose far end drops them in XDP.
+//! mode. The same frames into the same veth pair, whose far end drops them in XDP. A copy's time includes what the worker does with the
+//! target's acknowledgment of it.
 
 use crate::Options;
+use crate::engine::counted::processor_time;
 use crate::report::{Figure, Wanted};
-use crate::wire::{Cable, FRAME, ISN, PAYLOAD, Replayer, alone, bare_transmit, client, rate, write_segment};
+use crate::traffic::{SMALL, SMALL_FRAME};
+use crate::wire::{Cable, Replayer, alone, bare_transmit, rate, write_packet};
 use anyhow::{Context, Result, ensure};
 use nix::libc;
 use replayer_engine::counters::Counter;
@@ -17,6 +20,8 @@ pub const WHAT: &str = "sending 64-byte frames into a veth, one core";
 
 const CONNECTIONS: u32 = 100;
 const COPIES: u32 = 100;
+/// Captured packets that are copied in a turn.
+const CAPTURED: u32 = 4;
 /// Messages of one sendmmsg call.
 const MESSAGES: usize = 64;
 
@@ -56,6 +61,30 @@ pub fn run(options: Options) -> Result<Vec<Figure>> {
     })
 }
 
+/// For a profiler, and for a machine with other work: processor time of a frame of the bare TX ring and of a copy, in turn.
+pub fn work() -> Result<()> {
+    alone(|| {
+        let cable = Cable::new()?;
+        let mut port = cable.sender()?;
+        let duration = Duration::from_millis(300);
+        for _ in 0..7 {
+            let mut figures = [0.0; 2];
+            for (figure, copies) in figures.iter_mut().zip([false, true]) {
+                let (before, start) = (port.counters().transmitted, processor_time());
+                if copies {
+                    amplified(&mut port, duration)?;
+                } else {
+                    bare_transmit(&mut port, duration);
+                }
+                let frames = port.counters().transmitted - before;
+                *figure = (processor_time() - start) as f64 / frames as f64;
+            }
+            println!("ns a frame: bare TX ring {:.0}, copies {:.0}", figures[0], figures[1]);
+        }
+        Ok(())
+    })
+}
+
 /// Packets a second that leave when each captured one has [`COPIES`] copies.
 pub(crate) fn amplified(port: &mut replayer::afxdp::Port, duration: Duration) -> Result<f64> {
     let mut replayer = Replayer::new(CONNECTIONS, COPIES);
@@ -63,11 +92,9 @@ pub(crate) fn amplified(port: &mut replayer::afxdp::Port, duration: Duration) ->
     let mut step = || {
         let before = port.counters().transmitted;
         // A few at a time: each makes a hundred.
-        for _ in 0..4 {
+        for _ in 0..CAPTURED {
             let Some(mut frame) = port.allocate() else { break };
-            let (round, i) = (captured / CONNECTIONS, captured % CONNECTIONS);
-            let seq = if round == 0 { ISN } else { ISN + 1 + (round - 1) * PAYLOAD };
-            let len = write_segment(port.frame_mut(&mut frame), &client(i), seq, round == 0);
+            let len = write_packet(port.frame_mut(&mut frame), captured, CONNECTIONS);
             replayer.capture(frame, len);
             captured += 1;
         }
@@ -75,14 +102,15 @@ pub(crate) fn amplified(port: &mut replayer::afxdp::Port, duration: Duration) ->
         port.counters().transmitted - before
     };
     // The handshakes.
-    for _ in 0..CONNECTIONS.div_ceil(4) {
+    for _ in 0..CONNECTIONS.div_ceil(CAPTURED) {
         step();
     }
     let rate = rate(duration, &mut step);
     let counters = replayer.counters();
     let delivered = counters[Counter::ReplayBytesDelivered];
-    let expected = u64::from((captured - CONNECTIONS) * PAYLOAD) * u64::from(COPIES);
+    let expected = u64::from(captured - CONNECTIONS) * SMALL.payload as u64 * u64::from(COPIES);
     ensure!(delivered == expected, "{delivered} bytes delivered of {expected}: {counters:?}");
+    replayer.ensure_sent()?;
     Ok(rate)
 }
 
@@ -106,14 +134,14 @@ fn raw_socket(ifindex: u32, duration: Duration) -> Result<f64> {
         )
     };
     ensure!(set == 0, "PACKET_QDISC_BYPASS: {}", std::io::Error::last_os_error());
-    let mut frame = [0u8; FRAME];
-    write_segment(&mut frame, &client(0), ISN, false);
+    let mut frame = [0u8; SMALL_FRAME];
+    write_packet(&mut frame, 1, 1);
     // SAFETY: all-zero is a valid value of these C structures.
     let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     address.sll_family = libc::AF_PACKET as u16;
     address.sll_ifindex = ifindex as i32;
     address.sll_halen = 6;
-    let mut piece = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: FRAME };
+    let mut piece = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: SMALL_FRAME };
     // SAFETY: as above.
     let mut message: libc::mmsghdr = unsafe { std::mem::zeroed() };
     message.msg_hdr.msg_name = (&raw mut address).cast();
@@ -165,11 +193,11 @@ fn capture_file() -> Vec<u8> {
         file.extend(word.to_le_bytes());
     }
     for i in 0..CONNECTIONS {
-        for word in [0, i, FRAME as u32, FRAME as u32] {
+        for word in [0, i, SMALL_FRAME as u32, SMALL_FRAME as u32] {
             file.extend(word.to_le_bytes());
         }
-        let mut frame = [0; FRAME];
-        write_segment(&mut frame, &client(i), ISN + 1, false);
+        let mut frame = [0; SMALL_FRAME];
+        write_packet(&mut frame, CONNECTIONS + i, CONNECTIONS);
         file.extend(frame);
     }
     file

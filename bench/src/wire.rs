@@ -1,29 +1,22 @@
-//! What the subjects with a kernel in them share: a network namespace of their own, a veth pair whose far end drops, and an engine
-//! whose target answers at once.
+//! What the subjects with a kernel in them share: a network namespace of their own, a veth pair whose far end drops, clients' packets, and
+//! an engine whose target answers at once.
 
+use crate::traffic::{self, CLIENT_ISN, SMALL, SMALL_FRAME, TARGET_ISN, client, response, write_segment};
 use anyhow::{Context, Result, ensure};
-use replayer::afxdp::{Endpoint as PortEndpoint, Frame, Port, PortConfig};
+use replayer::afxdp::{Endpoint as PortEndpoint, Frame, HEADROOM, Port, PortConfig};
 use replayer::capture::mirror::Mirror;
 use replayer::clock;
 use replayer::netns::Namespace;
 use replayer::programs::Programs;
-use replayer_common::addr::{Endpoint, from_v4};
-use replayer_common::packet::{flags, parse_tcp};
+use replayer_common::addr::Endpoint;
+use replayer_common::packet::flags;
 use replayer_common::response::ResponseHeader;
-use replayer_engine::config::{Config, Limits, Service};
-use replayer_engine::counters::Counters;
-use replayer_engine::{AddressRange, BATCH, Engine, Link, Output};
+use replayer_engine::counters::{Counter, Counters};
+use replayer_engine::{BATCH, Engine, Output};
 use std::time::{Duration, Instant};
 
-const SERVER: Endpoint = Endpoint { ip: from_v4([10, 0, 0, 1]), port: 80 };
-const TARGET: Endpoint = Endpoint { ip: from_v4([10, 0, 0, 2]), port: 80 };
-/// A frame of 64 bytes on the wire: 60 without its check sequence.
-pub(crate) const FRAME: usize = 60;
-/// What is left of it behind Ethernet, IPv4 and TCP.
-pub(crate) const PAYLOAD: u32 = 6;
-/// The client's ISN.
-pub(crate) const ISN: u32 = 1000;
-const TARGET_ISN: u32 = 5000;
+/// Bytes of a frame of the UMEM.
+const FRAME_SIZE: u32 = 2048;
 
 /// Runs `measure` in a network namespace that nothing else is in, and that goes with it.
 pub(crate) fn alone<T: Send>(measure: impl FnOnce() -> Result<T> + Send) -> Result<T> {
@@ -62,7 +55,7 @@ impl Cable {
     fn config(&self, rx: Option<PortEndpoint>) -> PortConfig {
         PortConfig {
             frames: 16_384,
-            frame_size: 2048,
+            frame_size: FRAME_SIZE,
             rx,
             tx: Some(PortEndpoint::new(self.mirror.near(), 0)),
             zero_copy: false,
@@ -70,44 +63,44 @@ impl Cable {
     }
 }
 
-/// The client of connection `i`.
-pub(crate) fn client(i: u32) -> Endpoint {
-    Endpoint { ip: from_v4([11, 0, (i >> 14) as u8, 1]), port: 1024 + (i & 0x3fff) as u16 }
+/// Writes packet number `n` of what so many clients send in turn, a SYN each and then data of [`SMALL`]; returns its length.
+pub(crate) fn write_packet(frame: &mut [u8], n: u32, connections: u32) -> usize {
+    let client = client(n % connections);
+    let payload = SMALL.payload as u32;
+    match n / connections {
+        0 => write_segment(frame, &client, CLIENT_ISN, 0, flags::SYN, SMALL, 0),
+        round => {
+            let seq = CLIENT_ISN + 1 + (round - 1) * payload;
+            write_segment(frame, &client, seq, TARGET_ISN + 1, flags::ACK | flags::PSH, SMALL, SMALL.payload)
+        }
+    }
 }
 
-/// Writes a client's segment: a SYN without, or data of [`PAYLOAD`] bytes with ACK.
-pub(crate) fn write_segment(frame: &mut [u8], client: &Endpoint, seq: u32, syn: bool) -> usize {
-    let payload = if syn { 0 } else { PAYLOAD as usize };
-    frame[..14].copy_from_slice(&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0]);
-    frame[14..34].copy_from_slice(&[0x45, 0, 0, 0, 0, 0, 0x40, 0, 64, 6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-    frame[16..18].copy_from_slice(&(40 + payload as u16).to_be_bytes());
-    frame[26..30].copy_from_slice(&client.ip[12..]);
-    frame[30..34].copy_from_slice(&SERVER.ip[12..]);
-    frame[34..36].copy_from_slice(&client.port.to_be_bytes());
-    frame[36..38].copy_from_slice(&SERVER.port.to_be_bytes());
-    frame[38..42].copy_from_slice(&seq.to_be_bytes());
-    let (ack, control) = if syn { (0, flags::SYN) } else { (1u32, flags::ACK | flags::PSH) };
-    frame[42..46].copy_from_slice(&ack.to_be_bytes());
-    frame[46..FRAME].copy_from_slice(&[5 << 4, control, 0xff, 0xff, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6]);
-    54 + payload
-}
-
-/// An engine between a port and a target that acknowledges whatever is sent, as soon as the batch is done.
+/// An engine between a port and a target that acknowledges each packet of [`write_packet`], as soon as the batch is done.
+///
+/// The acknowledgments belong to another host: which they are is known from the packets' numbers, and nothing of what is sent is looked at. Putting
+/// a record together here takes about as long as it takes a worker to read it from its channel.
 pub(crate) struct Replayer {
     engine: Engine,
+    connections: u32,
+    copies: u32,
     batch: Vec<(Frame, usize)>,
-    answers: Vec<ResponseHeader>,
+    /// Packets that were answered.
+    answered: u32,
+    /// The identities of connection `i`: from `i * copies` on.
+    identities: Vec<Endpoint>,
     records: Vec<ResponseHeader>,
 }
 
 struct Surroundings<'a> {
     port: &'a mut Port,
-    answers: &'a mut Vec<ResponseHeader>,
+    identities: &'a mut Vec<Endpoint>,
 }
 
 impl Output for Surroundings<'_> {
     type Frame = Frame;
 
+    #[inline]
     fn allocate(&mut self) -> Option<Frame> {
         if let Some(frame) = self.port.allocate() {
             return Some(frame);
@@ -117,34 +110,25 @@ impl Output for Surroundings<'_> {
         self.port.allocate()
     }
 
+    #[inline]
     fn bytes<'a>(&'a mut self, frame: &'a mut Frame) -> &'a mut [u8] {
         self.port.frame_mut(frame)
     }
 
+    #[inline]
     fn release(&mut self, frame: Frame) {
         self.port.release(frame);
     }
 
+    #[inline]
     fn transmit(&mut self, frame: Frame, len: usize) -> bool {
-        // What the target would say: made from the frame while it is in the cache.
-        if let Ok(sent) = parse_tcp(&&self.port.frame(&frame)[..len]) {
-            let syn = sent.flags & flags::SYN != 0;
-            if syn || sent.payload_len > 0 {
-                self.answers.push(ResponseHeader {
-                    flags: flags::ACK | if syn { flags::SYN } else { 0 },
-                    port: sent.src_port,
-                    addr: sent.src,
-                    window: u16::MAX,
-                    seq: if syn { TARGET_ISN } else { TARGET_ISN + 1 },
-                    ack: sent.seq.wrapping_add(sent.payload_len + u32::from(syn)),
-                    ..ResponseHeader::default()
-                });
-            }
-        }
         send(self.port, frame, len as u32)
     }
 
-    fn register(&mut self, _: u16, _: Endpoint) {}
+    fn register(&mut self, _: u16, identity: Endpoint) {
+        self.identities.push(identity);
+    }
+
     fn unregister(&mut self, _: u16, _: Endpoint) {}
 }
 
@@ -164,51 +148,50 @@ pub(crate) fn send(port: &mut Port, frame: Frame, len: u32) -> bool {
 impl Replayer {
     /// For so many connections, each copied `copies` times.
     pub(crate) fn new(connections: u32, copies: u32) -> Replayer {
-        let mut config = Config::new(vec![Service { online: SERVER, target: TARGET }]);
-        let sessions = (connections * copies) as usize;
-        config.copies_millionths = u64::from(copies) * 1_000_000;
-        if copies > 1 {
-            config.pool = vec![AddressRange { first: from_v4([12, 0, 0, 0]), count: 256 }];
-        }
-        config.limits = Limits {
-            sessions,
-            connections: connections as usize,
-            held_bytes: 64 << 20,
-            identities: 2 * sessions,
-            ..Limits::default()
-        };
-        config.frame_room = 1792;
-        config.seed = 0x1234_5678_9abc_def0;
-        let mut engine = Engine::new(config, clock::now());
-        let link = Link { source_mac: [2; 6], destination_mac: [4; 6], tags: [None; 2], mtu: 1500 };
-        engine.set_link(0, Some(link));
-        let room = BATCH * copies as usize;
         Replayer {
-            engine,
+            engine: traffic::engine(connections, copies, (FRAME_SIZE - HEADROOM) as usize, clock::now()),
+            connections,
+            copies,
             batch: Vec::with_capacity(BATCH),
-            answers: Vec::with_capacity(2 * room),
-            records: Vec::with_capacity(2 * room),
+            answered: 0,
+            identities: Vec::with_capacity((connections * copies) as usize),
+            records: Vec::with_capacity(BATCH * copies as usize),
         }
     }
 
-    /// Adds a captured packet to the batch.
+    /// Adds the next packet to the batch.
     pub(crate) fn capture(&mut self, frame: Frame, len: usize) {
         self.batch.push((frame, len));
     }
 
-    /// Replays the batch, and takes the target's answers until there are none.
+    /// Replays the batch, and takes the target's answers to it.
     pub(crate) fn turn(&mut self, port: &mut Port) {
         let now = clock::now();
-        let mut out = Surroundings { port, answers: &mut self.answers };
+        let captured = self.batch.len() as u32;
+        let mut out = Surroundings { port, identities: &mut self.identities };
         self.engine.on_captured(now, &mut self.batch, &mut out);
-        while !out.answers.is_empty() {
-            std::mem::swap(&mut self.records, out.answers);
-            self.engine.on_responses(now, &self.records, &mut out);
-            self.records.clear();
+        for n in self.answered..self.answered + captured {
+            let first = (n % self.connections * self.copies) as usize;
+            let (control, seq, ack) = match n / self.connections {
+                0 => (flags::SYN | flags::ACK, TARGET_ISN, CLIENT_ISN + 1),
+                round => (flags::ACK, TARGET_ISN + 1, CLIENT_ISN + 1 + round * SMALL.payload as u32),
+            };
+            let identities = &out.identities[first..first + self.copies as usize];
+            self.records.extend(identities.iter().map(|identity| response(identity, control, seq, ack, 0)));
         }
+        self.answered += captured;
+        self.engine.on_responses(now, &self.records, &mut out);
+        self.records.clear();
         self.engine.on_timers(now, &mut out);
         port.flush();
         port.reclaim();
+    }
+
+    /// Makes sure that everything found room: what did not was acknowledged nevertheless.
+    pub(crate) fn ensure_sent(&self) -> Result<()> {
+        let unsent = self.counters()[Counter::SegmentsNoFrame];
+        ensure!(unsent == 0, "{unsent} segments were not sent: {:?}", self.counters());
+        Ok(())
     }
 
     pub(crate) fn counters(&self) -> &Counters {
@@ -216,14 +199,15 @@ impl Replayer {
     }
 }
 
-/// Packets a second that `port` sends of itself for `duration`: frames as they are, [`FRAME`] bytes.
+/// Packets a second that `port` sends of itself for `duration`: frames as they are, of [`SMALL`].
 pub(crate) fn bare_transmit(port: &mut Port, duration: Duration) -> f64 {
     rate(duration, || {
         let mut sent = 0;
         for _ in 0..BATCH {
             let Some(mut frame) = port.allocate() else { break };
-            write_segment(port.frame_mut(&mut frame), &client(0), ISN, false);
-            sent += u64::from(send(port, frame, FRAME as u32));
+            // A data packet: the second of a single connection.
+            write_packet(port.frame_mut(&mut frame), 1, 1);
+            sent += u64::from(send(port, frame, SMALL_FRAME as u32));
         }
         port.flush();
         port.reclaim();

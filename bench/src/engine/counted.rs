@@ -1,9 +1,10 @@
 //! Instruction counts: the same work under callgrind. They repeat from run to run, where nanoseconds do not.
 
 use super::harness::Bench;
-use super::{LARGE, REQUESTS, SMALL};
+use super::{LARGE, REQUESTS};
 use crate::Options;
 use crate::report::Figure;
+use crate::traffic::SMALL;
 use anyhow::{Context, Result, bail};
 use nix::time::{ClockId, clock_gettime};
 use std::process::Command;
@@ -52,7 +53,7 @@ pub fn work(name: &str) -> Result<()> {
 }
 
 /// Processor time of this thread, ns.
-fn processor_time() -> u64 {
+pub(crate) fn processor_time() -> u64 {
     let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from);
     time.unwrap_or_default().as_nanos() as u64
 }

@@ -2,38 +2,23 @@
 
 use super::IN_FLIGHT;
 use crate::report::{Figure, Wanted};
-use replayer_common::addr::{Endpoint, from_v4};
+use crate::traffic::{self, CLIENT_ISN, Load, SERVER, TARGET, TARGET_ISN, client, response, write_segment};
+use replayer_common::addr::Endpoint;
 use replayer_common::packet::{flags, parse_tcp};
-use replayer_common::response::{ResponseHeader, present};
-use replayer_engine::config::{Config, Limits, Service};
+use replayer_common::response::ResponseHeader;
 use replayer_engine::counters::Counters;
-use replayer_engine::{AddressRange, BATCH, Engine, Link, Output};
+use replayer_engine::{BATCH, Engine, Output};
 use std::collections::VecDeque;
 use std::hint::black_box;
 use std::ops::Range;
 use std::sync::OnceLock;
 use std::time::Instant;
 
-const SERVER: Endpoint = Endpoint { ip: from_v4([10, 0, 0, 1]), port: 80 };
-const TARGET: Endpoint = Endpoint { ip: from_v4([10, 0, 0, 2]), port: 80 };
 const FRAME_ROOM: usize = 2048;
-const CLIENT_ISN: u32 = 1000;
-const TARGET_ISN: u32 = 5000;
 /// Between two batches: what they take at 14.88 million packets per second.
 const BATCH_NS: u64 = 4_300;
 
 type Frame = Box<[u8; FRAME_ROOM]>;
-
-/// What clients send.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Load {
-    /// Bytes of each data packet.
-    pub(super) payload: usize,
-    /// With the timestamps option.
-    pub(super) timestamps: bool,
-    /// Each packet is a request, answered by one byte that the client reads before the next.
-    pub(super) turns: bool,
-}
 
 /// Frames in plain memory; what is sent is looked at by nobody.
 struct Memory {
@@ -70,12 +55,6 @@ impl Output for Memory {
     fn unregister(&mut self, _: u16, _: Endpoint) {}
 }
 
-/// The client of connection `i`.
-fn client(i: u32) -> Endpoint {
-    let [_, a, b, c] = (i / 60_000).to_be_bytes();
-    Endpoint { ip: from_v4([11, a, b, c]), port: 1024 + (i % 60_000) as u16 }
-}
-
 /// A permutation without a table: every connection once a round, in an order that no prefetcher guesses.
 fn shuffled(i: u32, count: u32) -> u32 {
     let mut x = i;
@@ -88,50 +67,6 @@ fn shuffled(i: u32, count: u32) -> u32 {
         if x < count {
             return x;
         }
-    }
-}
-
-/// Writes an Ethernet frame with a client's segment.
-fn write_segment(
-    frame: &mut [u8],
-    client: &Endpoint,
-    seq: u32,
-    ack: u32,
-    control: u8,
-    load: Load,
-    payload: usize,
-) -> usize {
-    let tcp = if load.timestamps { 32 } else { 20 };
-    let total = 20 + tcp + payload;
-    frame[..14].copy_from_slice(&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0]);
-    frame[14..34].copy_from_slice(&[0x45, 0, 0, 0, 0, 0, 0x40, 0, 64, 6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-    frame[16..18].copy_from_slice(&(total as u16).to_be_bytes());
-    frame[26..30].copy_from_slice(&client.ip[12..]);
-    frame[30..34].copy_from_slice(&SERVER.ip[12..]);
-    frame[34..36].copy_from_slice(&client.port.to_be_bytes());
-    frame[36..38].copy_from_slice(&SERVER.port.to_be_bytes());
-    frame[38..42].copy_from_slice(&seq.to_be_bytes());
-    frame[42..46].copy_from_slice(&ack.to_be_bytes());
-    frame[46..54].copy_from_slice(&[(tcp as u8 / 4) << 4, control, 0xff, 0xff, 0, 0, 0, 0]);
-    if load.timestamps {
-        frame[54..66].copy_from_slice(&[1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0]);
-    }
-    14 + total
-}
-
-fn response(identity: &Endpoint, control: u8, seq: u32, ack: u32, payload_len: u32) -> ResponseHeader {
-    ResponseHeader {
-        flags: control,
-        port: identity.port,
-        addr: identity.ip,
-        window: 0xffff,
-        seq,
-        ack,
-        payload_len,
-        present: present::TIMESTAMPS | present::MSS | present::WINDOW_SCALE,
-        mss: 1460,
-        window_scale: 7,
-        ..ResponseHeader::default()
     }
 }
 
@@ -160,26 +95,7 @@ pub(super) struct Bench {
 impl Bench {
     /// Room for `connections`, each copied `copies` times.
     pub(super) fn new(connections: u32, copies: u32) -> Bench {
-        let mut config = Config::new(vec![Service { online: SERVER, target: TARGET }]);
         let sessions = (connections * copies) as usize;
-        config.copies_millionths = u64::from(copies) * 1_000_000;
-        if copies > 1 {
-            config.pool = vec![AddressRange { first: from_v4([12, 0, 0, 0]), count: 256 }];
-        }
-        config.limits = Limits {
-            sessions,
-            connections: connections as usize,
-            held_bytes: 256 << 20,
-            identities: sessions * 2,
-            // A batch of connections is opened before it is answered.
-            copies_unanswered: u32::MAX,
-            ..Limits::default()
-        };
-        config.frame_room = FRAME_ROOM as u16;
-        config.seed = 0x1234_5678_9abc_def0;
-        let mut engine = Engine::new(config, 0);
-        let link = Link { source_mac: [2; 6], destination_mac: [4; 6], tags: [None; 2], mtu: 1500 };
-        engine.set_link(0, Some(link));
         let frames = 2 * BATCH + copies as usize;
         let memory = Memory {
             free: (0..frames).map(|_| Box::new([0; FRAME_ROOM])).collect(),
@@ -188,7 +104,7 @@ impl Bench {
         };
         Bench {
             clock: wall_time,
-            engine,
+            engine: traffic::engine(connections, copies, FRAME_ROOM, 0),
             memory,
             batch: Vec::with_capacity(BATCH),
             now: 1_000_000_000,

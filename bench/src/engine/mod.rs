@@ -12,8 +12,9 @@ mod harness;
 
 use crate::Options;
 use crate::report::{Figure, Wanted};
+use crate::traffic::{Load, SMALL};
 use anyhow::Result;
-use harness::{Bench, Load, least};
+use harness::{Bench, least};
 use replayer_engine::counters::Counter;
 
 /// What the subject measures.
@@ -28,8 +29,6 @@ const SESSION_BYTES: usize = 192 + 128 + 2 * 16;
 /// 10 GbE line rate at 64 bytes: 14.88 million packets per second.
 const LINE_RATE_NS: f64 = 67.2;
 
-/// A frame of 64 bytes on the wire: 60 without its check sequence, which no capture has. No room for timestamps.
-const SMALL: Load = Load { payload: 6, timestamps: false, turns: false };
 const SMALL_TIMESTAMPS: Load = Load { payload: 6, timestamps: true, turns: false };
 /// 1400 bytes on the wire, with timestamps.
 const LARGE: Load = Load { payload: 1400 - 4 - 14 - 20 - 32, timestamps: true, turns: false };
