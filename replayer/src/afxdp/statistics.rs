@@ -1,0 +1,67 @@
+//! What a port and the kernel count.
+
+use std::io;
+
+use xsk_rs::socket::Fd;
+
+/// What a port counted itself. All only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PortCounters {
+    /// Packets received.
+    pub received: u64,
+    /// Received packets that began elsewhere in their frame than at [`HEADROOM`](super::HEADROOM) and were thrown away. Not
+    /// zero means that an XDP program in front of this port moves the head of packets.
+    pub misplaced: u64,
+    /// Packets accepted by [`Port::transmit`](super::Port::transmit).
+    pub transmitted: u64,
+    /// Packets whose frame the kernel gave back; `dropped` ones are among them.
+    pub completed: u64,
+    /// Packets that the device refused, for example without a carrier.
+    pub dropped: u64,
+    /// System calls that asked the kernel to transmit.
+    pub kicks: u64,
+    /// Of these, the ones that the kernel stopped before the ring was empty.
+    pub again: u64,
+    /// Of these, the ones that found the device down or gone.
+    pub link_down: u64,
+}
+
+/// What the kernel counted for one socket (`XDP_STATISTICS`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketStatistics {
+    /// Received packets dropped: larger than a frame, or for want of memory.
+    pub rx_dropped: u64,
+    /// Received packets dropped because the RX ring was full.
+    pub rx_ring_full: u64,
+    /// Times that a packet found no frame in the fill ring.
+    pub rx_fill_ring_empty: u64,
+    /// Descriptors in the fill ring that the kernel refused.
+    pub rx_invalid_descs: u64,
+    /// Descriptors in the TX ring that the kernel refused.
+    pub tx_invalid_descs: u64,
+    /// Times that the kernel looked into an empty TX ring.
+    pub tx_ring_empty: u64,
+}
+
+/// Statistics of both sockets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// Of the receiving side.
+    pub rx: SocketStatistics,
+    /// Of the transmitting side.
+    pub tx: SocketStatistics,
+}
+
+impl SocketStatistics {
+    pub(super) fn read(fd: &Fd) -> io::Result<SocketStatistics> {
+        let s = fd.xdp_statistics()?;
+        Ok(SocketStatistics {
+            rx_dropped: s.rx_dropped(),
+            rx_ring_full: s.rx_ring_full(),
+            rx_fill_ring_empty: s.rx_fill_ring_empty_descs(),
+            rx_invalid_descs: s.rx_invalid_descs(),
+            tx_invalid_descs: s.tx_invalid_descs(),
+            tx_ring_empty: s.tx_ring_empty_descs(),
+        })
+    }
+}
