@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 /// One line of an access log; `servers.rs` sets its format.
@@ -83,6 +83,20 @@ impl Ledger {
             connections.entry((entry.address.clone(), entry.port)).or_default().push(entry);
         }
         connections
+    }
+
+    /// Makes sure that each of so many requests is there `copies` times, and that each connection has `per_connection` of them: nobody
+    /// else used its address and port.
+    pub fn ensure_copied(&self, requests: usize, copies: usize, per_connection: usize) -> Result<()> {
+        let mut times: BTreeMap<&str, usize> = BTreeMap::new();
+        for entry in &self.entries {
+            *times.entry(&entry.uri).or_default() += 1;
+        }
+        ensure!(times.len() == requests, "{} requests of {requests}", times.len());
+        ensure!(times.values().all(|&count| count == copies), "not each {copies} times: {times:?}");
+        let connections = self.connections();
+        ensure!(connections.values().all(|of| of.len() == per_connection), "shared: {connections:?}");
+        Ok(())
     }
 
     /// Those entries for which `keep` holds.

@@ -318,16 +318,35 @@ pub fn second_entrance(lab: &Lab, host: &Host) -> Result<String> {
 /// The NIC that [`mirror_port`] makes.
 pub const MIRROR_PORT_NIC: &str = "span";
 
+/// How the driver of [`MIRROR_PORT_NIC`] runs XDP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Driver {
+    /// Itself: a veth.
+    NativeXdp,
+    /// Not at all, so that the kernel does, behind it: a macvlan that has the veth for itself.
+    GenericXdp,
+}
+
 /// Gives `monitor` another NIC, [`MIRROR_PORT_NIC`], with so many queues and no address: the switch's mirror port, which sends it a copy of
 /// all that it sends to `watched`.
-pub fn mirror_port(lab: &Lab, watched: &Host, monitor: &Host, queues: u8) -> Result<()> {
+pub fn mirror_port(lab: &Lab, watched: &Host, monitor: &Host, queues: u8, driver: Driver) -> Result<()> {
     let (end, mtu) = (format!("{MIRROR_PORT_NIC}-{}", monitor.name()), lab.plan().mtu);
-    let queues = format!("numtxqueues {queues} numrxqueues {queues}");
+    let numbers = |queues| format!("numtxqueues {queues} numrxqueues {queues}");
+    // By its own XDP a veth receives on the queue that was sent on. Else the kernel takes that number for the receive queue's, and zero for
+    // none: the switch's end has a queue more.
+    let (cable, ends) = match driver {
+        Driver::NativeXdp => (MIRROR_PORT_NIC, numbers(queues)),
+        Driver::GenericXdp => ("cable", numbers(queues + 1)),
+    };
     lab.switch().ip(&format!(
-        "link add {end} mtu {mtu} {queues} up type veth peer name {MIRROR_PORT_NIC} mtu {mtu} {queues} netns {}\n",
+        "link add {end} mtu {mtu} {ends} up type veth peer name {cable} mtu {mtu} {ends} netns {}\n",
         monitor.namespace().name()
     ))?;
-    monitor.namespace().ip(&format!("link set {MIRROR_PORT_NIC} up\n"))?;
+    monitor.namespace().ip(&format!("link set {cable} up\n"))?;
+    if driver == Driver::GenericXdp {
+        let nic = format!("{MIRROR_PORT_NIC} {} up type macvlan mode passthru", numbers(queues));
+        monitor.namespace().ip(&format!("link add link {cable} name {nic}\n"))?;
+    }
     // Netfilter at the port's egress: what the switch has decided to send to the host.
     let rules = format!(
         "table netdev mirror {{\nchain {end} {{\ntype filter hook egress device \"{}\" priority 0\ndup to \"{end}\"\n}}\n}}",

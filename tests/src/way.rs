@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 
 use crate::lab::{Host, Lab, NIC, Plan};
 use crate::replay::{Replay, Report, Role, service};
-use crate::servers::{MIRROR_PORT_NIC, mirror_port};
+use crate::servers::{Driver, MIRROR_PORT_NIC, mirror_port};
 
 /// A way to capture, and where: `span` at a host of its own, which a mirror port of the switch shows what goes to the online host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +35,7 @@ impl Way {
         let onlines = if self == Way::Span { 2 } else { 1 };
         let lab = Lab::up(Plan { onlines, online_queues: queues, ..plan })?;
         if self == Way::Span {
-            mirror_port(&lab, lab.online(), self.host(&lab), queues)?;
+            mirror_port(&lab, lab.online(), self.host(&lab), queues, Driver::NativeXdp)?;
         }
         Ok(lab)
     }

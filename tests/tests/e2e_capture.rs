@@ -19,7 +19,7 @@ use replayer_tests::load::Summary;
 use replayer_tests::pairs::{ARRIVAL, NginxPair, StreamPair};
 use replayer_tests::process::Process;
 use replayer_tests::replay::{Report, Role, service};
-use replayer_tests::servers::{MIRROR_PORT_NIC, start, tool};
+use replayer_tests::servers::{Driver, MIRROR_PORT_NIC, mirror_port, start, tool};
 use replayer_tests::stream::RequestHeader;
 use replayer_tests::wait::{settled, wait_for};
 use replayer_tests::way::{WAYS, Way};
@@ -91,6 +91,40 @@ fn b001_with_two_workers_each_takes_its_share() -> Result<()> {
             ensure!(worker.sessions_opened > 0 && worker.packets_transmitted > 0, "{way:?}: {report:#?}");
         }
         assert_eq!(report.workers.iter().map(|worker| worker.sessions_opened).sum::<u64>(), 100);
+        assert_eq!(assistant["routing"]["conflicts"], 0, "{assistant:#}");
+    }
+    Ok(())
+}
+
+/// A NIC of several queues, with XDP in its driver and without: each queue's worker makes copies of what the NIC gives it, from its share of the
+/// pool.
+#[test]
+fn b041_span_copies_what_arrives_on_several_queues_by_native_and_by_generic_xdp() -> Result<()> {
+    for (driver, mode) in [(Driver::NativeXdp, "native"), (Driver::GenericXdp, "generic")] {
+        // Generic XDP comes after receive offload, and a socket takes nothing larger than a frame.
+        let lab = Lab::up(Plan { onlines: 2, online_queues: 2, offloads: false, ..Plan::default() })?;
+        mirror_port(&lab, lab.online(), Way::Span.host(&lab), 2, driver)?;
+        let nginx = NginxPair::start(&lab, HTTP)?;
+        let arguments = ["--workers", "2", "-n", "3", "-c", "172.29.0.0/24"];
+        let replay = Way::Span.start(&lab, &[HTTP], &arguments)?;
+        let said = replay.online.process.errors();
+        ensure!(said.contains(&format!("XDP in {mode} mode")), "not by {mode} XDP: {said}");
+        let load = format!(
+            "--connect {}:{HTTP} --protocol http --connections 100 --per-connection 10 --requests 1000 --rate 2000 --body 0-3000",
+            lab.online().v4()
+        );
+        assert_all_answered(&Load::run(&lab, "load", &load)?, 1000);
+        let ledger = nginx.target.settled_ledger(3000, ARRIVAL)?;
+        ledger.ensure_copied(1000, 3, 10).with_context(|| format!("{driver:?}"))?;
+        let (report, assistant) = replay.stop()?;
+        assert_eq!(Way::Span.verdict(&report, "redirected")?, report.counter("packets_captured"));
+        let sessions: Vec<u64> = report.workers.iter().map(|worker| worker.sessions_opened).collect();
+        // Which queue a connection is on is a coin toss by the switch: five standard deviations.
+        ensure!(
+            sessions.len() == 2 && sessions.iter().all(|&count| count > 3 * 25),
+            "{driver:?}: {sessions:?}"
+        );
+        assert_eq!(sessions.iter().sum::<u64>(), 300);
         assert_eq!(assistant["routing"]["conflicts"], 0, "{assistant:#}");
     }
     Ok(())

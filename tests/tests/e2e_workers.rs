@@ -104,16 +104,7 @@ fn b041_copies_made_by_two_workers_take_no_identity_twice() -> Result<()> {
         );
         assert_all_answered(&Load::run(&lab, "load", &load)?, 1000);
         let ledger = nginx.target.settled_ledger(3000, ARRIVAL)?;
-        let mut times: BTreeMap<&str, u32> = BTreeMap::new();
-        for entry in &ledger.entries {
-            *times.entry(&entry.uri).or_default() += 1;
-        }
-        assert_eq!(times.len(), 1000);
-        assert!(times.values().all(|&count| count == 3), "{times:?}");
-        // Ten requests on each connection: nobody else used its address and port.
-        let connections = ledger.connections();
-        assert_eq!(connections.len(), 300);
-        assert!(connections.values().all(|requests| requests.len() == 10), "{connections:?}");
+        ledger.ensure_copied(1000, 3, 10)?;
         let (report, assistant) = replay.stop()?;
         ensure_shared(&report)?;
         assert_eq!(assistant["routing"]["conflicts"], 0, "{assistant:#}");
