@@ -4,6 +4,11 @@
 //! Whether a packet wakes the reader is most of what it costs: as many packets as the reader takes, single ones at a steady rate, and rare ones
 //! are measured apart.
 //!
+//! What a program costs a packet that is for nobody is a few per cent of what the machine itself varies by, so it is compared with the moments
+//! without it: the program is attached and detached in turn, and nothing else changes.
+//!
+//! `span` takes from a NIC of its own, which serves nobody: a packet's whole delivery is what is said of it.
+//!
 //! Each way to capture stands beside none, beside an AF_PACKET socket and beside a raw IP socket, both with a filter in the kernel, and reads all that it was
 //! sent: the sender waits for the reader, outside of what is timed, so that nothing is cheap because it is thrown away.
 
@@ -64,15 +69,34 @@ enum Way {
     RawSocket,
 }
 
-const WAYS: [Way; 5] = [
+const WAYS: [Way; 6] = [
     Way::Nobody,
     Way::Capture(Backend::Ring),
     Way::Capture(Backend::Mirror),
+    Way::Capture(Backend::Span),
     Way::PacketSocket,
     Way::RawSocket,
 ];
 
+/// Comparisons with and without of an unrelated packet, in the time of a sample.
+const TURNS: u32 = 10;
+
 impl Way {
+    /// Whether it takes from an interface that serves.
+    fn serves(self) -> bool {
+        self != Way::Capture(Backend::Span)
+    }
+
+    /// The NIC that packets come to.
+    fn device(self) -> &'static str {
+        if self.serves() { "serving" } else { "mirrored" }
+    }
+
+    /// The other end of its cable.
+    fn sender(self) -> &'static str {
+        if self.serves() { "near" } else { "port" }
+    }
+
     fn name(self) -> String {
         match self {
             Way::Nobody => "no capture".to_owned(),
@@ -91,9 +115,9 @@ struct Samples {
     /// Of one every [`STEADY`], and every [`RARE`], with a system call of its own.
     steady: Vec<f64>,
     rare: Vec<f64>,
-    /// Of a packet that is for nobody, and of the same right before and after without capture.
+    /// Of a packet that is for nobody, and by how many per cent that is more than without capture.
     unrelated: Vec<f64>,
-    without: Vec<f64>,
+    more: Vec<f64>,
     /// The reader's processor time of a packet, ns.
     reading: Vec<f64>,
     /// The BPF program's own time of a packet of each kind, ns.
@@ -133,43 +157,39 @@ fn figures_of(size: usize, samples: &[Samples]) -> Vec<Figure> {
     let mut figures = Vec::new();
     for (way, samples) in WAYS.iter().zip(samples).skip(1) {
         let is_ours = matches!(way, Way::Capture(_));
-        let ratios = samples.unrelated.iter().zip(&samples.without);
-        let more = ratios.map(|(with, without)| 100.0 * (with / without - 1.0)).collect();
-        let more = Figure::median(name(way, "more for an unrelated packet"), more, "%");
+        let serves = way.serves();
+        let beside = |figure: Figure, without: &Figure| {
+            if serves { figure.beside("no capture", without.value) } else { figure }
+        };
         figures.extend([
-            Figure::median(name(way, MANY), samples.many.clone(), "ns").beside("no capture", many.value),
-            Figure::median(name(way, AT_A_RATE), samples.steady.clone(), "ns")
-                .beside("no capture", steady.value),
-            Figure::median(name(way, NOW_AND_THEN), samples.rare.clone(), "ns")
-                .beside("no capture", rare.value),
-            Figure::median(name(way, "an unrelated packet"), samples.unrelated.clone(), "ns")
-                .beside("no capture", unrelated.value),
-            if is_ours { more.wanted(Wanted::AtMost(5.0)) } else { more },
+            beside(Figure::median(name(way, MANY), samples.many.clone(), "ns"), &many),
+            beside(Figure::median(name(way, AT_A_RATE), samples.steady.clone(), "ns"), &steady),
+            beside(Figure::median(name(way, NOW_AND_THEN), samples.rare.clone(), "ns"), &rare),
             Figure::median(name(way, "reading, a packet"), samples.reading.clone(), "ns"),
         ]);
-        if is_ours {
+        if serves {
+            let what = "an unrelated packet";
+            let more = Figure::median(name(way, "more for an unrelated packet"), samples.more.clone(), "%");
             figures.extend([
-                Figure::median(
-                    name(way, "the program, a packet to the service"),
-                    samples.program.clone(),
-                    "ns",
-                ),
-                Figure::median(
-                    name(way, "the program, an unrelated packet"),
-                    samples.program_unrelated.clone(),
-                    "ns",
-                )
-                .wanted(Wanted::AtMost(0.05 * unrelated.value)),
+                beside(Figure::median(name(way, what), samples.unrelated.clone(), "ns"), &unrelated),
+                if is_ours { more.wanted(Wanted::AtMost(5.0)) } else { more },
+            ]);
+        }
+        if is_ours {
+            let program = |what, samples: &[f64]| Figure::median(name(way, what), samples.to_vec(), "ns");
+            let other = program("the program, an unrelated packet", &samples.program_unrelated);
+            figures.extend([
+                program("the program, a packet to the service", &samples.program),
+                if serves { other.wanted(Wanted::AtMost(0.05 * unrelated.value)) } else { other },
             ]);
         }
     }
     [vec![many, steady, rare, unrelated], figures].concat()
 }
 
-/// A host with one interface, `serving`, and the cable to it, whose end is `near`.
+/// A host with an interface that serves, `serving`, at a cable whose other end is `near`, and the NIC of a mirror port, `mirrored`, at `port`.
 struct Site {
     sender: OwnedFd,
-    near: u32,
     /// Where the port of a worker would send.
     output: Cable,
     /// The sender has the first, the reader the last.
@@ -185,6 +205,9 @@ impl Site {
             "link set serving up",
             "addr add 10.0.0.1/24 dev serving",
             "route add default via 10.0.0.2",
+            "link add port type veth peer name mirrored",
+            "link set port up",
+            "link set mirrored up",
         ] {
             let status = Command::new("ip").args(arguments.split(' ')).status().context("starting ip")?;
             ensure!(status.success(), "ip {arguments}: {status}");
@@ -195,10 +218,9 @@ impl Site {
         }
         let sender = packet_socket(None)?;
         setsockopt(&sender, QdiscBypass, &1).context("PACKET_QDISC_BYPASS")?;
-        let near = nix::net::if_::if_nametoindex("near")?;
         let cpus = core_affinity::get_core_ids().context("look up the CPUs")?;
         ensure!(cpus.len() > 1, "sender and reader need a core each, and there is one");
-        Ok(Site { sender, near, output: Cable::new()?, cpus })
+        Ok(Site { sender, output: Cable::new()?, cpus })
     }
 
     /// Takes one sample of everything.
@@ -206,7 +228,7 @@ impl Site {
         let (to_service, to_other) = (frames(size, SERVICE), frames(size, OTHER));
         let (taken, stop) = (AtomicU64::new(0), AtomicBool::new(false));
         pin(self.cpus[0])?;
-        let (before, _) = self.send(&to_other, duration / 2, None)?;
+        let to = nix::net::if_::if_nametoindex(way.sender())?;
         let mut reader = Reader::open(way, self)?;
         std::thread::scope(|scope| {
             let reading = scope.spawn(|| {
@@ -218,13 +240,13 @@ impl Site {
             });
             let measured = (|| {
                 let reads = (way != Way::Nobody).then_some(&taken);
-                self.send(&to_service, duration / 10, reads)?;
-                let (many, _) = self.send(&to_service, duration, reads)?;
+                self.send(to, &to_service, duration / 10, reads)?;
+                let (many, _) = self.send(to, &to_service, duration, reads)?;
                 let before = taken.load(Ordering::Acquire);
-                let (steady, mut sent) = self.send_singly(&to_service[..1], STEADY, duration, reads)?;
-                let (rare, more) = self.send_singly(&to_service[..1], RARE, duration, reads)?;
+                let (steady, mut sent) = self.send_singly(to, &to_service[..1], STEADY, duration, reads)?;
+                let (rare, more) = self.send_singly(to, &to_service[..1], RARE, duration, reads)?;
                 sent += more;
-                let (unrelated, _) = self.send(&to_other, duration, None)?;
+                let (unrelated, _) = self.send(to, &to_other, duration, None)?;
                 ensure!(
                     reads.is_none() || taken.load(Ordering::Acquire) - before == sent,
                     "unrelated packets were taken"
@@ -243,9 +265,13 @@ impl Site {
             }
             anyhow::Ok(())
         })?;
-        // The reader is gone, and what it had attached.
-        let (after, _) = self.send(&to_other, duration / 2, None)?;
-        samples.without.push((before + after) / 2.0);
+        if way == Way::Nobody {
+            return Ok(());
+        }
+        // Where nobody is served, nobody waits for an unrelated packet.
+        if way.serves() {
+            samples.more.push(self.more_for_unrelated(way, to, &to_other, duration)?);
+        }
         let Way::Capture(_) = way else { return Ok(()) };
         // Again with the kernel's own clock, which costs time itself.
         let reader = Reader::open(way, self)?;
@@ -257,7 +283,7 @@ impl Site {
             let (time, count) = capture.run_time()?;
             // As much as is held without a reader, at most.
             for _ in 0..32 {
-                self.send_batch(frames)?;
+                self.send_batch(to, frames)?;
             }
             let (now, total) = capture.run_time()?;
             ensure!(total > count, "the program did not run");
@@ -266,8 +292,39 @@ impl Site {
         Ok(())
     }
 
+    /// By how many per cent an unrelated packet takes longer with capture than without, in turn.
+    fn more_for_unrelated(&self, way: Way, to: u32, frames: &[Vec<u8>], duration: Duration) -> Result<f64> {
+        let mut reader = Reader::open(way, self)?;
+        let mut times = [const { Vec::new() }; 2];
+        for turn in 0..TURNS {
+            // With, without, without, with: what changes steadily meanwhile falls on both alike.
+            for with in [turn % 2 == 0, turn % 2 != 0] {
+                match (&mut reader.from, with) {
+                    (From::Capture { capture, .. }, false) => capture.detach(),
+                    (From::Capture { capture, attached, .. }, true) if !*attached => capture.attach()?,
+                    (From::Socket(_), false) => reader.from = From::Nobody,
+                    (From::Nobody, true) => reader = Reader::open(way, self)?,
+                    _ => {}
+                }
+                if let From::Capture { attached, .. } = &mut reader.from {
+                    *attached = with;
+                }
+                let (ns, _) = self.send(to, frames, duration / TURNS, None)?;
+                times[usize::from(with)].push(ns);
+            }
+        }
+        let [without, with] = times.map(|times| Figure::median("", times, "ns").value);
+        Ok(100.0 * (with / without - 1.0))
+    }
+
     /// Sends for `duration`, without what is spent waiting for the reader: nanoseconds a packet, and how many. Returns when all were read.
-    fn send(&self, frames: &[Vec<u8>], duration: Duration, taken: Option<&AtomicU64>) -> Result<(f64, u64)> {
+    fn send(
+        &self,
+        to: u32,
+        frames: &[Vec<u8>],
+        duration: Duration,
+        taken: Option<&AtomicU64>,
+    ) -> Result<(f64, u64)> {
         let before = taken.map_or(0, |taken| taken.load(Ordering::Acquire));
         let (mut spent, mut sent) = (Duration::ZERO, 0u64);
         let mut waited = Instant::now();
@@ -283,7 +340,7 @@ impl Site {
                 continue;
             }
             let start = Instant::now();
-            self.send_batch(frames)?;
+            self.send_batch(to, frames)?;
             spent += start.elapsed();
             sent += frames.len() as u64;
             waited = Instant::now();
@@ -293,6 +350,7 @@ impl Site {
     /// Sends a packet every `interval` for `duration`: nanoseconds a packet, and how many. Returns when all were read.
     fn send_singly(
         &self,
+        to: u32,
         frame: &[Vec<u8>],
         interval: Duration,
         duration: Duration,
@@ -306,7 +364,7 @@ impl Site {
                 continue;
             }
             let start = Instant::now();
-            self.send_batch(frame)?;
+            self.send_batch(to, frame)?;
             spent += start.elapsed();
             sent += 1;
         }
@@ -318,11 +376,11 @@ impl Site {
         Ok((spent.as_nanos() as f64 / f64::from(sent), sent.into()))
     }
 
-    fn send_batch(&self, frames: &[Vec<u8>]) -> Result<()> {
+    fn send_batch(&self, to: u32, frames: &[Vec<u8>]) -> Result<()> {
         // SAFETY: all-zero is a valid value of these C structures.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         address.sll_family = libc::AF_PACKET as u16;
-        address.sll_ifindex = self.near as i32;
+        address.sll_ifindex = to as i32;
         address.sll_halen = 6;
         let mut pieces: Vec<libc::iovec> = frames
             .iter()
@@ -359,7 +417,7 @@ struct Reader {
 
 enum From {
     Nobody,
-    Capture { source: Box<Source>, port: Box<Port>, capture: Box<Capture> },
+    Capture { source: Box<Source>, port: Box<Port>, capture: Box<Capture>, attached: bool },
     Socket(OwnedFd),
 }
 
@@ -368,7 +426,7 @@ impl Reader {
         let from = match way {
             Way::Nobody => From::Nobody,
             Way::Capture(backend) => {
-                let device = Network::open()?.device("serving")?;
+                let device = Network::open()?.device(way.device())?;
                 let services = BTreeSet::from([(Protocol::Tcp, from_v4(SERVER), SERVICE)]);
                 let mut capture = Capture::prepare(backend, &device, &services, 1)?;
                 let port = Port::open(&PortConfig {
@@ -381,9 +439,14 @@ impl Reader {
                 let source = capture.source(0, 1, Some(&port))?;
                 capture.configure(1, 1 << 32)?;
                 capture.attach()?;
-                From::Capture { source: Box::new(source), port: Box::new(port), capture: Box::new(capture) }
+                From::Capture {
+                    source: Box::new(source),
+                    port: Box::new(port),
+                    capture: Box::new(capture),
+                    attached: true,
+                }
             }
-            Way::PacketSocket => From::Socket(packet_socket(Some("serving"))?),
+            Way::PacketSocket => From::Socket(packet_socket(Some(way.device()))?),
             Way::RawSocket => From::Socket(raw_socket()?),
         };
         Ok(Reader { from, spent: Duration::ZERO, count: 0 })
