@@ -114,9 +114,12 @@ fn steady(seconds: u32, rounds: usize) -> Result<Vec<Figure>> {
 fn delays(seconds: u32) -> Result<Vec<Figure>> {
     let lab = Lab::up(Plan::default())?;
     let _nginx = NginxPair::start(&lab, HTTP)?;
-    let replay = Replay::start(&lab, &[HTTP], &[])?;
     let mut figures = Vec::new();
-    for rate in [EASY_RATE, STEADY_RATE] {
+    let (plain, busy) = (&[][..], &["--busy-poll", "1000"][..]);
+    for (rate, arguments, how) in
+        [(EASY_RATE, plain, ""), (STEADY_RATE, plain, ""), (EASY_RATE, busy, ", busy polling")]
+    {
+        let replay = Replay::start(&lab, &[HTTP], arguments)?;
         let filter = format!("tcp dst port {HTTP} and tcp[tcpflags] & tcp-push != 0");
         let capture = Capture::on_cable(&lab, lab.online(), &filter)?;
         let requests = load(&lab, rate, seconds)?;
@@ -126,13 +129,13 @@ fn delays(seconds: u32) -> Result<Vec<Figure>> {
         delays.sort_unstable();
         for (name, share) in [("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)] {
             let at = ((delays.len() as f64 * share) as usize).min(delays.len() - 1);
-            let name = format!("{rate} requests/s: added delay, {name}");
+            let name = format!("{rate} requests/s{how}: added delay, {name}");
             let figure = Figure::new(name, delays[at] as f64 / 1e3, "us");
-            let wanted = share == 0.99 && rate == EASY_RATE;
+            let wanted = share == 0.99 && rate == EASY_RATE && arguments.is_empty();
             figures.push(if wanted { figure.wanted(Wanted::AtMost(200.0)) } else { figure });
         }
+        replay.stop()?;
     }
-    replay.stop()?;
     Ok(figures)
 }
 

@@ -66,6 +66,11 @@ pub struct OnlineArgs {
     #[arg(long)]
     pub zero_copy: bool,
 
+    /// Let the workers go on looking for so many microseconds after the last packet, instead of sleeping until the next wakes them: requests
+    /// leave sooner, and each worker takes a core of its own while there is traffic. With span and mirror they run the driver's polling too.
+    #[arg(long, value_name = "USECS", default_value_t = 0)]
+    pub busy_poll: u32,
+
     /// Spread the copies of a connection over so many milliseconds, instead of all at once.
     #[arg(long, value_name = "MS", default_value_t = 0)]
     pub spread: u32,

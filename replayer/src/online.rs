@@ -110,6 +110,9 @@ impl Online {
                 "--zero-copy is for --capture span: the others copy packets anyway, so as not to touch the production interface"
             );
         }
+        if args.busy_poll > 1_000_000 {
+            bail!("--busy-poll {}: give at most 1000000 microseconds", args.busy_poll);
+        }
         let services = args.replay.services();
         let mut network = Network::open()?;
         let output = output_device(&mut network, &args.replay, &services)?;
@@ -145,7 +148,12 @@ impl Online {
             services.iter().map(|s| (s.protocol, s.service.online.ip, s.service.online.port)).collect();
         let threshold = sample_threshold(args.replay.sample.0);
         let mut capture = Capture::prepare(backend, &device, &online, placement.workers)?;
-        let ports = open_ports(args, &placement, &capture, &device, &output)?;
+        let mut ports = open_ports(args, &placement, &capture, &device, &output)?;
+        if args.busy_poll > 0 {
+            for port in &mut ports {
+                port.poll_busily(args.busy_poll).context("--busy-poll: the kernel refuses it to a socket")?;
+            }
+        }
         let workers = ports.len() as u32;
         channels.truncate(ports.len());
         let sources: Vec<Source> = (0..)
@@ -172,7 +180,9 @@ impl Online {
                     .context("eventfd")?,
             });
             let engine = Engine::new(config, clock::now());
-            let worker = Worker::new(engine, port, Some(source), channels, monitor.watch(), shared.clone());
+            let mut worker =
+                Worker::new(engine, port, Some(source), channels, monitor.watch(), shared.clone());
+            worker.poll_busily(u64::from(args.busy_poll) * 1000);
             made.push((worker, shared));
         }
 

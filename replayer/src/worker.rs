@@ -10,6 +10,7 @@
 //! The loop does not sleep while there is work. Without work it waits in poll(2), for the capture, the channels and the next timer.
 //! Where many sessions are active and the replay keeps up, it pauses first, so that one wake-up serves many packets
 //! ([`crate::moderation`]): a wake-up costs more than a packet, and nothing is late by more than [`LONGEST_PAUSE_NS`].
+//! With busy polling it does neither until nothing has come for a while.
 //! When requests are late, nobody pauses, few sessions are waited for without sleeping, and the assistants are told to do the same.
 
 use crate::afxdp::{Flush, Frame, Port, PortCounters, Statistics};
@@ -109,6 +110,9 @@ pub struct Worker {
     moderation: Moderation,
     pace: Pace,
     retry_transmit: bool,
+    /// How long after the last packet or record it goes on looking instead of sleeping, ns, and when that was.
+    busy_poll_ns: u64,
+    worked_at: u64,
     feed: Option<Feeding>,
 }
 
@@ -270,6 +274,8 @@ impl Worker {
             moderation: Moderation::new(LONGEST_PAUSE_NS),
             pace: Pace::default(),
             retry_transmit: false,
+            busy_poll_ns: 0,
+            worked_at: 0,
             feed: None,
         }
     }
@@ -278,6 +284,11 @@ impl Worker {
     /// came from the target for `patience_ns`.
     pub fn feed(&mut self, feed: Feed, patience_ns: u64) {
         self.feed = Some(Feeding { feed, patience_ns, over: None });
+    }
+
+    /// Neither sleeps nor pauses until nothing has come for so long, ns.
+    pub fn poll_busily(&mut self, nanoseconds: u64) {
+        self.busy_poll_ns = nanoseconds;
     }
 
     /// Connections that were open before capture began and are between two requests: `quiet` ones have sent nothing since before capture
@@ -321,7 +332,13 @@ impl Worker {
             if now - self.published_at >= PUBLISH_NS {
                 self.publish(now);
             }
+            if work > 0 {
+                self.worked_at = now;
+            }
             match self.moderation.next(now, self.pace.is_behind(now)) {
+                _ if now - self.worked_at < self.busy_poll_ns && stopping_since.is_none() => {
+                    std::thread::yield_now();
+                }
                 Next::Pause(pause) if work < BATCH && stopping_since.is_none() => clock::sleep(pause),
                 Next::Spin => std::thread::yield_now(),
                 _ if work > 0 => {}

@@ -67,6 +67,46 @@ fn cpus_of_threads(process: Pid) -> Result<BTreeMap<String, String>> {
     Ok(cpus)
 }
 
+/// How often the worker's thread of a process has gone to sleep of itself.
+fn sleeps(process: Pid) -> Result<u64> {
+    for entry in fs::read_dir(format!("/proc/{process}/task"))? {
+        let status = fs::read_to_string(entry?.path().join("status"))?;
+        if status.starts_with("Name:\tworker 0\n") {
+            let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            return Ok(count.context("no count of sleeps")?.trim().parse()?);
+        }
+    }
+    bail!("no worker")
+}
+
+#[test]
+fn with_busy_polling_a_worker_does_not_sleep_between_requests() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    for (first, capture) in [(0, "ring"), (1, "mirror")] {
+        for (second, (arguments, is_busy)) in
+            [(&[][..], false), (&["--busy-poll", "1000000"][..], true)].into_iter().enumerate()
+        {
+            let mut streams = StreamPair::start(&lab, STREAM)?;
+            let replay = Replay::start(&lab, &[STREAM], &[&["--capture", capture], arguments].concat())?;
+            let said = replay.online.process.errors();
+            assert_eq!(said.contains("busy polling"), is_busy && capture == "mirror", "{said}");
+            let load = |name: &str, more: &str| {
+                let common = format!("--connect {}:{STREAM} --connections 2 {more}", lab.online().v4());
+                Load::run(&lab, &format!("{name}-{first}-{second}"), &common)
+            };
+            // The first one's connections, pages and files are new.
+            assert_all_answered(&load("first", "--requests 20 --rate 100")?, 20);
+            let before = sleeps(replay.online.process.pid())?;
+            assert_all_answered(&load("load", "--requests 200 --rate 200 --first-id 1000")?, 200);
+            let slept = sleeps(replay.online.process.pid())? - before;
+            ensure!((slept < 50) == is_busy, "{capture} {arguments:?}: slept {slept} times in 200 requests");
+            streams.ensure_equal(220)?;
+            replay.stop()?;
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn b001_b002_two_workers_share_the_clients_and_the_ledgers_are_equal() -> Result<()> {
     let lab = two_queues()?;

@@ -71,7 +71,7 @@ pub(crate) use sockets::raise_memlock;
 pub use sockets::{Endpoint, PortConfig, PortError};
 pub use statistics::{PortCounters, SocketStatistics, Statistics};
 
-use sockets::{bind, create_umem, raise_tx_limits};
+use sockets::{bind, create_umem, raise_tx_limits, set_busy_poll};
 
 /// Packets handed over by one call of [`Port::receive`], and descriptors written to a ring at a time. Large
 /// enough to make the cost of a ring's shared cache lines vanish, small enough for a batch's headers to stay
@@ -170,6 +170,7 @@ struct RxSide {
     queue: RxQueue,
     fill: FillQueue,
     queue_id: u32,
+    polls_busily: bool,
     // xsk-rs and libxdp make all four rings for a socket; these two stay empty.
     _tx: TxQueue,
     _completion: CompQueue,
@@ -253,7 +254,14 @@ impl Port {
         let mut mode = Vec::new();
         let rx = rx.map(|s| {
             mode.push(format!("RX {}", s.describe()));
-            RxSide { queue: s.rx, fill: s.fill, queue_id: s.queue, _tx: s.tx, _completion: s.completion }
+            RxSide {
+                queue: s.rx,
+                fill: s.fill,
+                queue_id: s.queue,
+                polls_busily: false,
+                _tx: s.tx,
+                _completion: s.completion,
+            }
         });
         let tx = tx.map(|s| {
             let budget = raise_tx_limits(s.tx.fd(), tx_ring, config.frame_size);
@@ -294,13 +302,32 @@ impl Port {
         Ok(port)
     }
 
+    /// Lets [`Port::receive`] run the driver's polling of the receiving queue itself when it finds nothing (`SO_PREFER_BUSY_POLL`,
+    /// Documentation/networking/napi.rst), instead of waiting for the interrupt to do so: for a caller that looks again and again.
+    /// `usecs` is the longest that one look may take. Without a receiving side it does nothing.
+    ///
+    /// # Errors
+    /// Those of setsockopt(2): the kernel has no busy polling (before 5.11), or `CAP_NET_ADMIN` is missing.
+    pub fn poll_busily(&mut self, usecs: u32) -> io::Result<()> {
+        let Some(rx) = &mut self.rx else { return Ok(()) };
+        set_busy_poll(rx.queue.fd(), usecs)?;
+        rx.polls_busily = true;
+        self.mode.push_str("; busy polling");
+        Ok(())
+    }
+
     /// Appends received packets to `out`: at most [`BATCH`], and no more than its capacity has room for.
     /// Returns how many.
     pub fn receive(&mut self, out: &mut Vec<Received>) -> usize {
         let Some(rx) = &mut self.rx else { return 0 };
         let room = (out.capacity() - out.len()).min(BATCH);
         // SAFETY: the descriptors are overwritten, not used; the ring belongs to this UMEM.
-        let count = unsafe { rx.queue.consume(&mut self.scratch[..room]) };
+        let mut count = unsafe { rx.queue.consume(&mut self.scratch[..room]) };
+        if count == 0 && rx.polls_busily {
+            poll_driver(rx.queue.fd());
+            // SAFETY: as above.
+            count = unsafe { rx.queue.consume(&mut self.scratch[..room]) };
+        }
         let before = out.len();
         for i in 0..count {
             let desc = self.scratch[i];
@@ -614,6 +641,21 @@ fn kick(fd: &Fd) -> Result<(), i32> {
     let sent =
         unsafe { libc::sendto(fd.as_raw_fd(), std::ptr::null(), 0, libc::MSG_DONTWAIT, std::ptr::null(), 0) };
     if sent >= 0 { Ok(()) } else { Err(io::Error::last_os_error().raw_os_error().unwrap_or(0)) }
+}
+
+/// Has the driver look for received packets. What it says is of no use: whether something came is in the ring.
+fn poll_driver(fd: &Fd) {
+    // SAFETY: no buffer; the kernel writes no memory of ours.
+    unsafe {
+        libc::recvfrom(
+            fd.as_raw_fd(),
+            std::ptr::null_mut(),
+            0,
+            libc::MSG_DONTWAIT,
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+        )
+    };
 }
 
 fn borrow_fd(fd: &Fd) -> BorrowedFd<'_> {

@@ -13,7 +13,7 @@ use xsk_rs::config::{BindFlags, FrameSize, Interface, LibxdpFlags, QueueSize, So
 use xsk_rs::socket::Fd;
 use xsk_rs::{CompQueue, FillQueue, FrameDesc, RxQueue, Socket, TxQueue, Umem};
 
-use super::HEADROOM;
+use super::{BATCH, HEADROOM};
 use crate::netns::Namespace;
 
 /// How long queues that are all in use may take to become free.
@@ -21,6 +21,10 @@ const BUSY_PATIENCE: Duration = Duration::from_secs(1);
 
 /// From include/uapi/linux/if_xdp.h, Linux 6.17; libc and libxdp do not have it yet.
 const XDP_MAX_TX_SKB_BUDGET: i32 = 9;
+
+/// From include/uapi/asm-generic/socket.h, Linux 5.11; libc does not have them for every platform.
+const SO_PREFER_BUSY_POLL: i32 = 69;
+const SO_BUSY_POLL_BUDGET: i32 = 70;
 
 /// A queue of a device, for one side of a port.
 #[derive(Clone, Debug)]
@@ -279,6 +283,13 @@ pub(super) fn raise_tx_limits(fd: &Fd, ring: u32, frame_size: u32) -> u32 {
         Ok(()) => ring,
         Err(_) => 32,
     }
+}
+
+/// Prefers polling the driver from the socket's own calls, `usecs` and a batch at a time.
+pub(super) fn set_busy_poll(fd: &Fd, usecs: u32) -> io::Result<()> {
+    set_option(fd, libc::SOL_SOCKET, SO_PREFER_BUSY_POLL, 1)?;
+    set_option(fd, libc::SOL_SOCKET, libc::SO_BUSY_POLL, usecs as i32)?;
+    set_option(fd, libc::SOL_SOCKET, SO_BUSY_POLL_BUDGET, BATCH as i32)
 }
 
 fn set_option(fd: &Fd, level: i32, option: i32, value: i32) -> io::Result<()> {
