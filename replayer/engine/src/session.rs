@@ -1060,7 +1060,7 @@ mod tests {
             s.mss = 1460;
             let mut paced = Paced::default();
             let (mut asked, mut written, mut due) = (UNDER_WAY, 0, self.target);
-            let mut turns = turns.into_iter().peekable();
+            let mut turns = turns.iter().peekable();
             let mut ready = 0;
             for now in 0.. {
                 if written < asked && due == now {
@@ -1075,11 +1075,11 @@ mod tests {
                     }
                     due = now + self.target;
                 }
-                while let Some(&(captured, need, requests)) = turns.peek()
+                while let Some(&&(captured, need, requests)) = turns.peek()
                     && captured <= now
                 {
-                    let waiting = turns.clone().skip(1).take_while(|&(captured, ..)| captured <= now);
-                    let later = waiting.take(crate::sender::SEGMENTS_BEHIND).scan(0, |sum, (_, need, _)| {
+                    let waiting = turns.clone().skip(1).take_while(|&&(captured, ..)| captured <= now);
+                    let later = waiting.take(crate::sender::SEGMENTS_BEHIND).scan(0, |sum, &(_, need, _)| {
                         *sum += need;
                         Some(*sum)
                     });
@@ -1128,6 +1128,15 @@ mod tests {
                 assert!(late > 5 || median <= slower * 3 / 4 + target, "{case}");
             }
         }
+    }
+
+    #[test]
+    fn b023_messages_in_both_directions_keep_pace_for_minutes() {
+        let turns = 40_000;
+        let paced = Stream { online: 75, target: 75, late: 3, scale: 1, turns }.replay(1);
+        let ideal = 75 * turns as u32;
+        assert_eq!(paced.hold_limit, 0);
+        assert!(paced.end <= ideal + ideal / 100, "{} of {ideal}", paced.end);
     }
 
     #[test]
