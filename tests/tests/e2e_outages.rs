@@ -64,7 +64,14 @@ fn b036_requests_after_the_target_s_restart_arrive() -> Result<()> {
     let target = streams.target.record()?;
     assert!(complete, "{} of {} requests are missing", missing(&target), expected.len());
     assert!(target.connections.iter().all(|it| it.mismatch.is_none()), "half a request came: {target:?}");
-    replay.stop()?;
+    // Each of the twenty ended with its server, for a reason that is told, and what it had under way with it.
+    let (report, _) = replay.stop()?;
+    let sum = |names: [&str; 3]| names.iter().map(|name| report.counter(name)).sum::<u64>();
+    let ended = sum(["sessions_target_reset", "sessions_target_closed", "sessions_refused"]);
+    assert!(ended >= 20, "{:?}", report.counters);
+    let lost = sum(["lost_bytes_target_reset", "lost_bytes_target_closed", "lost_bytes_refused"]);
+    let accepted = report.counter("bytes_accepted");
+    assert_eq!(report.counter("replay_bytes_delivered") + lost, accepted, "{:?}", report.counters);
     Ok(())
 }
 
@@ -74,6 +81,7 @@ fn b037_half_a_minute_without_the_target_is_made_up_for_within_seconds() -> Resu
     let lab = Lab::up(Plan::default())?;
     let mut streams = StreamPair::start(&lab, STREAM)?;
     let replay = Replay::start(&lab, &[STREAM], &[])?;
+    let before_kib = replay.online.process.resident_kib()?;
     let load = format!(
         "--connect {}:{STREAM} --connections 20 --rate 200 --seconds 34 --body 1-1000 --response 1-1000",
         lab.online().v4()
@@ -84,6 +92,8 @@ fn b037_half_a_minute_without_the_target_is_made_up_for_within_seconds() -> Resu
     std::thread::sleep(OUTAGE);
     let stats = replay.online.stats().context("statistics of the online role")?;
     assert!(stats.held_bytes > 1 << 20, "nothing waits for the target: {stats:?}");
+    let grown = (replay.online.process.resident_kib()?.saturating_sub(before_kib)) * 1024;
+    assert!(grown < stats.held_bytes + (16 << 20), "the online role has grown by {grown} bytes: {stats:?}");
     lab.switch().ip("link set target up\n")?;
     let back_us = now_us()?;
     let everywhere = |record: &Record| {

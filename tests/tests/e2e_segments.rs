@@ -114,8 +114,8 @@ fn b038_a_path_that_narrows_without_a_word_is_found_by_a_session_and_used_by_all
 
 #[test]
 fn b038_jumbo_frames_are_cut_for_a_target_without_them() -> Result<()> {
-    for offloads in [true, false] {
-        let lab = Lab::up(Plan { mtu: 3400, offloads, ..Plan::default() })?;
+    for (mtu, offloads) in [(9000, true), (9000, false), (3400, true), (3400, false)] {
+        let lab = Lab::up(Plan { mtu, offloads, ..Plan::default() })?;
         // The target's own NIC tells its clients, the session among them, what fits.
         lab.target().namespace().ip(&format!("link set {NIC} mtu 1500\n"))?;
         let mut streams = StreamPair::start(&lab, STREAM)?;
