@@ -6,7 +6,7 @@
 
 use crate::pcap::link::LinkType;
 use crate::pcap::{Files, Order, Packet};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use replayer_common::addr::Endpoint;
@@ -14,7 +14,7 @@ use replayer_common::packet::{PROTOCOL_UDP, Reject, TcpSegment, UdpDatagram, fla
 use serde::Serialize;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write;
-use std::io::IsTerminal;
+use std::io::{ErrorKind, IsTerminal, Write as _};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -57,10 +57,11 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     let order = if args.sequential { Order::Sequential } else { Order::Merged };
     let mut files = Files::open(&args.files, order)?;
     let report = inspect(&mut files, std::io::stderr().is_terminal());
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{}", report.text());
+    let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.text() };
+    match std::io::stdout().write_all(text.as_bytes()) {
+        // Whoever reads it, `head` for one, has seen enough.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
+        written => written.context("write to standard output")?,
     }
     match files.problems() {
         [] => Ok(()),

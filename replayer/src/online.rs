@@ -262,7 +262,7 @@ impl Online {
             if args.replay.stats.is_some() {
                 let figures = self.figures();
                 match args.replay.stats_format {
-                    StatsFormat::Json => println!("{}", figures.line_json(started.elapsed().as_secs_f64())),
+                    StatsFormat::Json => report::print(&figures.line_json(started.elapsed().as_secs_f64())),
                     StatsFormat::Text => eprintln!("{}", figures.line_text(&before, interval.as_secs_f64())),
                 }
                 before = figures;

@@ -20,6 +20,12 @@ pub fn write(path: &Path, report: &Value) -> Result<()> {
         .with_context(|| format!("cannot write the report to {}; choose a writable path", path.display()))
 }
 
+/// Prints a line of figures to standard output. Whoever reads them may go away: that ends no replay.
+pub fn print(line: &Value) {
+    use std::io::Write as _;
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
 /// The figures of all workers together.
 #[derive(Clone, Debug, Default)]
 pub struct Figures {

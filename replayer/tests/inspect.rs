@@ -4,8 +4,9 @@
 use replayer::inspect::{Report, inspect};
 use replayer::pcap::input::Input;
 use replayer::pcap::{Files, Order, Reader};
-use std::io::Cursor;
+use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 /// All capture files, sorted; empty where there are none.
 fn captures() -> Vec<PathBuf> {
@@ -99,4 +100,26 @@ fn hostile_captures_do_no_harm() {
             let _ = report(damaged).map(|report| report.text());
         }
     }
+}
+
+#[test]
+fn whoever_reads_the_report_may_go_away() {
+    let mut inspect = Command::new(env!("CARGO_BIN_EXE_replayer"))
+        .args(["inspect", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(inspect.stdout.take());
+    // An empty capture: the report comes after it, so after that.
+    let mut header = vec![0xd4, 0xc3, 0xb2, 0xa1, 2, 0, 4, 0];
+    header.resize(24, 0);
+    inspect.stdin.take().unwrap().write_all(&header).unwrap();
+    let output = inspect.wait_with_output().unwrap();
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }

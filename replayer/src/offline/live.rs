@@ -9,7 +9,7 @@ use crate::net::{Monitor, Network};
 use crate::offline::shown::Shown;
 use crate::online::{connect, output_device};
 use crate::privileges;
-use crate::report::Figures;
+use crate::report::{self, Figures};
 use crate::signals::Signals;
 use crate::worker::{Shared, Snapshot, Worker};
 use anyhow::{Context, Result, bail};
@@ -146,7 +146,7 @@ impl Running {
                     line["file"] = serde_json::to_value(shown.figures())?;
                     line["file_bytes_replayed"] = done.into();
                     line["file_bytes"] = size.into();
-                    println!("{line}");
+                    report::print(&line);
                 }
                 StatsFormat::Text if terminal => eprint!("\r\x1b[K{progress}; {line}"),
                 StatsFormat::Text => eprintln!("{progress}; {line}"),

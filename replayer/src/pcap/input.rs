@@ -15,6 +15,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub const STANDARD_INPUT: &str = "-";
 /// The most memory that an xz file may ask for, KiB: `xz -9` needs 65 MiB.
 const XZ_MEMORY_KIB: u32 = 512 << 10;
+/// Bytes are decompressed in pieces of this size: where a file is damaged, no more than that is lost of what was before.
+const DECOMPRESSED_PIECE: usize = 16 << 10;
 /// Compressed bytes are read in pieces of this size.
 const COMPRESSED_BUFFER: usize = 128 << 10;
 
@@ -117,7 +119,11 @@ impl Input {
 
 impl Read for Input {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.reader.read(buffer)
+        let len = match self.compression {
+            Compression::None => buffer.len(),
+            _ => buffer.len().min(DECOMPRESSED_PIECE),
+        };
+        self.reader.read(&mut buffer[..len])
     }
 }
 

@@ -31,12 +31,12 @@ const BLOCK_START_LEN: usize = 12;
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
     /// It cannot be opened.
-    #[error("cannot open {name}: {source}; name a readable capture file, or - for standard input")]
+    #[error("cannot open {name}: {cause}; name a readable capture file, or - for standard input")]
     Open {
         /// The file.
         name: String,
         /// What the system says.
-        source: io::Error,
+        cause: io::Error,
     },
     /// It is something else.
     #[error(
@@ -50,7 +50,7 @@ pub enum ReadError {
     },
     /// It cannot be read any further, or not be decompressed.
     #[error(
-        "{name} cannot be read beyond packet {packets}, offset {offset}: {source}; what is before that is used"
+        "{name} cannot be read beyond packet {packets}, offset {offset}: {cause}; what is before that is used"
     )]
     Read {
         /// The file.
@@ -60,7 +60,7 @@ pub enum ReadError {
         /// Where reading ended.
         offset: u64,
         /// What the system or the decompressor says.
-        source: io::Error,
+        cause: String,
     },
     /// It ends in the middle of something.
     #[error(
@@ -161,7 +161,7 @@ impl Reader {
         } else {
             path.display().to_string()
         };
-        let input = Input::open(path).map_err(|source| ReadError::Open { name: name.clone(), source })?;
+        let input = Input::open(path).map_err(|cause| ReadError::Open { name: name.clone(), cause })?;
         Reader::new(name, input)
     }
 
@@ -411,13 +411,17 @@ impl Reader {
                 Ok(0) => self.at_end = true,
                 Ok(count) => self.end += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(source) => {
+                Err(error) => {
                     self.at_end = true;
                     return Err(ReadError::Read {
                         name: self.name.clone(),
                         packets: self.packets,
                         offset: self.offset + (self.end - self.begin) as u64,
-                        source,
+                        cause: if ends_early(&error) {
+                            "its compressed bytes end too early; was it still being written?".to_owned()
+                        } else {
+                            error.to_string()
+                        },
                     });
                 }
             }
@@ -451,6 +455,19 @@ impl Interface {
         };
         ns.saturating_add_signed(self.offset_s.saturating_mul(1_000_000_000))
     }
+}
+
+/// Whether a decompressor wants more than there is.
+fn ends_early(error: &io::Error) -> bool {
+    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = next {
+        let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+        if kind == Some(io::ErrorKind::UnexpectedEof) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
 }
 
 /// The link type; the upper bits of the field say other things (pcap-savefile(5)).
@@ -625,6 +642,20 @@ mod tests {
         let (found, error) = packets(bytes);
         assert_eq!(found.len(), 1);
         assert!(matches!(error, Some(ReadError::Damaged { packets: 1, .. })), "{error:?}");
+    }
+
+    #[test]
+    fn b060_a_cut_compressed_file_says_that_it_was_cut() {
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        io::Write::write_all(&mut gzip, &pcap(false, false)).unwrap();
+        let level = ruzstd::encoding::CompressionLevel::Fastest;
+        let zstd = ruzstd::encoding::compress_to_vec(&pcap(false, false)[..], level);
+        for whole in [gzip.finish().unwrap(), zstd] {
+            assert!(packets(whole.clone()).1.is_none());
+            let (_, error) = packets(whole[..whole.len() - 9].to_vec());
+            let text = error.unwrap().to_string();
+            assert!(text.contains("compressed bytes end too early"), "{text}");
+        }
     }
 
     #[test]
