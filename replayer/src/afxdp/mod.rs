@@ -155,6 +155,8 @@ pub struct Port {
     /// By frame index: where its data area begins and, as the length, how long it is.
     areas: Vec<FrameDesc>,
     frame_size: u32,
+    /// Its logarithm: to divide by it would be half of the work on a frame that comes back.
+    frame_bits: u32,
     /// Indices of free frames, the one used last on top, since its memory is likely to be in a cache.
     free: Vec<u32>,
     frames: Frames,
@@ -289,6 +291,7 @@ impl Port {
             tx,
             scratch: [areas[0]; BATCH],
             frame_size: config.frame_size,
+            frame_bits: config.frame_size.ilog2(),
             free: (0..config.frames).rev().collect(),
             frames: Frames { free: config.frames, ..Frames::default() },
             counters: PortCounters::default(),
@@ -331,7 +334,7 @@ impl Port {
         let before = out.len();
         for i in 0..count {
             let desc = self.scratch[i];
-            let index = desc.addr() as u32 / self.frame_size;
+            let index = (desc.addr() >> self.frame_bits) as u32;
             self.relocate(index, Place::Fill, Place::Hand);
             let frame = Frame { index, port: self.id };
             if desc.addr() == self.areas[index as usize].addr() {
@@ -540,7 +543,7 @@ impl Port {
             // SAFETY: the descriptors are overwritten, not used; the ring belongs to this UMEM.
             let count = unsafe { tx.completion.consume(&mut self.scratch) };
             for desc in &self.scratch[..count] {
-                let index = desc.addr() as u32 / self.frame_size;
+                let index = (desc.addr() >> self.frame_bits) as u32;
                 self.free.push(index);
                 #[cfg(debug_assertions)]
                 {
