@@ -8,7 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use replayer_tests::capture::Capture;
 use replayer_tests::clients::Load;
@@ -156,8 +156,10 @@ fn services_of(files: &str) -> Result<Vec<String>> {
         .args(files.split(','))
         .output()
         .context("starting replayer")?;
-    let report: Value = serde_json::from_slice(&output.stdout)
-        .with_context(|| format!("{files}: {}", String::from_utf8_lossy(&output.stderr).trim()))?;
+    // Of a damaged file, too, it says what is before the damage.
+    let Ok(report) = serde_json::from_slice::<Value>(&output.stdout) else {
+        bail!("{}", String::from_utf8_lossy(&output.stderr).trim());
+    };
     let servers = report["services"].as_array().map(Vec::as_slice).unwrap_or_default();
     let servers = servers.iter().filter_map(|service| service["server"].as_str());
     let found: Vec<String> = servers.filter(|server| !server.starts_with('[')).map(str::to_owned).collect();
