@@ -208,6 +208,21 @@ fn b062_a_service_that_is_not_there_is_answered_with_those_that_are() {
 }
 
 #[test]
+fn workers_of_the_online_role_are_refused_with_the_reason() {
+    let run = |workers| {
+        replayer(&["-f", "none.pcap", "-x", &format!("80-{TARGET}"), "--dry-run", "--workers", workers])
+    };
+    let refused = run("2");
+    let text = message(&refused);
+    assert!(
+        refused.status.code() == Some(1) && text.contains("one worker") && text.contains("one pace"),
+        "{text}"
+    );
+    // One is what there is: the file is looked for.
+    assert!(message(&run("1")).contains("cannot open none.pcap"));
+}
+
+#[test]
 fn b058_the_times_of_the_packets_are_those_of_the_file_scaled_and_capped() {
     let Some(path) = shared("zeek/pipelined-requests.pcap") else { return };
     // From the first packet of the client to its last, and to its last request.
