@@ -116,7 +116,8 @@ impl Engine {
         }
         self.sessions[first_session].read_ahead();
         if connection.ack_advances(packet.ack) {
-            self.sessions[first_session].read_ahead_rest();
+            self.sessions[first_session].read_ahead_acknowledgment();
+            self.sessions[first_session].read_ahead_turn();
         }
         for copy in 1..sessions.min(COPIES_AHEAD).min(first_session + 1) {
             self.sessions[first_session - copy].read_ahead();
@@ -296,7 +297,7 @@ impl Engine {
         connection.isn = segment.seq;
         connection.next_seq = data_seq;
         connection.mss = options.mss.unwrap_or(536);
-        connection.window_scale = options.window_scale.map(|shift| shift.min(14));
+        connection.set_window_scale(options.window_scale.map(|shift| shift.min(14)));
         connection.sack_permitted = options.sack_permitted;
         connection.set_timestamps(options, now_ns);
         let connection = connection.with_copies(self.next_copies());

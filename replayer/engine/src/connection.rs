@@ -36,13 +36,13 @@ pub(crate) enum Phase {
     Forgotten,
 }
 
-/// Laid out by use: a packet with the next data of its stream reads and changes the first cache line only.
+/// Laid out by use: a packet with the next data of its stream, and an acknowledgment of it, read and change the first cache line only.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 pub(crate) struct Connection {
     pub(crate) client: Endpoint,
     /// Which of the known servers its server is, see [`Servers`].
-    known_server: u16,
+    known_server: u8,
     pub(crate) phase: Phase,
     /// A new SYN took its place in the table: only its sessions still need it.
     pub(crate) detached: bool,
@@ -53,10 +53,9 @@ pub(crate) struct Connection {
     pub(crate) timestamps: bool,
     /// Its stream has a hole or an end.
     interrupted: bool,
-    /// It began with a SYN that was captured.
-    pub(crate) began_with_syn: bool,
-    /// HTTP/2: responses do not alternate with requests.
-    pub(crate) multiplexed: bool,
+    /// What its SYN offered, for sessions opened later: `NO_SCALE` if it was none.
+    window_scale: u8,
+    pub(crate) mss: u16,
     /// The sessions that it wants, of all its services.
     wanted: u16,
     /// Its sessions that take data: they are not cut.
@@ -88,10 +87,11 @@ pub(crate) struct Connection {
     /// The number of the client's SYN.
     pub(crate) isn: u32,
     pub(crate) gap_since: Tick,
-    /// What its SYN offered, for sessions opened later.
-    pub(crate) mss: u16,
-    pub(crate) window_scale: Option<u8>,
     pub(crate) sack_permitted: bool,
+    /// It began with a SYN that was captured.
+    pub(crate) began_with_syn: bool,
+    /// HTTP/2: responses do not alternate with requests.
+    pub(crate) multiplexed: bool,
     /// It was counted that its address does not fit a target's.
     pub(crate) family_counted: bool,
     has_early_fin: bool,
@@ -109,7 +109,9 @@ pub(crate) struct Servers {
 
 /// So many are known.
 const KNOWN_SERVERS: usize = 64;
-const UNKNOWN: u16 = u16::MAX;
+const UNKNOWN: u8 = u8::MAX;
+/// No shift is above 14 (RFC 7323 section 2.3).
+const NO_SCALE: u8 = u8::MAX;
 
 impl Servers {
     pub(crate) fn new() -> Servers {
@@ -117,7 +119,7 @@ impl Servers {
     }
 
     /// The server's number.
-    fn number(&mut self, server: &Endpoint) -> u16 {
+    fn number(&mut self, server: &Endpoint) -> u8 {
         let number = match self.known.iter().position(|known| known == server) {
             Some(number) => number,
             None if self.known.len() == KNOWN_SERVERS => return UNKNOWN,
@@ -126,7 +128,7 @@ impl Servers {
                 self.known.len() - 1
             }
         };
-        number as u16
+        number as u8
     }
 }
 
@@ -164,7 +166,7 @@ impl Connection {
             gap_since: now,
             last_seen: now,
             mss: 1460,
-            window_scale: Some(7),
+            window_scale: 7,
             sack_permitted: true,
             timestamps: false,
             ts_offset: 0,
@@ -190,12 +192,6 @@ impl Connection {
         replayer_prefetch::line(&self.client);
     }
 
-    /// Asks for the other one.
-    #[inline]
-    pub(crate) fn read_ahead_rest(&self) {
-        replayer_prefetch::line(&self.server);
-    }
-
     /// Whether it is in the client table and this is one of its segments.
     #[inline]
     pub(crate) fn is_of(&self, servers: &Servers, segment: &TcpSegment) -> bool {
@@ -212,9 +208,20 @@ impl Connection {
         self.wanted = u16::try_from(usize::from(self.copies) * services).unwrap_or(u16::MAX);
     }
 
+    /// The window scale that its SYN offered.
+    #[inline]
+    pub(crate) fn window_scale(&self) -> Option<u8> {
+        (self.window_scale != NO_SCALE).then_some(self.window_scale)
+    }
+
+    /// Its SYN offered this one.
+    pub(crate) fn set_window_scale(&mut self, shift: Option<u8>) {
+        self.window_scale = shift.unwrap_or(NO_SCALE);
+    }
+
     /// How far beyond the last acknowledgment a session's target may send, bytes: what every segment of ours says (RFC 7323 section 2.3).
     pub(crate) fn receive_window(&self) -> u32 {
-        u32::from(crate::sender::WINDOW) << self.window_scale.unwrap_or(0)
+        u32::from(crate::sender::WINDOW) << self.window_scale().unwrap_or(0)
     }
 
     /// Its place in the client table.
@@ -249,8 +256,10 @@ impl Connection {
     }
 
     /// How its stream ended.
+    #[inline]
     pub(crate) fn end(&self) -> End {
-        self.end
+        // Most often said without the second cache line.
+        if self.interrupted { self.end } else { End::Open }
     }
 
     /// The first segment behind a hole, or `NONE`.

@@ -684,12 +684,18 @@ impl Engine {
     /// Does what the clock asks for.
     pub fn on_timers<O: Output>(&mut self, now_ns: u64, out: &mut O) {
         let now = tick(now_ns);
+        let mut next = None;
         while let Some(timer) = self.wheel.expired(now) {
             if let Some(ahead) = self.wheel.after_next()
                 && ahead < self.config.limits.sessions as u32
             {
-                self.sessions[ahead].read_ahead();
-                self.sessions[ahead].read_ahead_rest();
+                let session = &self.sessions[ahead];
+                session.read_ahead();
+                session.read_ahead_acknowledgment();
+                session.read_ahead_turn();
+                if let Some(next) = next.replace(ahead) {
+                    self.connections[self.sessions[next].connection].read_ahead();
+                }
             }
             if timer < self.config.limits.sessions as u32 {
                 self.sessions[timer].armed_at = None;

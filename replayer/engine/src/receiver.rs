@@ -11,7 +11,7 @@ use crate::sender::micros;
 use crate::session::{Owes, State, Turn, seq_before};
 use crate::slab::NONE;
 use crate::timer::{Due, tick};
-use replayer_common::addr::Endpoint;
+use replayer_common::addr::{Endpoint, is_v4};
 use replayer_common::hash::pair_hash;
 use replayer_common::packet::flags;
 use replayer_common::response::{ResponseHeader, present};
@@ -51,21 +51,25 @@ impl Engine {
         }
         let mut places = [NONE; BATCH];
         let places = &mut places[..hashes.len()];
-        for (place, &hash) in places.iter_mut().zip(hashes) {
+        for ((place, &hash), record) in places.iter_mut().zip(hashes).zip(batch) {
             if let Some(s) = self.by_identity.guess(hash) {
                 *place = s;
-                self.sessions[s].read_ahead();
-                self.sessions[s].read_ahead_rest();
+                let session = &self.sessions[s];
+                session.read_ahead();
+                session.read_ahead_acknowledgment();
+                if record.payload_len > 0 {
+                    session.read_ahead_turn();
+                }
             }
         }
         for (&place, record) in places.iter().zip(batch).filter(|&(&place, _)| place != NONE) {
             let session = &self.sessions[place];
+            let connection = &self.connections[session.connection];
+            connection.read_ahead();
             if record.payload_len > 0 {
                 // The time for its acknowledgment is sooner than any other.
                 self.wheel.read_ahead(place);
             }
-            self.connections[session.connection].read_ahead();
-            self.connections[session.connection].read_ahead_rest();
             if session.una_segment != NONE {
                 replayer_prefetch::line(&self.store[session.una_segment]);
             }
@@ -97,9 +101,10 @@ impl Engine {
         }
         let identity = Endpoint { ip: record.addr, port: record.port };
         let found = self.services.get(usize::from(record.service)).and_then(|service| {
+            let v4 = is_v4(&service.target.ip);
             self.by_identity.find(hash, |index| {
                 let session = &self.sessions[index];
-                session.identity() == identity
+                session.has_identity(&identity, v4)
                     && self.services[usize::from(session.service)].target == service.target
             })
         });
@@ -161,7 +166,7 @@ impl Engine {
         // The window of a SYN is never scaled (RFC 7323 section 2.2).
         session.snd_wnd = u32::from(record.window);
         session.snd_wscale = if record.has(present::WINDOW_SCALE)
-            && self.connections[session.connection].window_scale.is_some()
+            && self.connections[session.connection].window_scale().is_some()
         {
             record.window_scale.min(MAX_WINDOW_SCALE)
         } else {

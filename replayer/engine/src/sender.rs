@@ -155,8 +155,9 @@ impl Engine {
             flags: control,
             timestamps,
             syn: syn.then(|| {
-                let Connection { mss, window_scale, sack_permitted, .. } = connection[session.connection];
-                SynOptions { mss, window_scale, sack_permitted }
+                let from = &connection[session.connection];
+                let Connection { mss, sack_permitted, .. } = *from;
+                SynOptions { mss, window_scale: from.window_scale(), sack_permitted }
             }),
             ip_id,
         });

@@ -9,7 +9,7 @@ use crate::counters::EndReason;
 use crate::sack::NO_BOARD;
 use crate::slab::NONE;
 use crate::timer::{Due, Tick, before, ticks};
-use replayer_common::addr::Endpoint;
+use replayer_common::addr::{Endpoint, is_v4, v4_octets};
 
 /// RFC 9293 section 3.3.2. LISTEN and SYN-RECEIVED do not occur: the engine is a client. TIME-WAIT is not kept: the identity
 /// rests in quarantine instead, and a repeated FIN of the target is acknowledged without a session.
@@ -242,8 +242,8 @@ impl Turn {
     }
 }
 
-/// Laid out by use: data that can go at once reads and changes the first cache line only, whatever copies there are. What a response or a
-/// turn needs besides is in the other two.
+/// Laid out by use: data that can go at once reads and changes the first cache line only, whatever copies there are; an acknowledgment the
+/// second too. What a response or the beginning of a turn needs besides is in the third.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 pub(crate) struct Session {
@@ -296,25 +296,32 @@ pub(crate) struct Session {
     pub(crate) snd_wnd: u32,
     // Congestion (RFC 5681, RFC 6582).
     pub(crate) cwnd: u32,
+    pub(crate) ssthresh: u32,
+    pub(crate) recover: u32,
     /// `snd_max` while `rewound`.
     max_before: u32,
-    /// The identity's address but for its last four bytes.
-    ip_high: [u8; 12],
     pub(crate) ack_at: Option<Due>,
     pub(crate) release_at: Option<Due>,
+    pub(crate) srtt_us: u32,
+    pub(crate) rttvar_us: u32,
+    /// The shortest round trip measured.
+    pub(crate) rtt_min_us: u32,
+    pub(crate) last_segment: u32,
+    pub(crate) dup_acks: u8,
+    pub(crate) tries: u8,
+    pub(crate) in_recovery: bool,
+    pub(crate) snd_wscale: u8,
+    /// The path's MTU that is being tried, and not acknowledged yet; else 0.
+    pub(crate) narrowed_to: u16,
+    /// What the target has beyond its acknowledgment, or `NO_BOARD`.
+    pub(crate) board: u16,
+
     /// Response bytes before this number belong to earlier turns.
     pub(crate) turn_base: u32,
     /// The current turn's first byte.
     pub(crate) turn_seq: u32,
     /// When it was sent.
     pub(crate) turn_sent_us: u32,
-    pub(crate) srtt_us: u32,
-    pub(crate) rttvar_us: u32,
-
-    pub(crate) turn: Turn,
-    pub(crate) ahead: Ahead,
-    pub(crate) response: Response,
-    pub(crate) tries: u8,
     /// Since when the next turn waits.
     pub(crate) hold_since: Option<Due>,
     pub(crate) response_at: Tick,
@@ -322,20 +329,13 @@ pub(crate) struct Session {
     pub(crate) response_began: Tick,
     /// The same, if target and online server answer alike, which a silence does not change.
     pub(crate) online_base: u32,
-    /// The shortest round trip measured.
-    pub(crate) rtt_min_us: u32,
-    pub(crate) ssthresh: u32,
-    pub(crate) recover: u32,
-    pub(crate) last_segment: u32,
-    pub(crate) marks: Marks,
-    pub(crate) dup_acks: u8,
-    /// The path's MTU that is being tried, and not acknowledged yet; else 0.
-    pub(crate) narrowed_to: u16,
-    /// What the target has beyond its acknowledgment, or `NO_BOARD`.
-    pub(crate) board: u16,
-    pub(crate) in_recovery: bool,
-    pub(crate) snd_wscale: u8,
+    /// The identity's address but for its last four bytes.
+    ip_high: [u8; 12],
+    pub(crate) turn: Turn,
+    pub(crate) ahead: Ahead,
+    pub(crate) response: Response,
     pub(crate) unacked_segments: u8,
+    pub(crate) marks: Marks,
     /// How often of late a write of the target ended at a turn's count from the beginning; below 0, how often in a row at the one from the
     /// last silence alone.
     pub(crate) agreed: i8,
@@ -348,8 +348,9 @@ const RTO_TICKS: u32 = 16;
 
 // Whoever needs more has to look for what is not needed any more: a million of them are read at random.
 const _: () = assert!(size_of::<Session>() == 192);
-const _: () =
-    assert!(core::mem::offset_of!(Session, connection) == 64 && core::mem::offset_of!(Session, turn) == 128);
+const _: () = assert!(
+    core::mem::offset_of!(Session, connection) == 64 && core::mem::offset_of!(Session, turn_base) == 128
+);
 
 impl Session {
     /// Asks for the cache line that data needs, so that it is there when it comes.
@@ -358,11 +359,16 @@ impl Session {
         replayer_prefetch::line(&self.state);
     }
 
-    /// Asks for the others, which a response needs and the beginning of a turn.
+    /// Asks for the second, which an acknowledgment needs.
     #[inline]
-    pub(crate) fn read_ahead_rest(&self) {
+    pub(crate) fn read_ahead_acknowledgment(&self) {
         replayer_prefetch::line(&self.connection);
-        replayer_prefetch::line(&self.turn);
+    }
+
+    /// Asks for the third, which a response needs and the beginning of a turn.
+    #[inline]
+    pub(crate) fn read_ahead_turn(&self) {
+        replayer_prefetch::line(&self.turn_base);
     }
 
     /// A segment with an acknowledgment goes out: nothing more is owed to the target. Also when it cannot be sent: a deadline that stays in
@@ -383,6 +389,16 @@ impl Session {
         ip[..12].copy_from_slice(&self.ip_high);
         ip[12..].copy_from_slice(&self.ip_low);
         Endpoint { ip, port: self.port }
+    }
+
+    /// Whether it is this one; `v4`: it is one of IPv4, as those of its target are, and so must `identity` be.
+    #[inline]
+    pub(crate) fn has_identity(&self, identity: &Endpoint, v4: bool) -> bool {
+        if v4 {
+            return (self.ip_low, self.port) == (v4_octets(&identity.ip), identity.port)
+                && is_v4(&identity.ip);
+        }
+        self.identity() == *identity
     }
 
     /// The same where it is known to be IPv4.
