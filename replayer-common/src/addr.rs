@@ -28,6 +28,15 @@ pub fn v4_octets(ip: &Ip) -> [u8; 4] {
     [ip[12], ip[13], ip[14], ip[15]]
 }
 
+/// Whether it is this IPv4 address, whose bytes are as they are in memory.
+#[inline(always)]
+pub fn is_v4_of(ip: &Ip, v4: u32) -> bool {
+    let [a, b, c, d] = v4.to_ne_bytes();
+    let low = u64::from_ne_bytes([0, 0, 0xff, 0xff, a, b, c, d]);
+    let [i, j, k, l, m, n, o, p, q, r, s, t, u, v, w, x] = *ip;
+    u64::from_ne_bytes([i, j, k, l, m, n, o, p]) == 0 && u64::from_ne_bytes([q, r, s, t, u, v, w, x]) == low
+}
+
 /// From the standard library's type.
 pub fn from_std(ip: IpAddr) -> Ip {
     match ip {

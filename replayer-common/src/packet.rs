@@ -336,8 +336,8 @@ pub fn parse_tcp(frame: &impl Bytes) -> Result<TcpSegment, Reject> {
 /// fixed places.
 #[inline]
 pub fn parse_tcp_frame(frame: &[u8]) -> Result<TcpSegment, Reject> {
-    match usual_form(frame) {
-        Some(segment) => Ok(segment),
+    match parse_usual(frame) {
+        Some(segment) => Ok(segment.into()),
         None => parse_tcp(&frame),
     }
 }
@@ -346,50 +346,78 @@ pub fn parse_tcp_frame(frame: &[u8]) -> Result<TcpSegment, Reject> {
 const IP: usize = ETHERNET_LEN;
 const TCP: usize = IP + 20;
 
-/// Whether a frame, by its headers, is TCP over IPv4 without tags, options of IP or fragmentation.
-#[inline(always)]
-fn is_usual(h: &[u8; TCP + 20]) -> bool {
-    [h[12], h[13], h[IP], h[IP + 9]] == [8, 0, 0x45, PROTOCOL_TCP] && h[IP + 6] & 0x3f == 0 && h[IP + 7] == 0
+/// A segment in the usual form; [`TcpSegment`] says what the fields are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UsualSegment {
+    /// Source address, its bytes as they are in memory.
+    pub src: u32,
+    /// Destination address, its bytes as they are in memory.
+    pub dst: u32,
+    /// Source port, host order.
+    pub src_port: u16,
+    /// Destination port, host order.
+    pub dst_port: u16,
+    /// Sequence number.
+    pub seq: u32,
+    /// Acknowledgment number.
+    pub ack: u32,
+    /// TCP flags.
+    pub flags: u8,
+    /// The window, unscaled.
+    pub window: u16,
+    /// What follows the TCP header.
+    pub payload_offset: u16,
+    /// Payload, bytes.
+    pub payload_len: u32,
+    /// ECN "congestion experienced".
+    pub ce: bool,
 }
 
-/// Both ends of a segment, its acknowledgment number and its flags, if the frame is of the usual form: enough to find its connection, not that it can be used.
-#[inline(always)]
-pub fn usual_ends(frame: &[u8]) -> Option<(addr::Endpoint, addr::Endpoint, u32, u8)> {
-    let h: &[u8; TCP + 20] = frame.first_chunk()?;
-    is_usual(h).then(|| {
-        let src = addr::from_v4([h[IP + 12], h[IP + 13], h[IP + 14], h[IP + 15]]);
-        let dst = addr::from_v4([h[IP + 16], h[IP + 17], h[IP + 18], h[IP + 19]]);
-        (
-            addr::Endpoint { ip: src, port: u16::from_be_bytes([h[TCP], h[TCP + 1]]) },
-            addr::Endpoint { ip: dst, port: u16::from_be_bytes([h[TCP + 2], h[TCP + 3]]) },
-            u32::from_be_bytes([h[TCP + 8], h[TCP + 9], h[TCP + 10], h[TCP + 11]]),
-            h[TCP + 13],
-        )
-    })
+impl From<UsualSegment> for TcpSegment {
+    #[inline]
+    fn from(usual: UsualSegment) -> TcpSegment {
+        TcpSegment {
+            src: addr::from_v4(usual.src.to_ne_bytes()),
+            dst: addr::from_v4(usual.dst.to_ne_bytes()),
+            src_port: usual.src_port,
+            dst_port: usual.dst_port,
+            seq: usual.seq,
+            ack: usual.ack,
+            flags: usual.flags,
+            window: usual.window,
+            ip_offset: IP as u16,
+            tcp_offset: TCP as u16,
+            payload_offset: usual.payload_offset,
+            payload_len: usual.payload_len,
+            is_v6: false,
+            ce: usual.ce,
+        }
+    }
 }
 
-/// What [`parse_tcp`] says of a frame of the usual form; None of any other, and of what it refuses.
+/// What [`parse_tcp`] says of a frame that is, by its headers, TCP over IPv4 without tags, options of IP or fragmentation; None of any other,
+/// and of what it refuses.
 #[inline(always)]
-fn usual_form(frame: &[u8]) -> Option<TcpSegment> {
+pub fn parse_usual(frame: &[u8]) -> Option<UsualSegment> {
     let h: &[u8; TCP + 20] = frame.first_chunk()?;
-    let total_len = usize::from(u16::from_be_bytes([h[IP + 2], h[IP + 3]]));
+    let half = |at: usize| u16::from_be_bytes([h[at], h[at + 1]]);
+    let word = |at: usize| u32::from_ne_bytes([h[at], h[at + 1], h[at + 2], h[at + 3]]);
+    let total_len = usize::from(half(IP + 2));
     let header_len = usize::from(h[TCP + 12] >> 4) * 4;
-    let usual =
-        is_usual(h) && header_len >= 20 && total_len >= 20 + header_len && frame.len() >= TCP + header_len;
-    usual.then(|| TcpSegment {
-        src: addr::from_v4([h[IP + 12], h[IP + 13], h[IP + 14], h[IP + 15]]),
-        dst: addr::from_v4([h[IP + 16], h[IP + 17], h[IP + 18], h[IP + 19]]),
-        src_port: u16::from_be_bytes([h[TCP], h[TCP + 1]]),
-        dst_port: u16::from_be_bytes([h[TCP + 2], h[TCP + 3]]),
-        seq: u32::from_be_bytes([h[TCP + 4], h[TCP + 5], h[TCP + 6], h[TCP + 7]]),
-        ack: u32::from_be_bytes([h[TCP + 8], h[TCP + 9], h[TCP + 10], h[TCP + 11]]),
+    // Any flags and offset but "don't fragment" are of a fragment.
+    let usual = [h[12], h[13], h[IP], h[IP + 9]] == [8, 0, 0x45, PROTOCOL_TCP] && half(IP + 6) & 0x3fff == 0;
+    let fits = header_len >= 20 && total_len >= 20 + header_len && frame.len() >= TCP + header_len;
+    (usual && fits).then(|| UsualSegment {
+        src: word(IP + 12),
+        dst: word(IP + 16),
+        src_port: half(TCP),
+        dst_port: half(TCP + 2),
+        seq: u32::from_be(word(TCP + 4)),
+        ack: u32::from_be(word(TCP + 8)),
         flags: h[TCP + 13],
-        window: u16::from_be_bytes([h[TCP + 14], h[TCP + 15]]),
-        ip_offset: IP as u16,
-        tcp_offset: TCP as u16,
+        window: half(TCP + 14),
         payload_offset: (TCP + header_len) as u16,
         payload_len: (total_len - 20 - header_len) as u32,
-        is_v6: false,
         ce: h[IP + 1] & 3 == 3,
     })
 }

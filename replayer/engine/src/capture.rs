@@ -1,7 +1,7 @@
 //! What captured packets do: find their connection, put the stream in order, find its turns, give it to the sessions.
 
 use crate::config::timing;
-use crate::connection::{Connection, End, Phase};
+use crate::connection::{Connection, End, Phase, PlainEnds};
 use crate::counters::{Counter, EndReason};
 use crate::engine::{BATCH, Engine, ServiceState};
 use crate::output::{InHand, Output};
@@ -12,9 +12,9 @@ use crate::slab::NONE;
 use crate::timer::{before, tick};
 use crate::usual::COPIES_AHEAD;
 use alloc::vec::Vec;
-use replayer_common::addr::Endpoint;
-use replayer_common::hash::pair_hash;
-use replayer_common::packet::{TcpSegment, flags, parse_tcp_frame, usual_ends};
+use replayer_common::addr::{Endpoint, from_v4};
+use replayer_common::hash::{pair_hash, pair_hash_v4};
+use replayer_common::packet::{TcpSegment, UsualSegment, flags, parse_tcp_frame, parse_usual};
 use replayer_common::tcp_options::{self, TcpOptions};
 
 /// A segment this far from its stream's place is not of this stream.
@@ -28,10 +28,43 @@ type Fate = Result<Counter, (Counter, Counter)>;
 pub(crate) struct Looked {
     /// Of the segment's ends; 0 if it is none.
     hash: u32,
-    /// Its acknowledgment number.
-    ack: u32,
     /// Most likely its connection, or `NONE`.
     place: u32,
+    /// Known of IPv4 without options.
+    ends: PlainEnds,
+    data: Data,
+}
+
+/// Data of a segment that nothing else comes with; all of it is in the frame.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Data {
+    /// Its place in the client's stream.
+    pub(crate) seq: u32,
+    /// The segment's acknowledgment number, also where there is no data.
+    pub(crate) ack: u32,
+    /// Bytes; 0: there is none, or something else is to be done as well.
+    pub(crate) len: u32,
+    /// Where it lies in the frame.
+    pub(crate) offset: u16,
+    pub(crate) push: bool,
+}
+
+impl Looked {
+    const NOTHING: Looked = Looked {
+        hash: 0,
+        place: NONE,
+        ends: PlainEnds { src: 0, dst: 0, src_port: 0, dst_port: 0 },
+        data: Data { seq: 0, ack: 0, len: 0, offset: 0, push: false },
+    };
+}
+
+impl Data {
+    #[inline(always)]
+    fn new(seq: u32, ack: u32, control: u8, offset: u16, len: u32, frame_len: usize) -> Data {
+        let is_all = control & (flags::SYN | flags::FIN | flags::RST) == 0
+            && usize::from(offset) + len as usize <= frame_len;
+        Data { seq, ack, len: if is_all { len } else { 0 }, offset, push: control & flags::PSH != 0 }
+    }
 }
 
 impl Engine {
@@ -42,17 +75,23 @@ impl Engine {
         let mut looked = core::mem::take(&mut self.looked);
         while !frames.is_empty() {
             let count = frames.len().min(BATCH);
-            looked.clear();
-            for (frame, len) in &mut frames[..count] {
+            looked.truncate(count);
+            looked.resize(count, Looked::NOTHING);
+            for (packet, (frame, len)) in looked.iter_mut().zip(&mut *frames) {
                 let bytes = out.bytes(frame);
-                looked.push(self.look(&bytes[..(*len).min(bytes.len())]));
+                self.look(&bytes[..(*len).min(bytes.len())], packet);
             }
             self.read_ahead(&mut looked);
-            for (&packet, (frame, len)) in looked.iter().zip(frames.drain(..count)) {
+            for (packet, (frame, len)) in looked.iter().zip(frames.drain(..count)) {
                 self.on_packet(now_ns, packet, frame, len, out);
             }
         }
         self.looked = looked;
+        if self.sent_at_once > 0 {
+            let count = core::mem::take(&mut self.sent_at_once);
+            self.capture_to_transmit.record_all(0, count);
+            self.lag.record(0, count);
+        }
     }
 
     /// Asks for what the batch's packets will need, one step of the way for all packets before the next step: with a million sessions each
@@ -82,44 +121,58 @@ impl Engine {
         }
     }
 
-    /// Where a packet's connection is to be looked for.
-    #[inline]
-    fn look(&self, bytes: &[u8]) -> Looked {
-        let seed = self.config.seed;
-        let (hash, ack, opening) = if let Some((src, dst, ack, control)) = usual_ends(bytes) {
-            let opening = (control & flags::SYN != 0).then_some(src);
-            (pair_hash(seed, &src.ip, src.port, &dst.ip, dst.port), ack, opening)
-        } else if let Ok(segment) = parse_tcp_frame(bytes) {
-            let TcpSegment { src, dst, src_port, dst_port, .. } = segment;
-            let opening = segment.is_opening().then_some(Endpoint { ip: src, port: src_port });
-            (pair_hash(seed, &src, src_port, &dst, dst_port), segment.ack, opening)
-        } else {
-            return Looked { hash: 0, ack: 0, place: NONE };
-        };
-        // The session of a new connection looks for its identity: most often the client's own.
-        if let Some(client) = opening
-            && let Some(ServiceState { target, .. }) = self.services.first()
-        {
-            let hash = pair_hash(seed, &client.ip, client.port, &target.ip, target.port);
+    /// Where a packet's connection is to be looked for. Written where it stays: a copy of what was just written in parts has to wait for them.
+    #[inline(always)]
+    fn look(&self, bytes: &[u8], looked: &mut Looked) {
+        let Some(segment) = parse_usual(bytes) else { return self.look_closer(bytes, looked) };
+        let UsualSegment { src, dst, src_port, dst_port, seq, ack, .. } = segment;
+        if segment.flags & flags::SYN != 0 {
+            self.identity_ahead(Endpoint { ip: from_v4(src.to_ne_bytes()), port: src_port });
+        }
+        looked.hash = pair_hash_v4(self.config.seed, src, src_port, dst, dst_port);
+        looked.place = NONE;
+        looked.ends = PlainEnds { src, dst, src_port, dst_port };
+        looked.data =
+            Data::new(seq, ack, segment.flags, segment.payload_offset, segment.payload_len, bytes.len());
+    }
+
+    /// The same of a frame that is not of the usual form.
+    #[inline(never)]
+    fn look_closer(&self, bytes: &[u8], looked: &mut Looked) {
+        *looked = Looked::NOTHING;
+        if let Ok(segment) = parse_tcp_frame(bytes) {
+            let TcpSegment { src, dst, src_port, dst_port, ack, .. } = segment;
+            if segment.is_opening() {
+                self.identity_ahead(Endpoint { ip: src, port: src_port });
+            }
+            looked.hash = pair_hash(self.config.seed, &src, src_port, &dst, dst_port);
+            looked.data.ack = ack;
+        }
+    }
+
+    /// Asks for where the session of a new connection will look for its identity: most often the client's own.
+    fn identity_ahead(&self, client: Endpoint) {
+        if let Some(ServiceState { target, .. }) = self.services.first() {
+            let hash = pair_hash(self.config.seed, &client.ip, client.port, &target.ip, target.port);
             self.by_identity.read_ahead(hash);
         }
-        Looked { hash, ack, place: NONE }
     }
 
     /// Asks for the sessions of the packet's connection.
     #[inline]
     fn sessions_ahead(&self, packet: &Looked) {
         let connection = &self.connections[packet.place];
-        let (first_session, sessions) = (connection.first_session, connection.sessions);
+        // In the connection's first line: how many sessions there are besides is not.
+        let (first_session, takers) = (connection.first_session, u32::from(connection.takers));
         if first_session == NONE {
             return;
         }
         self.sessions[first_session].read_ahead();
-        if connection.ack_advances(packet.ack) {
+        if connection.ack_advances(packet.data.ack) {
             self.sessions[first_session].read_ahead_acknowledgment();
             self.sessions[first_session].read_ahead_turn();
         }
-        for copy in 1..sessions.min(COPIES_AHEAD).min(first_session + 1) {
+        for copy in 1..takers.min(COPIES_AHEAD).min(first_session + 1) {
             self.sessions[first_session - copy].read_ahead();
         }
     }
@@ -147,37 +200,68 @@ impl Engine {
         })
     }
 
+    #[inline(always)]
     fn on_packet<O: Output>(
         &mut self,
         now_ns: u64,
-        looked: Looked,
+        looked: &Looked,
         mut frame: O::Frame,
         len: usize,
         out: &mut O,
     ) {
         self.counters[Counter::PacketsCaptured] += 1;
+        let c = looked.place;
+        // What was found when the batch began still holds if the place is that of this very connection.
+        if looked.data.len > 0 && c != NONE && self.connections[c].is_of_plain(&self.servers, &looked.ends) {
+            frame = match self.on_usual(now_ns, c, &looked.data, frame, out) {
+                Ok(()) => {
+                    self.counters[Counter::BytesCaptured] += u64::from(looked.data.len);
+                    return;
+                }
+                Err(frame) => frame,
+            };
+        }
+        self.on_parsed(now_ns, looked, frame, len, out);
+    }
+
+    #[inline(never)]
+    fn on_parsed<O: Output>(
+        &mut self,
+        now_ns: u64,
+        looked: &Looked,
+        mut frame: O::Frame,
+        len: usize,
+        out: &mut O,
+    ) {
         let bytes = out.bytes(&mut frame);
-        let Ok(segment) = &parse_tcp_frame(&bytes[..len.min(bytes.len())]) else {
+        let len = len.min(bytes.len());
+        let Ok(segment) = &parse_tcp_frame(&bytes[..len]) else {
             return self.on_other_packet(now_ns, frame, len, out);
         };
         self.counters[Counter::BytesCaptured] += u64::from(segment.payload_len);
+        let c = looked.place;
+        let data = Data::new(
+            segment.seq,
+            segment.ack,
+            segment.flags,
+            segment.payload_offset,
+            segment.payload_len,
+            len,
+        );
+        // Over IPv6, or with options of IP.
+        if looked.data.len == 0
+            && data.len > 0
+            && c != NONE
+            && self.connections[c].is_of(&self.servers, segment)
+        {
+            frame = match self.on_usual(now_ns, c, &data, frame, out) {
+                Ok(()) => return,
+                Err(frame) => frame,
+            };
+        }
         let payload_offset = usize::from(segment.payload_offset);
         let payload_len = segment.payload_len as usize;
-        if payload_len > 0
-            && segment.flags & (flags::SYN | flags::FIN | flags::RST) == 0
-            && payload_offset + payload_len <= len
-        {
-            // What was found when the batch began still holds if the place is that of this very connection.
-            let c = looked.place;
-            if c != NONE && self.connections[c].is_of(&self.servers, segment) {
-                frame = match self.on_usual(now_ns, c, segment, frame, out) {
-                    Ok(()) => return,
-                    Err(frame) => frame,
-                };
-            }
-        }
-        let bytes = out.bytes(&mut frame);
-        let fate = if payload_offset + payload_len > len.min(bytes.len()) {
+        let fate = if payload_offset + payload_len > len {
             out.release(frame);
             Err((Counter::PacketsUnparsable, Counter::BytesUnparsable))
         } else {

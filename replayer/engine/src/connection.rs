@@ -5,7 +5,7 @@ use crate::config::timing;
 use crate::slab::NONE;
 use crate::timer::Tick;
 use alloc::vec::Vec;
-use replayer_common::addr::Endpoint;
+use replayer_common::addr::{Endpoint, is_v4_of};
 use replayer_common::hash::pair_hash;
 use replayer_common::packet::TcpSegment;
 use replayer_common::tcp_options::TcpOptions;
@@ -132,6 +132,15 @@ impl Servers {
     }
 }
 
+/// Both ends of a segment over IPv4, the client's first. The bytes of addresses are as they are in memory.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct PlainEnds {
+    pub(crate) src: u32,
+    pub(crate) dst: u32,
+    pub(crate) src_port: u16,
+    pub(crate) dst_port: u16,
+}
+
 impl Connection {
     pub(crate) fn new(client: Endpoint, server: Endpoint, phase: Phase, now: Tick) -> Connection {
         Connection {
@@ -200,6 +209,14 @@ impl Connection {
             && server.ip == segment.dst
             && (self.client.port, server.port) == (segment.src_port, segment.dst_port)
             && !self.detached
+    }
+
+    /// The same of a segment over IPv4.
+    #[inline(always)]
+    pub(crate) fn is_of_plain(&self, servers: &Servers, ends: &PlainEnds) -> bool {
+        let server = servers.known.get(usize::from(self.known_server)).unwrap_or(&self.server);
+        let is = |end: &Endpoint, ip: u32, port: u16| is_v4_of(&end.ip, ip) && end.port == port;
+        is(&self.client, ends.src, ends.src_port) && is(server, ends.dst, ends.dst_port) && !self.detached
     }
 
     /// It is new: how many copies it wants of so many services.

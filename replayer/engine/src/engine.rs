@@ -127,6 +127,8 @@ pub struct Engine {
     pub(crate) capture_to_transmit: Histogram,
     pub(crate) target_response: Histogram,
     pub(crate) lag: Lag,
+    /// Sent in this batch without any delay; not in the two above yet.
+    pub(crate) sent_at_once: u32,
     pub(crate) stopping: Option<Tick>,
     /// Where captured packets come from a file: the file's time.
     pub(crate) capture_time: Option<Tick>,
@@ -186,6 +188,7 @@ impl Engine {
             capture_to_transmit: Histogram::default(),
             target_response: Histogram::default(),
             lag: Lag::default(),
+            sent_at_once: 0,
             stopping: None,
             capture_time: None,
             #[cfg(test)]
@@ -668,16 +671,6 @@ impl Engine {
         {
             session.armed_at = Some(Due::at(deadline));
             self.wheel.arm(s, deadline);
-        }
-    }
-
-    /// The same when `deadline` is the only one that is new.
-    #[inline]
-    pub(crate) fn arm_session_at(&mut self, s: u32, deadline: Due) {
-        let session = &mut self.sessions[s];
-        if session.armed_at.is_none_or(|at| before(deadline.tick(), at.tick())) {
-            session.armed_at = Some(deadline);
-            self.wheel.arm(s, deadline.tick());
         }
     }
 

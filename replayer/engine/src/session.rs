@@ -748,6 +748,12 @@ impl Session {
         self.marks.forget_up_to(if seq_before(base, self.online_base) { base } else { self.online_base });
     }
 
+    /// Whether its timer in the wheel fires too late for this deadline.
+    #[inline]
+    pub(crate) fn fires_after(&self, deadline: Due) -> bool {
+        self.armed_at.is_none_or(|at| before(deadline.tick(), at.tick()))
+    }
+
     /// The earliest deadline.
     #[inline]
     pub(crate) fn deadline(&self) -> Option<Tick> {

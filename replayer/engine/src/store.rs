@@ -1,4 +1,4 @@
-//! Client data that the engine keeps: segments as they were captured, their bytes in blocks of a fixed size.
+//! Client data that the engine keeps: segments as they were captured, in places of a fixed size.
 //!
 //! A captured payload is copied here once, however many copies are made of its session, and stays until each of them had
 //! it acknowledged by its target: it is what retransmission and waiting for a turn draw on. Capture frames are never
@@ -9,11 +9,11 @@ use crate::slab::NONE;
 use crate::wire;
 use alloc::{vec, vec::Vec};
 
-/// Bytes of payload in a block. A small request is one block, a full Ethernet segment six.
+/// Bytes of payload in a place. A small request takes one place, a full Ethernet segment six.
 pub(crate) const BLOCK: usize = 256;
 
 /// So many bytes are copied by a few moves of fixed length.
-const FEW: usize = 64;
+const FEW: usize = wire::FEW;
 
 /// Copies the first `len` bytes of `from`, or more when they are few and there is room for more.
 #[inline(always)]
@@ -27,12 +27,10 @@ pub(crate) fn copy(from: &[u8], to: &mut [u8], len: usize) {
 /// A captured segment's place in its client's stream.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Segment {
-    /// The next segment of the list, or `NONE`.
+    /// The next segment of the list, or `NONE`. Of a free place: the next free one.
     pub(crate) next: u32,
-    /// The first block, or `NONE` for no bytes.
-    block: u32,
-    /// Bytes at the beginning of the first block that are not part of it any more.
-    skip: u32,
+    /// The place of the bytes that this one has no room for, or `NONE`. All that counts of a place that is not a segment's first.
+    more: u32,
     /// Sequence number of the first byte, in the client's numbering (which is the target's too).
     pub(crate) seq: u32,
     /// The client's ACK number on this segment.
@@ -43,6 +41,8 @@ pub(crate) struct Segment {
     pub(crate) captured_us: u32,
     /// Bytes.
     pub(crate) len: u32,
+    /// Bytes at the beginning of the first place that are not part of it any more.
+    skip: u32,
     /// The checksum's sum of all its bytes (see [`wire::sum`]); not kept up when some are trimmed off.
     sum: u16,
     /// Sessions that still need it.
@@ -54,24 +54,40 @@ pub(crate) struct Segment {
 }
 
 impl Segment {
+    /// Without a payload yet.
+    #[inline(always)]
+    fn new(seq: u32, ack: u32, push: bool, captured_us: u32) -> Segment {
+        Segment {
+            next: NONE,
+            more: NONE,
+            seq,
+            ack,
+            need: 0,
+            captured_us,
+            len: 0,
+            skip: 0,
+            sum: 0,
+            references: 0,
+            starts_turn: false,
+            push,
+        }
+    }
+
     /// The sequence number after its last byte.
     pub(crate) fn end(&self) -> u32 {
         self.seq.wrapping_add(self.len)
     }
 }
 
-/// All held segments of a worker.
+/// All held segments of a worker. A segment and the bytes in its place have the same index.
 #[derive(Debug)]
 pub(crate) struct Store {
     segments: Vec<Segment>,
-    free_segment: u32,
+    /// [`BLOCK`] a place.
     bytes: Vec<u8>,
-    next_block: Vec<u32>,
-    free_block: u32,
-    used_blocks: u32,
-    fresh_blocks: u32,
-    max_blocks: u32,
-    max_segments: usize,
+    /// Places that were used before.
+    free: u32,
+    used: usize,
     held_bytes: u64,
     held_segments: u64,
 }
@@ -81,20 +97,15 @@ pub(crate) struct Store {
 pub(crate) struct Full;
 
 impl Store {
-    /// Room for `max_bytes` in blocks, and for as many segments as there are blocks.
+    /// Room for `max_bytes` in places.
     pub(crate) fn new(max_bytes: usize) -> Store {
-        let blocks = (max_bytes / BLOCK).clamp(64, (NONE - 1) as usize);
+        let places = (max_bytes / BLOCK).clamp(64, (NONE - 1) as usize);
         Store {
-            segments: Vec::with_capacity(blocks),
-            free_segment: NONE,
-            // Zeroed memory from the system: pages are touched as blocks are used.
-            bytes: vec![0; blocks * BLOCK],
-            next_block: vec![0; blocks],
-            free_block: NONE,
-            used_blocks: 0,
-            fresh_blocks: 0,
-            max_blocks: blocks as u32,
-            max_segments: blocks,
+            segments: Vec::with_capacity(places),
+            // Zeroed memory from the system: pages are touched as places are used.
+            bytes: vec![0; places * BLOCK],
+            free: NONE,
+            used: 0,
             held_bytes: 0,
             held_segments: 0,
         }
@@ -111,53 +122,36 @@ impl Store {
         self.held_segments
     }
 
-    #[inline]
-    fn take_block(&mut self) -> Option<u32> {
-        let block = if self.free_block != NONE {
-            let block = self.free_block;
-            self.free_block = self.next_block[block as usize];
-            block
-        } else if self.fresh_blocks < self.max_blocks {
-            self.fresh_blocks += 1;
-            self.fresh_blocks - 1
+    fn places(&self) -> usize {
+        self.bytes.len() / BLOCK
+    }
+
+    /// The bytes of a place.
+    #[inline(always)]
+    fn block(&self, place: u32) -> &[u8; BLOCK] {
+        &self.bytes.as_chunks().0[place as usize]
+    }
+
+    /// Puts the bytes into a place. The caller knows that there is one.
+    fn fill(&mut self, segment: Segment, bytes: &[u8]) -> Result<u32, Full> {
+        let index = if self.free != NONE {
+            let index = self.free;
+            self.free = self.segments[index as usize].next;
+            self.segments[index as usize] = segment;
+            index
+        } else if self.segments.len() < self.places() {
+            self.segments.push(segment);
+            self.segments.len() as u32 - 1
         } else {
-            return None;
+            return Err(Full);
         };
-        self.used_blocks += 1;
-        Some(block)
+        self.used += 1;
+        let (blocks, _) = self.bytes.as_chunks_mut::<BLOCK>();
+        blocks[index as usize][..bytes.len()].copy_from_slice(bytes);
+        Ok(index)
     }
 
-    fn free_blocks(&mut self, mut block: u32) {
-        while block != NONE {
-            let next = self.next_block[block as usize];
-            self.next_block[block as usize] = self.free_block;
-            self.free_block = block;
-            self.used_blocks -= 1;
-            block = next;
-        }
-    }
-
-    /// A block with the bytes, the last of its list.
-    #[inline]
-    fn fill_block(&mut self, chunk: &[u8]) -> Result<u32, Full> {
-        let block = self.take_block().ok_or(Full)?;
-        let at = block as usize * BLOCK;
-        self.bytes[at..at + chunk.len()].copy_from_slice(chunk);
-        self.next_block[block as usize] = NONE;
-        Ok(block)
-    }
-
-    #[inline(never)]
-    fn fill_more(&mut self, mut last: u32, bytes: &[u8]) -> Result<(), Full> {
-        for chunk in bytes.chunks(BLOCK) {
-            let block = self.fill_block(chunk)?;
-            self.next_block[last as usize] = block;
-            last = block;
-        }
-        Ok(())
-    }
-
-    /// Keeps the first `len` bytes of `room`, most often few, where places were used before.
+    /// Keeps the first `len` bytes of `room`, most often few, in a place that was used before.
     #[inline(always)]
     pub(crate) fn insert_from(
         &mut self,
@@ -168,40 +162,22 @@ impl Store {
         push: bool,
         captured_us: u32,
     ) -> Result<u32, Full> {
-        let (index, block) = (self.free_segment, self.free_block);
-        let (Some(payload), true, Some(&next_block), Some(free)) = (
-            room.get(..len),
-            len <= FEW,
-            self.next_block.get(block as usize),
-            self.segments.get_mut(index as usize),
-        ) else {
-            return self.insert(seq, ack, &room[..len.min(room.len())], push, captured_us);
-        };
-        let at = block as usize * BLOCK;
-        let Some(bytes) = self.bytes.get_mut(at..at + BLOCK) else { return Err(Full) };
-        copy(room, bytes, len);
-        self.free_block = next_block;
-        self.next_block[block as usize] = NONE;
-        self.free_segment = free.next;
-        let sum = wire::sum(payload);
-        *free = Segment {
-            next: NONE,
-            block,
-            skip: 0,
-            seq,
-            ack,
-            need: 0,
-            captured_us,
-            len: len as u32,
-            sum,
-            references: 0,
-            starts_turn: false,
-            push,
-        };
-        self.used_blocks += 1;
-        self.held_bytes += len as u64;
-        self.held_segments += 1;
-        Ok(index)
+        let index = self.free;
+        if let (Some(few), true) = (room.first_chunk::<FEW>(), len <= FEW)
+            && let Some(place) = self.segments.get_mut(index as usize)
+            && let Some(block) = self.bytes.as_chunks_mut::<BLOCK>().0.get_mut(index as usize)
+            && let Some(begin) = block.first_chunk_mut::<FEW>()
+        {
+            *begin = *few;
+            self.free = place.next;
+            let sum = wire::sum_few(few, len);
+            *place = Segment { len: len as u32, sum, ..Segment::new(seq, ack, push, captured_us) };
+            self.used += 1;
+            self.held_bytes += len as u64;
+            self.held_segments += 1;
+            return Ok(index);
+        }
+        self.insert(seq, ack, &room[..len.min(room.len())], push, captured_us)
     }
 
     /// Keeps `payload`. The segment is in no list yet.
@@ -213,53 +189,37 @@ impl Store {
         push: bool,
         captured_us: u32,
     ) -> Result<u32, Full> {
-        let needed = payload.len().div_ceil(BLOCK) as u32;
-        let segment_free = self.free_segment != NONE || self.segments.len() < self.max_segments;
-        if !segment_free || self.max_blocks - self.used_blocks < needed {
+        if self.places() - self.used < payload.len().div_ceil(BLOCK).max(1) {
             return Err(Full);
         }
-        let mut first = NONE;
-        if !payload.is_empty() {
-            let (chunk, rest) = payload.split_at(payload.len().min(BLOCK));
-            first = self.fill_block(chunk)?;
-            if !rest.is_empty() {
-                self.fill_more(first, rest)?;
-            }
+        let (chunk, rest) = payload.split_at(payload.len().min(BLOCK));
+        let empty = Segment::new(seq, ack, push, captured_us);
+        let segment = Segment { len: payload.len() as u32, sum: wire::sum(payload), ..empty };
+        let first = self.fill(segment, chunk)?;
+        let mut last = first;
+        for chunk in rest.chunks(BLOCK) {
+            let place = self.fill(empty, chunk)?;
+            self.segments[last as usize].more = place;
+            last = place;
         }
-        let segment = Segment {
-            next: NONE,
-            block: first,
-            skip: 0,
-            seq,
-            ack,
-            need: 0,
-            captured_us,
-            len: payload.len() as u32,
-            sum: wire::sum(payload),
-            references: 0,
-            starts_turn: false,
-            push,
-        };
         self.held_bytes += payload.len() as u64;
         self.held_segments += 1;
-        if self.free_segment != NONE {
-            let index = self.free_segment;
-            self.free_segment = self.segments[index as usize].next;
-            self.segments[index as usize] = segment;
-            return Ok(index);
-        }
-        self.segments.push(segment);
-        Ok(self.segments.len() as u32 - 1)
+        Ok(first)
     }
 
     /// Lets go of a segment that is in no list any more.
+    #[inline]
     pub(crate) fn remove(&mut self, index: u32) {
-        let segment = self.segments[index as usize];
-        self.free_blocks(segment.block);
-        self.held_bytes -= u64::from(segment.len);
+        self.held_bytes -= u64::from(self.segments[index as usize].len);
         self.held_segments -= 1;
-        self.segments[index as usize].next = self.free_segment;
-        self.free_segment = index;
+        let mut place = index;
+        while place != NONE {
+            let segment = &mut self.segments[place as usize];
+            segment.next = self.free;
+            self.free = place;
+            self.used -= 1;
+            place = segment.more;
+        }
     }
 
     /// Forgets the first `count` bytes of a segment that no session has; fewer than it has.
@@ -290,9 +250,10 @@ impl Store {
     pub(crate) fn copy_whole(&self, index: u32, out: &mut [u8]) {
         let segment = &self.segments[index as usize];
         let len = segment.len as usize;
-        match self.bytes.get(segment.block as usize * BLOCK..) {
-            Some(bytes) if segment.skip == 0 && len <= FEW => copy(bytes, out, len),
-            _ => self.copy_to(index, 0, &mut out[..len]),
+        if segment.skip == 0 && len <= FEW {
+            copy(self.block(index), out, len);
+        } else {
+            self.copy_to(index, 0, &mut out[..len]);
         }
     }
 
@@ -302,27 +263,25 @@ impl Store {
         let segment = &self.segments[index as usize];
         debug_assert!(offset + out.len() <= segment.len as usize);
         let offset = offset + segment.skip as usize;
-        if offset + out.len() <= BLOCK && segment.block != NONE {
-            let at = segment.block as usize * BLOCK + offset;
-            out.copy_from_slice(&self.bytes[at..at + out.len()]);
+        if let Some(bytes) = self.block(index).get(offset..offset + out.len()) {
+            out.copy_from_slice(bytes);
         } else {
-            self.copy_blocks(segment.block, offset, out);
+            self.copy_places(index, offset, out);
         }
     }
 
-    fn copy_blocks(&self, mut block: u32, offset: usize, out: &mut [u8]) {
+    fn copy_places(&self, mut place: u32, offset: usize, out: &mut [u8]) {
         for _ in 0..offset / BLOCK {
-            block = self.next_block[block as usize];
+            place = self.segments[place as usize].more;
         }
         let mut within = offset % BLOCK;
         let mut out = out;
         while !out.is_empty() {
             let n = out.len().min(BLOCK - within);
-            let at = block as usize * BLOCK + within;
             let (now, later) = out.split_at_mut(n);
-            now.copy_from_slice(&self.bytes[at..at + n]);
+            now.copy_from_slice(&self.block(place)[within..within + n]);
             out = later;
-            block = self.next_block[block as usize];
+            place = self.segments[place as usize].more;
             within = 0;
         }
     }

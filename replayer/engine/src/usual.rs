@@ -4,6 +4,7 @@
 //! step by step, with the same outcome; whatever is not usual, of the packet or of one of its sessions, is left to them. The test at the
 //! end holds the two against each other.
 
+use crate::capture::Data;
 use crate::connection::Phase;
 use crate::counters::Counter;
 use crate::engine::Engine;
@@ -12,74 +13,65 @@ use crate::sender::{Piece, micros};
 use crate::slab::NONE;
 use crate::timer::{Due, Tick, tick};
 use crate::wire::{PLAIN, PlainHeader, Stamp};
-use replayer_common::packet::{TcpSegment, flags};
+use replayer_common::packet::flags;
 
 /// The copies of a connection are opened together and lie side by side, the last first: so far ahead they are read.
 pub(crate) const COPIES_AHEAD: u32 = 8;
 
 impl Engine {
-    /// Takes a captured segment with data if it is the usual one; otherwise nothing was done, and the frame comes back.
-    #[inline]
+    /// Takes captured data if it is the usual; otherwise nothing was done, and the frame comes back.
+    #[inline(always)]
     pub(crate) fn on_usual<O: Output>(
         &mut self,
         now_ns: u64,
         c: u32,
-        segment: &TcpSegment,
+        captured: &Data,
         mut frame: O::Frame,
         out: &mut O,
     ) -> Result<(), O::Frame> {
         let now = tick(now_ns);
-        let len = segment.payload_len;
-        let connection = &self.connections[c];
+        let &Data { seq, ack, len, offset, push } = captured;
+        let connection = &mut self.connections[c];
+        let takers = u32::from(connection.takers);
+        let answered = connection.ack_advances(ack);
         let usual = connection.phase == Phase::Following
             && connection.any_data
-            && connection.next_seq == segment.seq
+            && connection.next_seq == seq
             && connection.is_uninterrupted()
             && connection.held_bytes + len <= self.config.limits.held_bytes_per_connection
-            && self.stopping.is_none();
+            && self.stopping.is_none()
+            // Without a session nothing is stored; with too few, a turn opens those that are missing.
+            && takers > 0
+            && !(answered && takers < connection.wanted());
         #[cfg(test)]
         let usual = usual && !self.step_by_step;
         if !usual {
             return Err(frame);
         }
-        let answered = connection.ack_advances(segment.ack);
-        let first_session = connection.first_session;
-        if first_session == NONE {
-            return Err(frame);
-        }
-        let takers = u32::from(connection.takers);
-        // Without a session nothing is stored; with too few, a turn opens those that are missing.
-        if takers == 0 || answered && takers < connection.wanted() {
-            return Err(frame);
-        }
-        let payload_offset = usize::from(segment.payload_offset);
-        let payload_len = len as usize;
-        let Some(room) = out.bytes(&mut frame).get(payload_offset..).filter(|room| room.len() >= payload_len)
+        let Some(room) =
+            out.bytes(&mut frame).get(usize::from(offset)..).filter(|room| room.len() >= len as usize)
         else {
             return Err(frame);
         };
-        let push = segment.flags & flags::PSH != 0;
         let now_us = micros(now_ns);
-        let Ok(stored) = self.store.insert_from(segment.seq, segment.ack, room, payload_len, push, now_us)
-        else {
+        let Ok(stored) = self.store.insert_from(seq, ack, room, len as usize, push, now_us) else {
             return Err(frame);
         };
 
-        let connection = &mut self.connections[c];
-        let need = if answered { segment.ack.wrapping_sub(connection.last_ack) } else { 0 };
+        let need = if answered { ack.wrapping_sub(connection.last_ack) } else { 0 };
         if answered || !connection.ack_known {
-            connection.last_ack = segment.ack;
+            connection.last_ack = ack;
             connection.ack_known = true;
         }
-        connection.next_seq = segment.seq.wrapping_add(len);
+        connection.next_seq = seq.wrapping_add(len);
         connection.last_seen = now;
         connection.held_bytes += len;
-        if connection.tail == NONE {
+        let before = core::mem::replace(&mut connection.tail, stored);
+        if before == NONE {
             connection.head = stored;
         } else {
-            self.store[connection.tail].next = stored;
+            self.store[before].next = stored;
         }
-        connection.tail = stored;
         let entry = &mut self.store[stored];
         entry.references = takers as u16;
         (entry.starts_turn, entry.need) = (answered, need);
@@ -87,22 +79,45 @@ impl Engine {
         self.counters[Counter::BytesAccepted] += u64::from(len);
         self.counters[Counter::ReplayBytesOffered] += u64::from(len) * u64::from(takers);
 
-        let mut in_hand = Some(InHand { frame, payload_offset, payload_len, segment: stored });
-        let data =
-            NewData { now_ns, now, now_us, connection: c, segment: stored, seq: segment.seq, len, push };
+        let s = connection.first_session;
+        let data = NewData { now_ns, now, now_us, connection: c, segment: stored, seq, len, offset, push };
+        // A turn that has to wait is asked again there, and waits as well.
+        let goes = self.sessions[s].next_copy == NONE
+            && self.is_free(s, len)
+            && (!answered || self.begin_turn(now_ns, s, need));
+        if goes {
+            self.send_new(s, &data, Some(frame), out, &mut None);
+            self.sent_at_once += 1;
+        } else {
+            self.on_usual_of_many(s, (answered, need), &data, frame, out);
+        }
+        Ok(())
+    }
+
+    /// What [`Engine::on_usual`] does where a connection has several sessions, or its only one has to wait.
+    #[inline(never)]
+    fn on_usual_of_many<O: Output>(
+        &mut self,
+        first: u32,
+        (answered, need): (bool, u32),
+        data: &NewData,
+        frame: O::Frame,
+        out: &mut O,
+    ) {
+        let stored = data.segment;
+        let mut in_hand = Some(data.in_hand(frame));
         let mut stamp = None;
-        let mut sent_at_once = 0;
-        let mut s = first_session;
+        let mut s = first;
         while s != NONE {
             let next = self.sessions[s].next_copy;
             if next != NONE && s >= COPIES_AHEAD {
                 self.sessions[s - COPIES_AHEAD].read_ahead();
             }
-            let session = &mut self.sessions[s];
-            let free = session.is_free_for(len) && self.config.spread_ns == 0;
-            if free && (!answered || self.begin_turn(now_ns, s, need)) {
-                self.send_new(s, &data, out, &mut in_hand, &mut stamp);
-                sent_at_once += 1;
+            let free = self.is_free(s, data.len);
+            if free && (!answered || self.begin_turn(data.now_ns, s, need)) {
+                let frame = in_hand.take().map(|hand| hand.frame);
+                self.send_new(s, data, frame, out, &mut stamp);
+                self.sent_at_once += 1;
             } else {
                 let session = &mut self.sessions[s];
                 if session.cut.is_none() {
@@ -115,29 +130,31 @@ impl Engine {
                     }
                 }
                 if !free {
-                    self.output(now_ns, s, out, &mut in_hand);
+                    self.output(data.now_ns, s, out, &mut in_hand);
                 }
             }
             s = next;
         }
-        if sent_at_once > 0 {
-            self.capture_to_transmit.record_all(0, sent_at_once);
-            self.lag.record(0, sent_at_once);
-        }
         if let Some(hand) = in_hand {
             out.release(hand.frame);
         }
-        Ok(())
     }
 
-    /// Sends data that was just captured: the next of a session that has sent all it had, and may.
+    /// Whether the session may send so much new data at once, unless it is the first of a turn, which may have to wait.
+    #[inline(always)]
+    fn is_free(&self, s: u32, len: u32) -> bool {
+        self.sessions[s].is_free_for(len) && self.config.spread_ns == 0
+    }
+
+    /// Sends data that was just captured: the next of a session that has sent all it had, and may. `captured`: the frame that it came in, if
+    /// that is still there.
     #[inline(always)]
     fn send_new<O: Output>(
         &mut self,
         s: u32,
         data: &NewData,
+        captured: Option<O::Frame>,
         out: &mut O,
-        in_hand: &mut Option<InHand<O::Frame>>,
         stamp: &mut Option<Stamp>,
     ) {
         let &NewData { now_ns, seq, len, push, .. } = data;
@@ -155,27 +172,31 @@ impl Engine {
             // Nothing is in flight, so there was no timeout.
             let due = Due::at(data.now.wrapping_add(session.first_rto_ticks()));
             session.rto_at = Some(due);
-            self.arm_session_at(s, due);
+            if session.fires_after(due) {
+                session.armed_at = Some(due);
+                self.wheel.arm(s, due.tick());
+            }
         }
 
-        let session = &mut self.sessions[s];
         let service = &mut self.services[usize::from(session.service)];
         let start = PLAIN + if session.timestamps { 12 } else { 0 };
         let template = service.template.as_ref().filter(|template| template.is_plain());
-        let (Some(template), true) =
-            (template, in_hand.as_ref().is_none_or(|hand| hand.payload_offset == start))
+        let (Some(template), true) = (template, captured.is_none() || usize::from(data.offset) == start)
         else {
             let piece = Piece { segment: data.segment, offset: 0, len };
-            return self.send_data(now_ns, s, push, seq, piece, out, in_hand);
+            let mut in_hand = captured.map(|frame| data.in_hand(frame));
+            self.send_data(now_ns, s, push, seq, piece, out, &mut in_hand);
+            // Where packets cannot leave.
+            if let Some(hand) = in_hand {
+                out.release(hand.frame);
+            }
+            return;
         };
         // Without a frame it is as if the segment had been lost.
         session.acknowledged();
         service.ip_id = service.ip_id.wrapping_add(1);
-        let (is_in_place, frame) = match in_hand.take() {
-            Some(hand) => (true, Some(hand.frame)),
-            None => (false, out.allocate()),
-        };
-        let Some(mut frame) = frame else {
+        let is_in_place = captured.is_some();
+        let Some(mut frame) = captured.or_else(|| out.allocate()) else {
             self.counters[Counter::SegmentsNoFrame] += 1;
             return;
         };
@@ -226,7 +247,17 @@ struct NewData {
     segment: u32,
     seq: u32,
     len: u32,
+    /// Where it lies in the frame that it came in.
+    offset: u16,
     push: bool,
+}
+
+impl NewData {
+    /// With the frame that it came in.
+    fn in_hand<F>(&self, frame: F) -> InHand<F> {
+        let (payload_offset, payload_len) = (usize::from(self.offset), self.len as usize);
+        InHand { frame, payload_offset, payload_len, segment: self.segment }
+    }
 }
 
 #[cfg(test)]

@@ -366,6 +366,30 @@ pub(crate) fn sum(bytes: &[u8]) -> u16 {
     u16::from_be(fold(sum))
 }
 
+/// So many bytes are few.
+pub(crate) const FEW: usize = 64;
+
+/// The [`sum`] of the first `len` bytes, which are few.
+#[inline(always)]
+pub(crate) fn sum_few(bytes: &[u8; FEW], len: usize) -> u16 {
+    let (words, _) = bytes.as_chunks::<8>();
+    let mut sum = 0;
+    let mut left = len;
+    for &word in words {
+        // In the little-endian order, where what comes first is lowest: what is beyond is cut off at the top.
+        let mut word = u64::from_le_bytes(word);
+        if left < 8 {
+            word &= (1 << (8 * left)) - 1;
+        }
+        sum += (word & 0xffff_ffff) + (word >> 32);
+        if left <= 8 {
+            break;
+        }
+        left -= 8;
+    }
+    fold(sum).swap_bytes()
+}
+
 /// 32-bit words into a 64-bit sum: no carry is lost below 16 GiB, and the loop becomes vector adds.
 #[inline(never)]
 fn sum_long(bytes: &[u8]) -> u64 {
@@ -441,6 +465,14 @@ mod tests {
         assert_eq!(options.mss, syn.then_some(1460));
         assert_eq!(options.window_scale, syn.then_some(7));
         assert_eq!(options.timestamps, timestamps.then_some((0xffff_ff00, 3)));
+    }
+
+    #[test]
+    fn few_bytes_have_the_same_sum() {
+        let bytes: [u8; FEW] = core::array::from_fn(|i| (i * 37 + 201) as u8);
+        for len in 0..=FEW {
+            assert_eq!(sum_few(&bytes, len), sum(&bytes[..len]), "{len} bytes");
+        }
     }
 
     #[test]
