@@ -132,22 +132,25 @@ impl Store {
         &self.bytes.as_chunks().0[place as usize]
     }
 
-    /// Puts the bytes into a place. The caller knows that there is one.
-    fn fill(&mut self, segment: Segment, bytes: &[u8]) -> Result<u32, Full> {
-        let index = if self.free != NONE {
-            let index = self.free;
-            self.free = self.segments[index as usize].next;
-            self.segments[index as usize] = segment;
+    /// A free place, with bytes in it. What is said of it is of its past.
+    #[inline]
+    fn fill(&mut self, bytes: &[u8]) -> Result<u32, Full> {
+        let index = self.free;
+        let index = if let Some(place) = self.segments.get(index as usize) {
+            self.free = place.next;
             index
         } else if self.segments.len() < self.places() {
-            self.segments.push(segment);
+            self.segments.push(Segment::new(0, 0, false, 0));
             self.segments.len() as u32 - 1
         } else {
             return Err(Full);
         };
         self.used += 1;
-        let (blocks, _) = self.bytes.as_chunks_mut::<BLOCK>();
-        blocks[index as usize][..bytes.len()].copy_from_slice(bytes);
+        let block = &mut self.bytes.as_chunks_mut::<BLOCK>().0[index as usize];
+        match bytes.first_chunk::<BLOCK>() {
+            Some(full) => *block = *full,
+            None => block[..bytes.len()].copy_from_slice(bytes),
+        }
         Ok(index)
     }
 
@@ -193,15 +196,23 @@ impl Store {
             return Err(Full);
         }
         let (chunk, rest) = payload.split_at(payload.len().min(BLOCK));
-        let empty = Segment::new(seq, ack, push, captured_us);
-        let segment = Segment { len: payload.len() as u32, sum: wire::sum(payload), ..empty };
-        let first = self.fill(segment, chunk)?;
+        let first = self.fill(chunk)?;
+        let mut segment = Segment::new(seq, ack, push, captured_us);
+        (segment.len, segment.sum) = (payload.len() as u32, wire::sum(payload));
         let mut last = first;
+        let mut more = NONE;
         for chunk in rest.chunks(BLOCK) {
-            let place = self.fill(empty, chunk)?;
-            self.segments[last as usize].more = place;
+            let place = self.fill(chunk)?;
+            if last == first {
+                more = place;
+            } else {
+                self.segments[last as usize].more = place;
+            }
             last = place;
         }
+        self.segments[last as usize].more = NONE;
+        segment.more = more;
+        self.segments[first as usize] = segment;
         self.held_bytes += payload.len() as u64;
         self.held_segments += 1;
         Ok(first)
