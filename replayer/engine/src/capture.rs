@@ -9,6 +9,7 @@ use crate::protocol::{self, Opening};
 use crate::sender::micros;
 use crate::session::{Ahead, State, seq_before};
 use crate::slab::NONE;
+use crate::store::Segment;
 use crate::timer::{before, tick};
 use crate::usual::COPIES_AHEAD;
 use alloc::vec::Vec;
@@ -686,8 +687,11 @@ impl Engine {
         let len = payload.len() as u32;
         let connection = &self.connections[c];
         let over = connection.held_bytes + len > self.config.limits.held_bytes_per_connection;
-        let stored =
-            if over { None } else { self.store.insert(seq, ack, payload, push, micros(now_ns)).ok() };
+        let stored = if over {
+            None
+        } else {
+            self.store.insert(Segment::new(seq, ack, push, micros(now_ns)), payload).ok()
+        };
         let Some(segment) = stored else {
             return self.over_limit(now_ns, c, seq.wrapping_add(len), ack, out);
         };
@@ -846,7 +850,9 @@ impl Engine {
                 let stored = if over {
                     None
                 } else {
-                    self.store.insert(seq, ack, piece, push && rest.is_empty(), micros(now_ns)).ok()
+                    self.store
+                        .insert(Segment::new(seq, ack, push && rest.is_empty(), micros(now_ns)), piece)
+                        .ok()
                 };
                 let Some(segment) = stored else {
                     let fate = self.over_limit(now_ns, c, end, ack, out);

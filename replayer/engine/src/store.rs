@@ -56,7 +56,7 @@ pub(crate) struct Segment {
 impl Segment {
     /// Without a payload yet.
     #[inline(always)]
-    fn new(seq: u32, ack: u32, push: bool, captured_us: u32) -> Segment {
+    pub(crate) fn new(seq: u32, ack: u32, push: bool, captured_us: u32) -> Segment {
         Segment {
             next: NONE,
             more: NONE,
@@ -71,6 +71,12 @@ impl Segment {
             starts_turn: false,
             push,
         }
+    }
+
+    /// As given to so many sessions, at a turn's start or within it.
+    #[inline(always)]
+    pub(crate) fn given(self, references: u16, starts_turn: bool, need: u32) -> Segment {
+        Segment { references, starts_turn, need, ..self }
     }
 
     /// The sequence number after its last byte.
@@ -154,17 +160,15 @@ impl Store {
         Ok(index)
     }
 
-    /// Keeps the first `len` bytes of `room`, most often few, in a place that was used before.
+    /// Keeps the first `len` bytes of `room`, most often few, in a place that was used before. `segment` says all the rest of it; it is in no
+    /// list yet. Returns its index and the checksum's sum of its bytes.
     #[inline(always)]
     pub(crate) fn insert_from(
         &mut self,
-        seq: u32,
-        ack: u32,
+        segment: impl Fn() -> Segment,
         room: &[u8],
         len: usize,
-        push: bool,
-        captured_us: u32,
-    ) -> Result<u32, Full> {
+    ) -> Result<(u32, u16), Full> {
         let index = self.free;
         if let (Some(few), true) = (room.first_chunk::<FEW>(), len <= FEW)
             && let Some(place) = self.segments.get_mut(index as usize)
@@ -174,30 +178,23 @@ impl Store {
             *begin = *few;
             self.free = place.next;
             let sum = wire::sum_few(few, len);
-            *place = Segment { len: len as u32, sum, ..Segment::new(seq, ack, push, captured_us) };
+            *place = Segment { len: len as u32, sum, ..segment() };
             self.used += 1;
             self.held_bytes += len as u64;
             self.held_segments += 1;
-            return Ok(index);
+            return Ok((index, sum));
         }
-        self.insert(seq, ack, &room[..len.min(room.len())], push, captured_us)
+        let index = self.insert(segment(), &room[..len.min(room.len())])?;
+        Ok((index, self.sum_whole(index)))
     }
 
-    /// Keeps `payload`. The segment is in no list yet.
-    pub(crate) fn insert(
-        &mut self,
-        seq: u32,
-        ack: u32,
-        payload: &[u8],
-        push: bool,
-        captured_us: u32,
-    ) -> Result<u32, Full> {
+    /// Keeps `payload`. `segment` says all the rest of it; it is in no list yet.
+    pub(crate) fn insert(&mut self, mut segment: Segment, payload: &[u8]) -> Result<u32, Full> {
         if self.places() - self.used < payload.len().div_ceil(BLOCK).max(1) {
             return Err(Full);
         }
         let (chunk, rest) = payload.split_at(payload.len().min(BLOCK));
         let first = self.fill(chunk)?;
-        let mut segment = Segment::new(seq, ack, push, captured_us);
         (segment.len, segment.sum) = (payload.len() as u32, wire::sum(payload));
         let mut last = first;
         let mut more = NONE;
@@ -317,12 +314,16 @@ impl core::ops::IndexMut<u32> for Store {
 mod tests {
     use super::*;
 
+    fn segment(seq: u32) -> Segment {
+        Segment::new(seq, 0, false, 0)
+    }
+
     #[test]
     fn bytes_come_back_from_any_offset() {
         let mut store = Store::new(1 << 16);
         let payload: Vec<u8> = (0..1448u32).map(|i| (i * 7) as u8).collect();
-        let a = store.insert(5, 0, &payload, false, 0).unwrap();
-        let b = store.insert(5, 0, &payload[..100], false, 0).unwrap();
+        let a = store.insert(segment(5), &payload).unwrap();
+        let b = store.insert(segment(5), &payload[..100]).unwrap();
         store.remove(b);
         for (offset, len) in [(0, 1448), (1, 300), (255, 2), (256, 256), (1447, 1), (700, 0)] {
             let mut out = vec![0; len];
@@ -335,7 +336,7 @@ mod tests {
     fn trimmed_bytes_are_not_there() {
         let mut store = Store::new(1 << 16);
         let payload: Vec<u8> = (0..600u32).map(|i| i as u8).collect();
-        let index = store.insert(100, 0, &payload, false, 0).unwrap();
+        let index = store.insert(segment(100), &payload).unwrap();
         store.trim_front(index, 300);
         assert_eq!((store[index].seq, store[index].len, store.held_bytes()), (400, 300, 300));
         let mut out = [0; 300];
@@ -349,7 +350,7 @@ mod tests {
     fn full_is_said_and_what_is_freed_is_used_again() {
         let mut store = Store::new(64 * BLOCK);
         let mut held = Vec::new();
-        while let Ok(index) = store.insert(0, 0, &[1; 600], false, 0) {
+        while let Ok(index) = store.insert(segment(0), &[1; 600]) {
             held.push(index);
         }
         assert_eq!(held.len(), 64 / 3);
@@ -358,7 +359,7 @@ mod tests {
             store.remove(index);
         }
         assert_eq!((store.held_bytes(), store.held_segments()), (0, 0));
-        assert!(store.insert(0, 0, &[1; 64 * BLOCK], false, 0).is_ok());
-        assert_eq!(store.insert(0, 0, &[1], false, 0), Err(Full));
+        assert!(store.insert(segment(0), &[1; 64 * BLOCK]).is_ok());
+        assert_eq!(store.insert(segment(0), &[1]), Err(Full));
     }
 }

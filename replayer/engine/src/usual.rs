@@ -11,6 +11,7 @@ use crate::engine::Engine;
 use crate::output::{InHand, Output};
 use crate::sender::{Piece, micros};
 use crate::slab::NONE;
+use crate::store::Segment;
 use crate::timer::{Due, Tick, tick};
 use crate::wire::{PLAIN, PlainHeader, Stamp};
 use replayer_common::packet::flags;
@@ -53,12 +54,14 @@ impl Engine {
         else {
             return Err(frame);
         };
+        let need = if answered { ack.wrapping_sub(connection.last_ack) } else { 0 };
         let now_us = micros(now_ns);
-        let Ok(stored) = self.store.insert_from(seq, ack, room, len as usize, push, now_us) else {
+        // Made where they are needed: what is made before and passed on is written to the stack first.
+        let segment = || Segment::new(seq, ack, push, now_us).given(takers as u16, answered, need);
+        let Ok((stored, sum)) = self.store.insert_from(segment, room, len as usize) else {
             return Err(frame);
         };
 
-        let need = if answered { ack.wrapping_sub(connection.last_ack) } else { 0 };
         if answered || !connection.ack_known {
             connection.last_ack = ack;
             connection.ack_known = true;
@@ -72,24 +75,22 @@ impl Engine {
         } else {
             self.store[before].next = stored;
         }
-        let entry = &mut self.store[stored];
-        entry.references = takers as u16;
-        (entry.starts_turn, entry.need) = (answered, need);
         self.counters[Counter::PacketsData] += 1;
         self.counters[Counter::BytesAccepted] += u64::from(len);
         self.counters[Counter::ReplayBytesOffered] += u64::from(len) * u64::from(takers);
 
         let s = connection.first_session;
-        let data = NewData { now_ns, now, now_us, connection: c, segment: stored, seq, len, offset, push };
+        let data =
+            || NewData { now_ns, now, now_us, connection: c, segment: stored, seq, len, offset, push, sum };
         // A turn that has to wait is asked again there, and waits as well.
         let goes = self.sessions[s].next_copy == NONE
             && self.is_free(s, len)
             && (!answered || self.begin_turn(now_ns, s, need));
         if goes {
-            self.send_new(s, &data, Some(frame), out, &mut None);
+            self.send_new(s, &data(), Some(frame), out, &mut None);
             self.sent_at_once += 1;
         } else {
-            self.on_usual_of_many(s, (answered, need), &data, frame, out);
+            self.on_usual_of_many(s, (answered, need), data(), frame, out);
         }
         Ok(())
     }
@@ -100,11 +101,11 @@ impl Engine {
         &mut self,
         first: u32,
         (answered, need): (bool, u32),
-        data: &NewData,
+        data: NewData,
         frame: O::Frame,
         out: &mut O,
     ) {
-        let stored = data.segment;
+        let (data, stored) = (&data, data.segment);
         let mut in_hand = Some(data.in_hand(frame));
         let mut stamp = None;
         let mut s = first;
@@ -218,13 +219,13 @@ impl Engine {
             if !is_in_place {
                 self.store.copy_whole(data.segment, &mut bytes[start..]);
             }
-            template.write_plain(bytes, fields, len as usize, self.store.sum_whole(data.segment));
+            template.write_plain(bytes, fields, len as usize, data.sum);
         } else {
             if stamp.as_ref().is_none_or(|stamp| !stamp.is_of(session.service, timestamps.is_some())) {
                 let mut new = Stamp::new(session.service, timestamps.is_some());
                 let room = new.room(start);
                 self.store.copy_whole(data.segment, room);
-                new.fill(template, fields, len as usize, self.store.sum_whole(data.segment));
+                new.fill(template, fields, len as usize, data.sum);
                 *stamp = Some(new);
             }
             if let Some(stamp) = stamp {
@@ -250,6 +251,8 @@ struct NewData {
     /// Where it lies in the frame that it came in.
     offset: u16,
     push: bool,
+    /// The checksum's sum of it.
+    sum: u16,
 }
 
 impl NewData {

@@ -372,22 +372,10 @@ pub(crate) const FEW: usize = 64;
 /// The [`sum`] of the first `len` bytes, which are few.
 #[inline(always)]
 pub(crate) fn sum_few(bytes: &[u8; FEW], len: usize) -> u16 {
-    let (words, _) = bytes.as_chunks::<8>();
-    let mut sum = 0;
-    let mut left = len;
-    for &word in words {
-        // In the little-endian order, where what comes first is lowest: what is beyond is cut off at the top.
-        let mut word = u64::from_le_bytes(word);
-        if left < 8 {
-            word &= (1 << (8 * left)) - 1;
-        }
-        sum += (word & 0xffff_ffff) + (word >> 32);
-        if left <= 8 {
-            break;
-        }
-        left -= 8;
-    }
-    fold(sum).swap_bytes()
+    let (Some(&word), 0..8) = (bytes.first_chunk(), len) else { return sum(&bytes[..len]) };
+    // In the little-endian order, where what comes first is lowest: what is beyond is cut off at the top.
+    let word = u64::from_le_bytes(word) & ((1 << (8 * len)) - 1);
+    fold((word & 0xffff_ffff) + (word >> 32)).swap_bytes()
 }
 
 /// 32-bit words into a 64-bit sum: no carry is lost below 16 GiB, and the loop becomes vector adds.
