@@ -4,10 +4,11 @@ use crate::config::timing;
 use crate::connection::{Connection, End, Phase, PlainEnds};
 use crate::counters::{Counter, EndReason};
 use crate::engine::{BATCH, Engine, ServiceState};
+use crate::gate::Ahead;
 use crate::output::{InHand, Output};
 use crate::protocol::{self, Opening};
 use crate::sender::micros;
-use crate::session::{Ahead, State, seq_before};
+use crate::session::{State, seq_before};
 use crate::slab::NONE;
 use crate::store::Segment;
 use crate::timer::{before, tick};
@@ -171,7 +172,7 @@ impl Engine {
         self.sessions[first_session].read_ahead();
         if connection.ack_advances(packet.data.ack) {
             self.sessions[first_session].read_ahead_acknowledgment();
-            self.sessions[first_session].read_ahead_turn();
+            self.sessions.turns(first_session).read_ahead();
         }
         for copy in 1..takers.min(COPIES_AHEAD).min(first_session + 1) {
             self.sessions[first_session - copy].read_ahead();
@@ -766,7 +767,6 @@ impl Engine {
                 }
                 if session.next_segment == NONE {
                     session.next_segment = segment;
-                    session.next_offset = 0;
                 }
             }
             s = session.next_copy;
@@ -803,7 +803,7 @@ impl Engine {
         self.connections[c].multiplexed = true;
         let mut s = self.connections[c].first_session;
         while s != NONE {
-            self.sessions[s].ahead = Ahead::FLOWING;
+            self.sessions.with_turns(s).1.ahead = Ahead::FLOWING;
             s = self.sessions[s].next_copy;
         }
     }

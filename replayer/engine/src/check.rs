@@ -2,7 +2,7 @@
 
 use crate::connection::Phase;
 use crate::engine::Engine;
-use crate::session::State;
+use crate::session::{State, segment_after};
 use crate::slab::NONE;
 use crate::timer::{Due, before};
 use alloc::{vec, vec::Vec};
@@ -77,6 +77,7 @@ impl Engine {
         }
         assert_eq!(held, self.store.held_bytes(), "every held segment is in a list");
         assert_eq!(sessions as usize, self.sessions.len(), "every session is in its connection's list");
+        self.sessions.check(self.live_sessions());
         for (number, service) in self.services.iter().enumerate() {
             let unanswered = (0..self.sessions.high_water())
                 .map(|s| &self.sessions[s])
@@ -91,6 +92,7 @@ impl Engine {
     fn check_session(&self, s: u32, references: &mut [u32]) {
         let session = &self.sessions[s];
         session.check();
+        let last = self.sessions.last_segment(s);
         let mut positions = vec![NONE];
         let mut segment = session.una_segment;
         let mut next_seq = None;
@@ -101,12 +103,17 @@ impl Engine {
             positions.push(segment);
             references[segment as usize] =
                 references[segment as usize].checked_sub(1).expect("no fewer references than sessions");
-            segment = session.segment_after(segment, stored.next);
+            segment = segment_after(segment, last, stored.next);
         }
         assert!(
             positions.contains(&session.next_segment),
             "the send position is in what the session was given"
         );
+        if session.next_segment != NONE && session.state != State::SynSent {
+            let stored = &self.store[session.next_segment];
+            let offset = session.snd_nxt.wrapping_sub(stored.seq);
+            assert!(offset < stored.len, "the send position is in its segment: {session:?} {stored:?}");
+        }
         assert!((session.snd_max().wrapping_sub(session.snd_nxt) as i32) >= 0);
         assert!((session.snd_nxt.wrapping_sub(session.snd_una) as i32) >= 0);
         assert!(
@@ -123,7 +130,7 @@ impl Engine {
             assert!(!before(deadline, stands), "the timer fires when it must, or earlier");
         }
         assert!(
-            self.by_identity.find(self.identity_hash(session), |index| index == s).is_some(),
+            self.by_identity.find(self.identity_hash(s), |index| index == s).is_some(),
             "a session can be found"
         );
     }

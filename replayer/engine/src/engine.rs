@@ -10,12 +10,13 @@ use crate::capture::Looked;
 use crate::config::{Config, timing};
 use crate::connection::{Connection, End, Phase, Servers};
 use crate::counters::{Counter, Counters, EndReason, Pending};
+use crate::gate::{Ahead, Turns};
 use crate::histogram::Histogram;
 use crate::identity::{Copies, Pool, Ports};
 use crate::output::Output;
 use crate::sack::{Board, MAX_BOARDS};
 use crate::sender::{WINDOW, micros};
-use crate::session::{Ahead, Session, State, Turn};
+use crate::session::{Session, Sessions, State, Turn, segment_after};
 use crate::slab::{NONE, Slab};
 use crate::store::Store;
 use crate::table::Table;
@@ -109,7 +110,7 @@ pub struct Engine {
     pub(crate) services: Vec<ServiceState>,
     pub(crate) connections: Slab<Connection>,
     pub(crate) servers: Servers,
-    pub(crate) sessions: Slab<Session>,
+    pub(crate) sessions: Sessions,
     pub(crate) by_client: Table,
     pub(crate) by_identity: Table,
     pub(crate) store: Store,
@@ -171,7 +172,7 @@ impl Engine {
             services,
             connections: Slab::new(limits.connections),
             servers: Servers::new(),
-            sessions: Slab::new(limits.sessions),
+            sessions: Sessions::new(limits.sessions),
             by_client: Table::new(limits.connections),
             by_identity: Table::new(limits.sessions),
             store: Store::new(limits.held_bytes),
@@ -244,7 +245,7 @@ impl Engine {
         let mut pending = Pending::default();
         for session in self.live_sessions() {
             pending.sessions += 1;
-            pending.replay_bytes += self.undelivered(&self.sessions[session]);
+            pending.replay_bytes += self.undelivered(session);
         }
         for index in 0..self.connections.high_water() {
             let mut segment = self.connections[index].out_of_order();
@@ -260,7 +261,7 @@ impl Engine {
     pub fn identities(&self, from: u32) -> impl Iterator<Item = (u32, u16, Endpoint)> {
         let of_tcp = (from..self.sessions.high_water()).filter_map(|index| {
             let session = &self.sessions[index];
-            (session.state != State::Closed).then_some((index, session.service, session.identity()))
+            (session.state != State::Closed).then(|| (index, session.service, self.sessions.identity(index)))
         });
         // The places of UDP follow on all that TCP can have.
         let (first, services) = (self.config.limits.sessions as u32, self.services.len() as u16);
@@ -270,19 +271,20 @@ impl Engine {
         )
     }
 
-    fn live_sessions(&self) -> impl Iterator<Item = u32> {
+    pub(crate) fn live_sessions(&self) -> impl Iterator<Item = u32> {
         (0..self.sessions.high_water()).filter(|&index| self.sessions[index].state != State::Closed)
     }
 
     /// Bytes given to the session that its target has not acknowledged.
-    fn undelivered(&self, session: &Session) -> u64 {
+    fn undelivered(&self, s: u32) -> u64 {
+        let (session, last) = (&self.sessions[s], self.sessions.last_segment(s));
         let mut bytes = 0;
         let mut segment = session.una_segment;
         while segment != NONE {
             let stored = &self.store[segment];
             let acknowledged = session.snd_una.wrapping_sub(stored.seq) as i32;
             bytes += u64::from(stored.len - acknowledged.clamp(0, stored.len as i32) as u32);
-            segment = session.segment_after(segment, stored.next);
+            segment = segment_after(segment, last, stored.next);
         }
         bytes
     }
@@ -420,11 +422,12 @@ impl Engine {
         let hash = pair_hash(self.config.seed, &identity.ip, identity.port, &target.ip, target.port);
         let mut session = Session::new(identity, service, c, iss);
         session.timestamps = connection.timestamps;
+        let mut turns = Turns::default();
         if connection.multiplexed {
-            session.ahead = Ahead::FLOWING;
+            turns.ahead = Ahead::FLOWING;
         }
         session.next_copy = connection.first_session;
-        let Some(index) = self.sessions.insert(session) else {
+        let Some(index) = self.sessions.insert(session, turns, &identity) else {
             self.release_identity(&identity, now);
             self.counters[Counter::SessionsRefusedLimit] += 1;
             return None;
@@ -489,17 +492,17 @@ impl Engine {
     }
 
     /// A session's place in the identity table.
-    pub(crate) fn identity_hash(&self, session: &Session) -> u32 {
-        let Endpoint { ip, port } = session.identity();
-        let target = &self.services[usize::from(session.service)].target;
+    pub(crate) fn identity_hash(&self, s: u32) -> u32 {
+        let Endpoint { ip, port } = self.sessions.identity(s);
+        let target = &self.services[usize::from(self.sessions[s].service)].target;
         pair_hash(self.config.seed, &ip, port, &target.ip, target.port)
     }
 
     pub(crate) fn find_identity(&self, identity: &Endpoint, target: &Endpoint) -> Option<u32> {
         let hash = pair_hash(self.config.seed, &identity.ip, identity.port, &target.ip, target.port);
         self.by_identity.find(hash, |index| {
-            let session = &self.sessions[index];
-            session.identity() == *identity && self.services[usize::from(session.service)].target == *target
+            let service = usize::from(self.sessions[index].service);
+            self.sessions.identity(index) == *identity && self.services[service].target == *target
         })
     }
 
@@ -513,13 +516,13 @@ impl Engine {
         if session.state == State::SynSent && !session.is_unasked() {
             self.services[usize::from(session.service)].unanswered -= 1;
         }
-        let lost = self.undelivered(&session);
+        let (lost, identity) = (self.undelivered(s), self.sessions.identity(s));
         self.counters[reason.lost_bytes()] += lost;
         self.counters[reason.sessions()] += 1;
         self.unreference(s, session.una_segment);
-        self.by_identity.remove(self.identity_hash(&session), s);
-        self.release_identity(&session.identity(), now);
-        self.linger(now, session.service, session.identity(), out);
+        self.by_identity.remove(self.identity_hash(s), s);
+        self.release_identity(&identity, now);
+        self.linger(now, session.service, identity, out);
         if session.armed_at.is_some() {
             self.wheel.cancel(s);
         }
@@ -578,10 +581,10 @@ impl Engine {
 
     /// Drops the session's references from `segment` to the end of what it was given.
     pub(crate) fn unreference(&mut self, s: u32, mut segment: u32) {
-        let session = self.sessions[s];
+        let last = self.sessions.last_segment(s);
         while segment != NONE {
             self.store[segment].references -= 1;
-            segment = session.segment_after(segment, self.store[segment].next);
+            segment = segment_after(segment, last, self.store[segment].next);
         }
     }
 
@@ -685,7 +688,7 @@ impl Engine {
                 let session = &self.sessions[ahead];
                 session.read_ahead();
                 session.read_ahead_acknowledgment();
-                session.read_ahead_turn();
+                self.sessions.turns(ahead).read_ahead();
                 if let Some(next) = next.replace(ahead) {
                     self.connections[self.sessions[next].connection].read_ahead();
                 }

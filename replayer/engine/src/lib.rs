@@ -8,7 +8,8 @@
 //! - `engine`: the state, opening and ending sessions, timers
 //! - `capture`: captured packets: order, turns, joining in the middle, holes
 //! - `connection`: a client connection as it was captured
-//! - `session`: a connection replayed to a target; the turn gate
+//! - `session`: a connection replayed to a target
+//! - `gate`: the turn gate
 //! - `sender`: what a session sends, and sends again
 //! - `sack`: what a target has beyond its acknowledgment
 //! - `receiver`: what a target's segments do
@@ -36,6 +37,7 @@ pub mod config;
 mod connection;
 pub mod counters;
 mod engine;
+mod gate;
 pub mod histogram;
 mod identity;
 pub mod output;

@@ -51,9 +51,9 @@ impl Engine {
         let lives = tick(now_ns).wrapping_sub(service.heard_at) < waited;
         if session.tries >= SUSPECT_AFTER && lives {
             let mss = limit(mtu);
-            let session = &mut self.sessions[s];
+            let (session, trouble) = self.sessions.in_trouble(s);
             session.mss = mss;
-            session.narrowed_to = mtu;
+            trouble.narrowed_to = mtu;
         } else if session.first_alone {
             // A target that has seen nothing of the connection yet resets it at an old number; the first byte it acknowledges.
             let seq = session.snd_una;
@@ -67,10 +67,8 @@ impl Engine {
     }
 
     /// Data was acknowledged that did not get through before its segments were made smaller.
-    pub(crate) fn narrower_path_found(&mut self, now: Tick, s: u32) {
-        let session = &mut self.sessions[s];
-        let mtu = core::mem::take(&mut session.narrowed_to);
-        let number = session.service;
+    pub(crate) fn narrower_path_found(&mut self, now: Tick, s: u32, mtu: u16) {
+        let number = self.sessions[s].service;
         self.services[usize::from(number)].narrow_path = Some((mtu, now));
         self.narrow(number, mtu);
     }

@@ -8,7 +8,7 @@ use crate::engine::{BATCH, Engine};
 use crate::output::Output;
 use crate::sack::NO_BOARD;
 use crate::sender::micros;
-use crate::session::{Owes, State, Turn, seq_before};
+use crate::session::{Owes, State, Turn, segment_after, seq_before};
 use crate::slab::NONE;
 use crate::timer::{Due, tick};
 use replayer_common::addr::{Endpoint, is_v4};
@@ -58,7 +58,7 @@ impl Engine {
                 session.read_ahead();
                 session.read_ahead_acknowledgment();
                 if record.payload_len > 0 {
-                    session.read_ahead_turn();
+                    self.sessions.turns(s).read_ahead();
                 }
             }
         }
@@ -103,9 +103,8 @@ impl Engine {
         let found = self.services.get(usize::from(record.service)).and_then(|service| {
             let v4 = is_v4(&service.target.ip);
             self.by_identity.find(hash, |index| {
-                let session = &self.sessions[index];
-                session.has_identity(&identity, v4)
-                    && self.services[usize::from(session.service)].target == service.target
+                self.sessions.has_identity(index, &identity, v4)
+                    && self.services[usize::from(self.sessions[index].service)].target == service.target
             })
         });
         let Some(s) = found else {
@@ -131,7 +130,7 @@ impl Engine {
     }
 
     fn on_handshake<O: Output>(&mut self, now_ns: u64, s: u32, record: &ResponseHeader, out: &mut O) {
-        let session = &mut self.sessions[s];
+        let (session, turns) = self.sessions.with_turns(s);
         if session.is_unasked() {
             // Of an older connection from the same address.
             return;
@@ -159,10 +158,9 @@ impl Engine {
         self.services[usize::from(session.service)].unanswered -= 1;
         session.snd_una = record.ack;
         session.rcv_nxt = record.seq.wrapping_add(1);
-        session.turn_base = session.rcv_nxt;
-        session.online_base = session.rcv_nxt;
+        turns.begin_at(session.rcv_nxt);
         session.response_at = tick(now_ns);
-        session.response_began = session.response_at;
+        turns.response_began = session.response_at;
         // The window of a SYN is never scaled (RFC 7323 section 2.2).
         session.snd_wnd = u32::from(record.window);
         session.snd_wscale = if record.has(present::WINDOW_SCALE)
@@ -263,8 +261,9 @@ impl Engine {
             return;
         }
         self.counters[Counter::ResponseBytes] += u64::from(end.wrapping_sub(session.rcv_nxt));
-        if session.rcv_nxt == session.turn_base {
-            session.response_began = tick(now_ns);
+        let (session, turns) = self.sessions.with_turns(s);
+        if session.rcv_nxt == turns.base {
+            turns.response_began = tick(now_ns);
         }
         session.rcv_nxt = end;
         // What answers a turn acknowledges its first byte; what does not was sent before the turn arrived.
@@ -281,7 +280,7 @@ impl Engine {
         }
         let (push, fin) = (record.flags & flags::PSH != 0, record.flags & flags::FIN != 0);
         let client_mss = self.connections[session.connection].mss;
-        session.note_response(client_mss, record.payload_len, end, push, fin, tick(now_ns));
+        turns.note_response(session, client_mss, record.payload_len, end, push, fin, tick(now_ns));
         // A record that was lost is made up for by the next: a segment says that all before it was sent.
         // RFC 9293 section 3.8.6.3: at least every second full segment at once, the rest within the delay.
         session.unacked_segments = session.unacked_segments.saturating_add(1);
@@ -327,20 +326,22 @@ impl Engine {
             session.dup_acks = session.dup_acks.saturating_add(1);
             self.note_sack(s, record);
             let sacked = self.sacked(s);
-            let session = &mut self.sessions[s];
+            let (session, trouble) = self.sessions.with_trouble(s);
             // RFC 6675 section 5: acknowledgments may have been lost on their way to us.
             let lost = session.dup_acks >= 3 || sacked > 2 * u32::from(session.mss);
+            let in_recovery = trouble.as_ref().is_some_and(|trouble| trouble.in_recovery);
             // After a timeout duplicates are answers to what the timeout sent again (RFC 6582 section 3.2, step 1).
-            let timed_out = seq_before(ack, session.recover);
-            if lost && !session.in_recovery && !timed_out {
-                session.in_recovery = true;
-                session.recover = session.snd_max();
+            let timed_out = trouble.is_some_and(|trouble| seq_before(ack, trouble.recover));
+            if lost && !in_recovery && !timed_out {
+                let (session, trouble) = self.sessions.in_trouble(s);
+                trouble.in_recovery = true;
+                trouble.recover = session.snd_max();
                 let flight = session.snd_max().wrapping_sub(session.snd_una);
-                session.ssthresh = (flight / 2).max(2 * u32::from(session.mss));
-                session.cwnd = session.ssthresh + 3 * u32::from(session.mss);
+                trouble.ssthresh = (flight / 2).max(2 * u32::from(session.mss));
+                session.cwnd = trouble.ssthresh + 3 * u32::from(session.mss);
                 self.begin_resending(s);
                 self.retransmit_first(now_ns, s, out);
-            } else if session.in_recovery && !self.retransmit_hole(now_ns, s, out) {
+            } else if in_recovery && !self.retransmit_hole(now_ns, s, out) {
                 let session = &mut self.sessions[s];
                 session.cwnd = session.cwnd.saturating_add(u32::from(session.mss));
             }
@@ -354,10 +355,11 @@ impl Engine {
         session.snd_wnd = window;
         session.dup_acks = 0;
         session.tries = 0;
-        if session.narrowed_to != 0 {
-            self.narrower_path_found(now, s);
+        let (_, trouble) = self.sessions.with_trouble(s);
+        if let Some(mtu @ 1..) = trouble.map(|trouble| core::mem::take(&mut trouble.narrowed_to)) {
+            self.narrower_path_found(now, s, mtu);
         }
-        let session = &mut self.sessions[s];
+        let (session, trouble) = self.sessions.with_trouble(s);
         if seq_before(session.snd_nxt, ack) {
             session.advance_to(ack);
         }
@@ -366,29 +368,33 @@ impl Engine {
             session.timing = false;
         }
         let mss = u32::from(session.mss);
-        let mut partial = false;
-        if session.in_recovery {
-            if seq_before(ack, session.recover) {
-                partial = true;
-                session.cwnd = session.cwnd.saturating_sub(acked).max(mss) + mss;
-            } else {
-                session.in_recovery = false;
-                session.cwnd = session.ssthresh;
-            }
-        } else if session.cwnd < session.ssthresh {
+        let (mut partial, mut board) = (false, NO_BOARD);
+        let ssthresh = trouble.as_ref().map_or(u32::MAX, |trouble| trouble.ssthresh);
+        let in_recovery = trouble.as_ref().is_some_and(|trouble| trouble.in_recovery);
+        if !in_recovery && session.cwnd < ssthresh {
             session.cwnd = session.cwnd.saturating_add(acked);
-        } else {
+        } else if !in_recovery {
             session.cwnd = session.cwnd.saturating_add((mss * mss / session.cwnd).max(1));
         }
-        session.cwnd = session.cwnd.min(1 << 30);
-        // Never so far behind that sequence numbers would wrap around it.
-        if seq_before(session.recover, ack) {
-            session.recover = ack;
+        if let Some(trouble) = trouble {
+            partial = in_recovery && seq_before(ack, trouble.recover);
+            if partial {
+                session.cwnd = session.cwnd.saturating_sub(acked).max(mss) + mss;
+            } else if in_recovery {
+                trouble.in_recovery = false;
+                session.cwnd = ssthresh;
+            }
+            // Never so far behind that sequence numbers would wrap around it.
+            if seq_before(trouble.recover, ack) {
+                trouble.recover = ack;
+            }
+            board = trouble.board;
         }
+        session.cwnd = session.cwnd.min(1 << 30);
         let outstanding = session.snd_una != session.snd_max();
         session.rto_at = outstanding.then(|| Due::at(now.wrapping_add(session.rto_ticks())));
         self.acknowledge_segments(s);
-        if record.sack_count > 0 || self.sessions[s].board != NO_BOARD {
+        if record.sack_count > 0 || board != NO_BOARD {
             self.note_sack(s, record);
         }
         if partial {
@@ -403,6 +409,7 @@ impl Engine {
 
     /// Lets go of segments that are wholly acknowledged, and moves the send position past them.
     fn acknowledge_segments(&mut self, s: u32) {
+        let last = self.sessions.last_segment(s);
         let session = &mut self.sessions[s];
         let una = session.snd_una;
         let before = session.una_segment;
@@ -412,20 +419,12 @@ impl Engine {
                 break;
             }
             stored.references -= 1;
-            let next = session.segment_after(session.una_segment, stored.next);
+            let next = segment_after(session.una_segment, last, stored.next);
             // After a timeout the send position went back; an acknowledgment overtakes it.
             if session.next_segment == session.una_segment {
                 session.next_segment = next;
-                session.next_offset = 0;
             }
             session.una_segment = next;
-        }
-        if session.next_segment != NONE && session.next_segment == session.una_segment {
-            let stored = &self.store[session.next_segment];
-            let offset = una.wrapping_sub(stored.seq);
-            if (offset as i32) > 0 && offset > session.next_offset {
-                session.next_offset = offset;
-            }
         }
         if before != session.una_segment {
             let c = session.connection;
@@ -466,11 +465,12 @@ impl Engine {
     /// The target closed its side: what the session has begun to send it finishes, then it closes too. Turns that it has not begun go
     /// to a new session.
     fn on_target_fin<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
-        let session = &mut self.sessions[s];
-        session.rcv_nxt = session.rcv_nxt.wrapping_add(1);
+        let (session, turns) = self.sessions.with_turns(s);
+        let end = session.rcv_nxt.wrapping_add(1);
+        session.rcv_nxt = end;
         session.owes = Owes::AckNow;
         let client_mss = self.connections[session.connection].mss;
-        session.note_response(client_mss, 0, session.rcv_nxt, false, true, tick(now_ns));
+        turns.note_response(session, client_mss, 0, end, false, true, tick(now_ns));
         match session.state {
             State::Established => {
                 session.state = State::CloseWait;

@@ -104,33 +104,35 @@ impl Board {
 impl Engine {
     /// Takes note of what a record says beyond its acknowledgment.
     pub(crate) fn note_sack(&mut self, s: u32, record: &ResponseHeader) {
-        let session = &mut self.sessions[s];
-        let una = session.snd_una;
-        if session.board != NO_BOARD {
-            self.boards[u32::from(session.board)].acknowledge(una);
+        let session = &self.sessions[s];
+        let (una, max) = (session.snd_una, session.snd_max());
+        let mut board = self.sessions.board(s);
+        if board != NO_BOARD {
+            self.boards[u32::from(board)].acknowledge(una);
         }
         for &(left, right) in record.sack.iter().take(usize::from(record.sack_count)) {
             // Not what was acknowledged (RFC 2883), nor what was never sent.
-            let sound =
-                seq_before(una, left) && seq_before(left, right) && !seq_before(session.snd_max(), right);
+            let sound = seq_before(una, left) && seq_before(left, right) && !seq_before(max, right);
             if !sound {
                 continue;
             }
-            if session.board == NO_BOARD {
-                let Some(board) = self.boards.insert(Board::new(una)) else { return };
-                session.board = board as u16;
+            if board == NO_BOARD {
+                let Some(new) = self.boards.insert(Board::new(una)) else { return };
+                board = new as u16;
+                self.sessions.in_trouble(s).1.board = board;
             }
-            self.boards[u32::from(session.board)].add(left, right);
+            self.boards[u32::from(board)].add(left, right);
         }
-        if session.board != NO_BOARD && self.boards[u32::from(session.board)].len == 0 && !session.in_recovery
-        {
+        let in_recovery = self.sessions.trouble(s).is_some_and(|trouble| trouble.in_recovery);
+        if board != NO_BOARD && self.boards[u32::from(board)].len == 0 && !in_recovery {
             self.forget_sack(s);
         }
     }
 
     /// The board is not believed any more (RFC 2018 section 8: after a timeout the target may have thrown away what it had).
     pub(crate) fn forget_sack(&mut self, s: u32) {
-        let board = core::mem::replace(&mut self.sessions[s].board, NO_BOARD);
+        let (_, Some(trouble)) = self.sessions.with_trouble(s) else { return };
+        let board = core::mem::replace(&mut trouble.board, NO_BOARD);
         if board != NO_BOARD {
             self.boards.remove(u32::from(board));
         }
@@ -138,7 +140,7 @@ impl Engine {
 
     /// Bytes that the target has beyond its acknowledgment.
     pub(crate) fn sacked(&self, s: u32) -> u32 {
-        match self.sessions[s].board {
+        match self.sessions.board(s) {
             NO_BOARD => 0,
             board => self.boards[u32::from(board)].bytes(),
         }
@@ -146,8 +148,7 @@ impl Engine {
 
     /// Sends the next bytes again that are missing before some that arrived. False when there are none.
     pub(crate) fn retransmit_hole<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) -> bool {
-        let session = &self.sessions[s];
-        let (una, board) = (session.snd_una, session.board);
+        let (una, board) = (self.sessions[s].snd_una, self.sessions.board(s));
         if board == NO_BOARD {
             return false;
         }
@@ -159,16 +160,16 @@ impl Engine {
 
     /// A recovery begins: nothing was sent again in it.
     pub(crate) fn begin_resending(&mut self, s: u32) {
-        let session = &self.sessions[s];
-        if session.board != NO_BOARD {
-            self.boards[u32::from(session.board)].resent = session.snd_una;
+        let board = self.sessions.board(s);
+        if board != NO_BOARD {
+            self.boards[u32::from(board)].resent = self.sessions[s].snd_una;
         }
     }
 
     /// Whether the first missing bytes were sent again in this recovery.
     pub(crate) fn was_resent(&self, s: u32) -> bool {
-        let session = &self.sessions[s];
-        session.board != NO_BOARD && seq_before(session.snd_una, self.boards[u32::from(session.board)].resent)
+        let board = self.sessions.board(s);
+        board != NO_BOARD && seq_before(self.sessions[s].snd_una, self.boards[u32::from(board)].resent)
     }
 }
 

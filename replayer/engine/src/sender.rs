@@ -4,8 +4,9 @@ use crate::config::timing;
 use crate::connection::{Connection, End};
 use crate::counters::{Counter, EndReason};
 use crate::engine::Engine;
+use crate::gate::Gate;
 use crate::output::{InHand, Output};
-use crate::session::{Gate, INITIAL_WINDOW, MIN_MSS, State, Turn, seq_before};
+use crate::session::{INITIAL_WINDOW, MIN_MSS, State, Turn, segment_after, seq_before};
 use crate::slab::NONE;
 use crate::timer::{Due, tick, ticks};
 use crate::wire::{self, Header, MAX_HEADER, PLAIN, PlainHeader, SynOptions, payload_limit};
@@ -135,6 +136,7 @@ impl Engine {
         if acknowledges {
             session.acknowledged();
         }
+        let session = &self.sessions[s];
         let Some(template) = &service.template else {
             self.counters[Counter::SegmentsNoLink] += 1;
             return;
@@ -149,7 +151,7 @@ impl Engine {
         let connection = &self.connections;
         // Nearly always the header has the one form for which there is a shorter way.
         let header = (syn || !template.is_plain()).then(|| Header {
-            source: session.identity(),
+            source: self.sessions.identity(s),
             seq,
             ack,
             flags: control,
@@ -373,7 +375,8 @@ impl Engine {
             if session.first_alone && in_flight > 0 {
                 return;
             }
-            let mut len = (stored.len - session.next_offset).min(u32::from(session.mss));
+            let offset = session.snd_nxt.wrapping_sub(stored.seq);
+            let mut len = (stored.len - offset).min(u32::from(session.mss));
             if len > usable {
                 if in_flight > 0 {
                     // The acknowledgment of what is in flight brings us back here.
@@ -389,7 +392,7 @@ impl Engine {
                 }
                 len = usable;
             }
-            let starts_turn = !again && session.next_offset == 0 && stored.starts_turn;
+            let starts_turn = !again && offset == 0 && stored.starts_turn;
             if starts_turn && self.is_early(now_ns, s, stored.captured_us) {
                 return;
             }
@@ -398,12 +401,12 @@ impl Engine {
             }
             let shift_us = self.shift_us(s);
             let session = &mut self.sessions[s];
-            let piece = Piece { segment: session.next_segment, offset: session.next_offset, len };
+            let piece = Piece { segment: session.next_segment, offset, len };
             let seq = session.snd_nxt;
-            let whole = session.next_offset + len == stored.len;
+            let whole = offset + len == stored.len;
             if again {
                 self.counters[Counter::SegmentsRetransmitted] += 1;
-            } else if session.next_offset == 0 {
+            } else if offset == 0 {
                 let lag = micros(now_ns).wrapping_sub(stored.captured_us).saturating_sub(shift_us);
                 self.capture_to_transmit.record(lag);
                 self.lag.record(lag, 1);
@@ -417,10 +420,8 @@ impl Engine {
                 session.rto_at = Some(Due::at(now.wrapping_add(session.rto_ticks())));
             }
             if whole {
-                session.next_segment = session.segment_after(piece.segment, stored.next);
-                session.next_offset = 0;
-            } else {
-                session.next_offset += len;
+                let last = self.sessions.last_segment(s);
+                self.sessions[s].next_segment = segment_after(piece.segment, last, stored.next);
             }
             let push = if whole && stored.push { flags::PSH } else { 0 };
             self.send(now_ns, s, flags::ACK | push, seq, Some(piece), out, in_hand);
@@ -434,7 +435,7 @@ impl Engine {
         if self.config.spread_ns == 0 {
             return 0;
         }
-        let identity = self.sessions[s].identity();
+        let identity = self.sessions.identity(s);
         let hash = flow_hash(self.config.seed, &identity.ip, identity.port);
         ((self.config.spread_ns / 1000 * u64::from(hash)) >> 32) as u32
     }
@@ -467,18 +468,17 @@ impl Engine {
     fn gate_is_open(&mut self, now_ns: u64, s: u32, need: u32, closes: bool) -> bool {
         let now = tick(now_ns);
         let hold_limit = self.hold_limit;
-        let session = &mut self.sessions[s];
+        let last = self.sessions.last_segment(s);
+        let (session, turns) = self.sessions.with_turns(s);
         if session.turn.has(Turn::JOINED) || !self.config.wait_for_responses {
             session.turn.set(Turn::JOINED, false);
-            session.turn_base = session.rcv_nxt;
-            session.online_base = session.rcv_nxt;
+            turns.begin_at(session.rcv_nxt);
             session.hold_since = None;
             session.turn_seq = session.snd_nxt;
             session.turn.set(Turn::WATCHED, false);
             return true;
         }
         let (mut segment, store) = (session.next_segment, &self.store);
-        let last = if session.cut.is_some() { session.last_segment } else { NONE };
         let behind = core::iter::from_fn(|| {
             segment = if segment == NONE || segment == last { NONE } else { store[segment].next };
             (segment != NONE).then(|| store[segment].need)
@@ -487,7 +487,7 @@ impl Engine {
             *sum = sum.wrapping_add(need);
             Some(*sum)
         });
-        let opened_by = match session.gate(need, later, closes, hold_limit, now) {
+        let opened_by = match turns.gate(session, need, later, closes, hold_limit, now) {
             Gate::Wait(until) => {
                 session.release_at = Some(Due::at(until));
                 self.arm_session(s);
@@ -501,7 +501,7 @@ impl Engine {
         session.release_at = None;
         session.turn_seq = session.snd_nxt;
         // Where several requests are under way, what comes next need not be the answer to this one.
-        let watched = need > 0 && opened_by != Counter::TurnsReleasedByHoldLimit && !session.ahead.is_seen();
+        let watched = need > 0 && opened_by != Counter::TurnsReleasedByHoldLimit && !turns.ahead.is_seen();
         session.turn.set(Turn::WATCHED, watched);
         if need > 0 {
             self.counters[opened_by] += 1;
@@ -613,22 +613,18 @@ impl Engine {
                 return;
             }
             // RFC 5681 section 3.1; then everything after the last acknowledgment goes again (RFC 9293 section 3.8.1).
+            let (session, trouble) = self.sessions.in_trouble(s);
             let mss = u32::from(session.mss);
-            session.ssthresh = (session.snd_max().wrapping_sub(session.snd_una) / 2).max(2 * mss);
+            trouble.ssthresh = (session.snd_max().wrapping_sub(session.snd_una) / 2).max(2 * mss);
+            trouble.in_recovery = false;
+            trouble.recover = session.snd_max();
             session.cwnd = mss;
-            session.in_recovery = false;
-            session.recover = session.snd_max();
             session.dup_acks = 0;
-            session.timing = false;
             session.go_back_to(session.snd_una);
             session.set_limit();
             session.next_segment = session.una_segment;
             self.forget_sack(s);
             let session = &mut self.sessions[s];
-            session.next_offset = match session.una_segment {
-                NONE => 0,
-                segment => session.snd_una.wrapping_sub(self.store[segment].seq),
-            };
             // A FIN alone needs no room.
             if session.snd_wnd == 0 && session.una_segment != NONE {
                 self.send_window_probe(now_ns, s, out);
@@ -687,11 +683,12 @@ impl Engine {
         limit: u32,
         out: &mut O,
     ) -> u32 {
+        let last = self.sessions.last_segment(s);
         let session = &mut self.sessions[s];
         session.timing = false;
         let mut segment = session.una_segment;
         while segment != NONE && !seq_before(seq, self.store[segment].end()) {
-            segment = session.segment_after(segment, self.store[segment].next);
+            segment = segment_after(segment, last, self.store[segment].next);
         }
         if segment == NONE {
             if !session.state.fin_sent() {
@@ -716,10 +713,8 @@ impl Engine {
     pub(crate) fn cut(&mut self, s: u32, reason: EndReason) {
         let c = self.sessions[s].connection;
         let tail = self.connections[c].tail;
-        let session = &mut self.sessions[s];
-        if session.cut.is_none() {
-            session.cut = Some(reason);
-            session.last_segment = tail;
+        if self.sessions[s].cut.is_none() {
+            self.sessions.cut(s, reason, tail);
             self.connections[c].takers -= 1;
         }
     }
@@ -735,14 +730,14 @@ impl Engine {
 
     /// The first segment of which nothing was sent yet (and, with `turn_start`, that starts a turn), or `NONE`.
     pub(crate) fn first_unsent(&self, s: u32, turn_start: bool) -> u32 {
-        let session = &self.sessions[s];
+        let (session, last) = (&self.sessions[s], self.sessions.last_segment(s));
         let mut segment = session.una_segment;
         while segment != NONE {
             let stored = &self.store[segment];
             if !seq_before(stored.seq, session.snd_max()) && (!turn_start || stored.starts_turn) {
                 return segment;
             }
-            segment = session.segment_after(segment, stored.next);
+            segment = segment_after(segment, last, stored.next);
         }
         NONE
     }
@@ -755,30 +750,29 @@ impl Engine {
         }
         let session = &mut self.sessions[s];
         self.connections[session.connection].takers -= u16::from(session.cut.is_none());
-        session.cut = Some(reason);
         if session.next_segment == segment {
             session.next_segment = NONE;
         }
         if session.una_segment == segment {
             session.una_segment = NONE;
-            session.last_segment = NONE;
+            self.sessions.cut(s, reason, NONE);
             return;
         }
         let mut last = session.una_segment;
         while self.store[last].next != segment {
             last = self.store[last].next;
         }
-        session.last_segment = last;
+        self.sessions.cut(s, reason, last);
     }
 
     /// The session loses what it was given from `segment` on: counted for `reason`, its references dropped. It is cut there afterwards.
     pub(crate) fn lose_from(&mut self, s: u32, mut segment: u32, reason: EndReason) {
-        let session = self.sessions[s];
+        let last = self.sessions.last_segment(s);
         while segment != NONE {
             let stored = &mut self.store[segment];
             self.counters[reason.lost_bytes()] += u64::from(stored.len);
             stored.references -= 1;
-            segment = session.segment_after(segment, stored.next);
+            segment = segment_after(segment, last, stored.next);
         }
     }
 }

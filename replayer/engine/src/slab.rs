@@ -69,3 +69,38 @@ impl<T> core::ops::IndexMut<u32> for Slab<T> {
         &mut self.values[index as usize]
     }
 }
+
+/// Values of `T` for the places of a [`Slab`], kept apart from what lies there: memory of a place that was never used is not touched either.
+#[derive(Debug)]
+pub(crate) struct Column<T>(Vec<T>);
+
+impl<T> Column<T> {
+    /// Room for `capacity` values.
+    pub(crate) fn new(capacity: usize) -> Column<T> {
+        Column(Vec::with_capacity(capacity))
+    }
+
+    /// Sets the value of a place of the slab, which was in use before or is the first that was not.
+    pub(crate) fn set(&mut self, index: u32, value: T) {
+        if index as usize == self.0.len() {
+            self.0.push(value);
+        } else {
+            self.0[index as usize] = value;
+        }
+    }
+}
+
+impl<T> core::ops::Index<u32> for Column<T> {
+    type Output = T;
+    #[inline]
+    fn index(&self, index: u32) -> &T {
+        &self.0[index as usize]
+    }
+}
+
+impl<T> core::ops::IndexMut<u32> for Column<T> {
+    #[inline]
+    fn index_mut(&mut self, index: u32) -> &mut T {
+        &mut self.0[index as usize]
+    }
+}

@@ -127,7 +127,6 @@ impl Engine {
                     }
                     if session.next_segment == NONE {
                         session.next_segment = stored;
-                        session.next_offset = 0;
                     }
                 }
                 if !free {
