@@ -274,7 +274,7 @@ pub(super) fn least(load: Load, packets: u32) -> f64 {
 pub(super) fn bare_lines(sessions: u32) -> Vec<f64> {
     let count = sessions as usize;
     let mut slots = vec![1u64; 2 * count.next_power_of_two()];
-    let mut of_connections = vec![[1u64; 128 / 8]; count];
+    let mut of_connections = vec![[1u64; 64 / 8]; count];
     let mut of_sessions = vec![[1u64; 128 / 8]; count];
     let mask = slots.len() - 1;
     let slot = |i: usize| i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20 & mask;

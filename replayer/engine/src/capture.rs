@@ -1,7 +1,7 @@
 //! What captured packets do: find their connection, put the stream in order, find its turns, give it to the sessions.
 
 use crate::config::timing;
-use crate::connection::{Connection, End, Phase, PlainEnds};
+use crate::connection::{End, NewConnection, Origin, Phase, PlainEnds};
 use crate::counters::{Counter, EndReason};
 use crate::engine::{BATCH, Engine, ServiceState};
 use crate::gate::Ahead;
@@ -190,15 +190,12 @@ impl Engine {
             return;
         }
         let now = tick(now_ns);
-        let connection =
-            Connection::new(client, server, Phase::BetweenTurns, now).with_copies(self.next_copies());
-        self.new_connection(connection, now);
+        self.new_connection(NewConnection::new(client, server, Phase::BetweenTurns, now), now);
     }
 
     fn find_connection(&self, hash: u32, client: &Endpoint, server: &Endpoint) -> Option<u32> {
         self.by_client.find(hash, |index| {
-            let connection = &self.connections[index];
-            connection.client == *client && connection.server == *server
+            self.connections[index].client == *client && self.connections.server(index) == server
         })
     }
 
@@ -214,7 +211,7 @@ impl Engine {
         self.counters[Counter::PacketsCaptured] += 1;
         let c = looked.place;
         // What was found when the batch began still holds if the place is that of this very connection.
-        if looked.data.len > 0 && c != NONE && self.connections[c].is_of_plain(&self.servers, &looked.ends) {
+        if looked.data.len > 0 && c != NONE && self.connections.is_of_plain(c, &looked.ends) {
             frame = match self.on_usual(now_ns, c, &looked.data, frame, out) {
                 Ok(()) => {
                     self.counters[Counter::BytesCaptured] += u64::from(looked.data.len);
@@ -251,11 +248,7 @@ impl Engine {
             len,
         );
         // Over IPv6, or with options of IP.
-        if looked.data.len == 0
-            && data.len > 0
-            && c != NONE
-            && self.connections[c].is_of(&self.servers, segment)
-        {
+        if looked.data.len == 0 && data.len > 0 && c != NONE && self.connections.is_of(c, segment) {
             frame = match self.on_usual(now_ns, c, &data, frame, out) {
                 Ok(()) => return,
                 Err(frame) => frame,
@@ -305,21 +298,21 @@ impl Engine {
         let found = self.find_connection(hash, &client, &server);
         let options = &Self::options(segment, out, in_hand);
         if segment.is_opening() {
-            let connection = Connection::new(client, server, Phase::Following, tick(now_ns));
+            let connection = NewConnection::new(client, server, Phase::Following, tick(now_ns));
             return self.on_client_syn(now_ns, found, connection, segment, options, in_hand, out);
         }
         let Some(c) = found else {
             return self.on_unknown(
                 now_ns,
-                Connection::new(client, server, Phase::Watching, tick(now_ns)),
+                NewConnection::new(client, server, Phase::Watching, tick(now_ns)),
                 segment,
                 options,
             );
         };
         self.connections[c].last_seen = tick(now_ns);
         if let Some(time) = self.capture_time
-            && self.connections[c].has_hole()
-            && !before(time, self.connections[c].gap_since.wrapping_add(self.gap_timeout))
+            && let Some(since) = self.connections.gap_since(c)
+            && !before(time, since.wrapping_add(self.gap_timeout))
         {
             // Its timer may be late by that clock.
             self.give_up_hole(now_ns, c, out);
@@ -360,7 +353,7 @@ impl Engine {
         &mut self,
         now_ns: u64,
         found: Option<u32>,
-        mut connection: Connection,
+        mut new: NewConnection,
         segment: &TcpSegment,
         options: &TcpOptions,
         in_hand: &mut Option<InHand<O::Frame>>,
@@ -369,9 +362,8 @@ impl Engine {
         // Data in a SYN (Fast Open, RFC 7413) comes after the SYN's own number; the target gets it after the handshake.
         let data_seq = segment.seq.wrapping_add(1);
         if let Some(c) = found {
-            let old = &self.connections[c];
-            if old.began_with_syn && old.isn == segment.seq {
-                if segment.payload_len > 0 && old.end() == End::Open {
+            if self.connections.origin(c).isn() == Some(segment.seq) {
+                if segment.payload_len > 0 && self.connections.end(c) == End::Open {
                     return self.on_syn_data(now_ns, c, segment, in_hand, out);
                 }
                 self.counters[Counter::BytesDuplicate] += u64::from(segment.payload_len);
@@ -379,15 +371,13 @@ impl Engine {
             }
             self.replace(now_ns, c, out);
         }
-        connection.began_with_syn = true;
-        connection.isn = segment.seq;
+        new.set_syn(segment.seq, options.sack_permitted);
+        let connection = &mut new.connection;
         connection.next_seq = data_seq;
         connection.mss = options.mss.unwrap_or(536);
         connection.set_window_scale(options.window_scale.map(|shift| shift.min(14)));
-        connection.sack_permitted = options.sack_permitted;
         connection.set_timestamps(options, now_ns);
-        let connection = connection.with_copies(self.next_copies());
-        let Some(c) = self.new_connection(connection, tick(now_ns)) else {
+        let Some(c) = self.new_connection(new, tick(now_ns)) else {
             return Err((Counter::PacketsLimit, Counter::BytesLimit));
         };
         self.open_sessions(now_ns, c, segment.seq, false, out);
@@ -418,10 +408,10 @@ impl Engine {
     /// The client uses the same port for a new connection: what the old one has is still delivered, then it closes.
     pub(crate) fn replace<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
         self.drop_out_of_order(c, Counter::BytesGap);
-        let connection = &mut self.connections[c];
-        connection.set_early_fin(None);
-        if connection.end() == End::Open {
-            connection.set_end(End::Fin { need: u32::from(connection.any_data) });
+        self.connections.set_early_fin(c, None);
+        if self.connections.end(c) == End::Open {
+            let need = u32::from(self.connections[c].any_data);
+            self.connections.set_end(c, End::Fin { need });
         }
         self.output_all(now_ns, c, out);
         self.detach(c);
@@ -441,7 +431,7 @@ impl Engine {
     fn on_unknown(
         &mut self,
         now_ns: u64,
-        mut connection: Connection,
+        mut new: NewConnection,
         segment: &TcpSegment,
         options: &TcpOptions,
     ) -> Fate {
@@ -453,12 +443,12 @@ impl Engine {
             return midstream;
         }
         // It may be in the middle of a request: remember how far the client had read, and join when it has read more.
+        let connection = &mut new.connection;
         connection.next_seq = segment.seq.wrapping_add(segment.payload_len);
         connection.last_ack = segment.ack;
         connection.ack_known = true;
         connection.set_timestamps(options, now_ns);
-        let connection = connection.with_copies(self.next_copies());
-        match self.new_connection(connection, tick(now_ns)) {
+        match self.new_connection(new, tick(now_ns)) {
             Some(_) => midstream,
             None => Err((Counter::PacketsLimit, Counter::BytesLimit)),
         }
@@ -511,7 +501,7 @@ impl Engine {
             connection.ack_known = true;
         }
         if segment.flags & flags::FIN != 0 {
-            connection.set_end(End::Fin { need: 0 });
+            self.connections.set_end(c, End::Fin { need: 0 });
             self.forget_if_over(c);
         }
         Err((Counter::PacketsMidstream, Counter::BytesMidstream))
@@ -519,21 +509,18 @@ impl Engine {
 
     /// The connection is TLS: nothing of it is replayed, and the sessions that its SYN opened end.
     fn begin_encrypted<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
-        let (_, source) = self.services_of(&self.connections[c].server);
+        let (_, source) = self.services_of(self.connections.server(c));
         for service in self.services.iter_mut().filter(|service| service.online == source) {
             service.tls = true;
         }
         self.counters[Counter::ConnectionsTls] += 1;
         self.drop_out_of_order(c, Counter::BytesTls);
-        let connection = &mut self.connections[c];
-        connection.phase = Phase::Encrypted;
-        self.arm_connection(c, tick(now_ns).wrapping_add(timing::WATCHED_IDLE));
-        let connection = &mut self.connections[c];
-        if connection.early_fin().is_some() {
-            connection.set_early_fin(None);
-            connection.set_end(End::Fin { need: 0 });
+        self.connections[c].phase = Phase::Encrypted;
+        if self.connections.early_fin(c).is_some() {
+            self.connections.set_early_fin(c, None);
+            self.connections.set_end(c, End::Fin { need: 0 });
         }
-        let mut s = connection.first_session;
+        let mut s = self.connections[c].first_session;
         while s != NONE {
             let next = self.sessions[s].next_copy;
             if self.sessions[s].state == State::SynSent {
@@ -553,7 +540,7 @@ impl Engine {
             return Ok(Counter::PacketsAck);
         }
         if segment.flags & flags::FIN != 0 {
-            self.connections[c].set_end(End::Fin { need: 0 });
+            self.connections.set_end(c, End::Fin { need: 0 });
             self.forget_if_over(c);
         }
         Err((Counter::PacketsTls, Counter::BytesTls))
@@ -566,15 +553,16 @@ impl Engine {
             return Err((Counter::PacketsOutOfWindow, Counter::BytesOutOfWindow));
         }
         self.counters[Counter::BytesAfterEnd] += u64::from(segment.payload_len);
-        if connection.end() == End::Open {
+        if self.connections.end(c) == End::Open {
+            let connection = &self.connections[c];
             // The session ends after the pending turn: when as much of its response has come as the client had read.
             let read = if segment.flags & flags::ACK != 0 && connection.ack_advances(segment.ack) {
                 segment.ack.wrapping_sub(connection.last_ack)
             } else {
                 u32::from(connection.any_data)
             };
-            connection.set_end(End::Reset { need: read });
-            connection.set_early_fin(None);
+            self.connections.set_end(c, End::Reset { need: read });
+            self.connections.set_early_fin(c, None);
             self.drop_out_of_order(c, Counter::BytesGap);
             self.output_all(now_ns, c, out);
             if !self.connections[c].detached {
@@ -610,18 +598,19 @@ impl Engine {
         if ahead.unsigned_abs() > MAX_DISTANCE {
             return Err((Counter::PacketsOutOfWindow, Counter::BytesOutOfWindow));
         }
-        if connection.copies() == 0 {
+        if self.connections.origin(c).copies() == 0 {
             if ahead >= 0 {
-                connection.next_seq = seq.wrapping_add(len);
+                self.connections[c].next_seq = seq.wrapping_add(len);
             }
             if fin {
-                connection.set_end(End::Fin { need: 0 });
+                self.connections.set_end(c, End::Fin { need: 0 });
                 self.forget_if_over(c);
             }
             return Err((Counter::PacketsSampledOut, Counter::BytesSampledOut));
         }
-        if connection.end() != End::Open {
-            let fresh = !seq_before(seq.wrapping_add(len), connection.next_seq.wrapping_add(1));
+        if self.connections.end(c) != End::Open {
+            let next_seq = self.connections[c].next_seq;
+            let fresh = !seq_before(seq.wrapping_add(len), next_seq.wrapping_add(1));
             return if fresh && len > 0 {
                 Err((Counter::PacketsAfterEnd, Counter::BytesAfterEnd))
             } else {
@@ -655,8 +644,8 @@ impl Engine {
         } else {
             self.counters[Counter::BytesDuplicate] += u64::from(len);
         }
-        if fin && self.connections[c].end() == End::Open {
-            self.connections[c].set_early_fin(Some((seq.wrapping_add(len), segment.ack)));
+        if fin && self.connections.end(c) == End::Open {
+            self.connections.set_early_fin(c, Some((seq.wrapping_add(len), segment.ack)));
         }
         self.end_stream(now_ns, c, out);
         fate
@@ -710,8 +699,8 @@ impl Engine {
         let connection = &mut self.connections[c];
         connection.phase = Phase::Watching;
         connection.next_seq = end;
-        connection.set_early_fin(None);
         (connection.last_ack, connection.ack_known) = (ack, true);
+        self.connections.set_early_fin(c, None);
         Err((Counter::PacketsLimit, Counter::BytesLimit))
     }
 
@@ -725,7 +714,7 @@ impl Engine {
         out: &mut O,
     ) -> Counter {
         let stored = self.store[segment];
-        if !self.connections[c].any_data && self.connections[c].began_with_syn {
+        if !self.connections[c].any_data && self.connections.origin(c).isn().is_some() {
             let mut first = [0; protocol::LOOK];
             let first = &mut first[..protocol::LOOK.min(stored.len as usize)];
             self.store.copy_to(segment, 0, first);
@@ -800,7 +789,7 @@ impl Engine {
     }
 
     fn set_multiplexed(&mut self, c: u32) {
-        self.connections[c].multiplexed = true;
+        self.connections.origin_mut(c).set(Origin::MULTIPLEXED, true);
         let mut s = self.connections[c].first_session;
         while s != NONE {
             self.sessions.with_turns(s).1.ahead = Ahead::FLOWING;
@@ -822,7 +811,7 @@ impl Engine {
     ) -> Fate {
         let mut left = Self::payload(out, in_hand);
         let end = seq.wrapping_add(left.len() as u32);
-        let had_hole = self.connections[c].has_hole();
+        let had_hole = self.connections.has_hole(c);
         let mut kept = 0;
         let mut duplicate = 0;
         let mut previous = self.out_of_order_before(c, seq);
@@ -835,7 +824,7 @@ impl Engine {
                 duplicate += covered as u64;
             }
             let next = match previous {
-                NONE => self.connections[c].out_of_order(),
+                NONE => self.connections.out_of_order(c),
                 previous => self.store[previous].next,
             };
             let room = match next {
@@ -879,11 +868,10 @@ impl Engine {
 
     /// The last segment behind a hole that begins at or before `seq`, or `NONE`.
     fn out_of_order_before(&self, c: u32, seq: u32) -> u32 {
-        let connection = &self.connections[c];
-        let mut next = connection.out_of_order();
+        let (mut next, last) = (self.connections.out_of_order(c), self.connections.out_of_order_tail(c));
         // After a loss all that follows comes in order: it goes to the end, without a walk.
-        if next != NONE && !seq_before(seq, self.store[connection.out_of_order_tail].seq) {
-            return connection.out_of_order_tail;
+        if next != NONE && !seq_before(seq, self.store[last].seq) {
+            return last;
         }
         let mut previous = NONE;
         while next != NONE && !seq_before(seq, self.store[next].seq) {
@@ -894,36 +882,35 @@ impl Engine {
     }
 
     fn link_out_of_order(&mut self, c: u32, previous: u32, segment: u32, next: u32) {
-        let connection = &mut self.connections[c];
-        connection.held_bytes += self.store[segment].len;
+        self.connections[c].held_bytes += self.store[segment].len;
         self.store[segment].next = next;
         if previous == NONE {
-            connection.set_out_of_order(segment);
+            self.connections.set_out_of_order(c, segment);
         } else {
             self.store[previous].next = segment;
         }
         if next == NONE {
-            connection.out_of_order_tail = segment;
+            self.connections.set_out_of_order_tail(c, segment);
         }
     }
 
     fn open_hole(&mut self, c: u32, now: crate::timer::Tick) {
-        self.connections[c].gap_since = self.capture_time.unwrap_or(now);
+        let hole = self.connections.open_hole(c, self.capture_time.unwrap_or(now));
         let wait = if self.capture_time.is_some() { timing::CAPTURE_CLOCK } else { self.gap_timeout };
-        self.arm_connection(c, now.wrapping_add(wait));
+        self.arm_hole(hole, now.wrapping_add(wait));
     }
 
     /// Appends what waited for the hole that was just filled.
     fn take_in_order<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
         let mut progress = false;
         loop {
-            let connection = &mut self.connections[c];
-            let segment = connection.out_of_order();
-            if segment == NONE || seq_before(connection.next_seq, self.store[segment].seq) {
+            let segment = self.connections.out_of_order(c);
+            if segment == NONE || seq_before(self.connections[c].next_seq, self.store[segment].seq) {
                 break;
             }
             let stored = self.store[segment];
-            connection.set_out_of_order(stored.next);
+            self.connections.set_out_of_order(c, stored.next);
+            let connection = &mut self.connections[c];
             progress = true;
             let seen = connection.next_seq.wrapping_sub(stored.seq);
             if seen >= stored.len {
@@ -940,7 +927,7 @@ impl Engine {
             }
             self.link(now_ns, c, segment, &mut None, out);
         }
-        if progress && self.connections[c].has_hole() {
+        if progress && self.connections.has_hole(c) {
             // Another hole: it has its own time.
             self.open_hole(c, tick(now_ns));
         }
@@ -948,17 +935,17 @@ impl Engine {
 
     /// Ends the stream when its FIN is the next in order.
     fn end_stream<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
-        let connection = &mut self.connections[c];
-        let Some((seq, ack)) = connection.early_fin() else { return };
+        let Some((seq, ack)) = self.connections.early_fin(c) else { return };
+        let connection = &self.connections[c];
         if connection.next_seq != seq {
-            if connection.out_of_order() == NONE {
+            if self.connections.out_of_order(c) == NONE {
                 self.open_hole(c, tick(now_ns));
             }
             return;
         }
-        connection.set_early_fin(None);
         let need = if connection.ack_advances(ack) { ack.wrapping_sub(connection.last_ack) } else { 0 };
-        connection.set_end(End::Fin { need });
+        self.connections.set_end(c, End::Fin { need });
+        self.connections.set_early_fin(c, None);
         self.output_all(now_ns, c, out);
         if !self.connections[c].detached {
             self.forget_if_over(c);

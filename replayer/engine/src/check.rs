@@ -12,7 +12,7 @@ impl Engine {
     pub fn check(&self) {
         let mut references: Vec<u32> = Vec::new();
         let mut held = 0;
-        let mut sessions = 0;
+        let (mut sessions, mut rare) = (0, 0);
         for c in 0..self.connections.high_water() {
             let connection = &self.connections[c];
             if connection.phase == Phase::Forgotten {
@@ -30,7 +30,7 @@ impl Engine {
                 segment = stored.next;
             }
             assert_eq!(last, connection.tail, "the tail is the end of the list");
-            let mut segment = connection.out_of_order();
+            let mut segment = self.connections.out_of_order(c);
             let mut previous_end = None;
             while segment != NONE {
                 let stored = &self.store[segment];
@@ -44,39 +44,44 @@ impl Engine {
                 last = segment;
                 segment = stored.next;
             }
-            if connection.out_of_order() != NONE {
-                assert_eq!(last, connection.out_of_order_tail);
+            if self.connections.out_of_order(c) != NONE {
+                assert_eq!(last, self.connections.out_of_order_tail(c));
             }
+            let hole = self.connections.check(c);
+            rare += usize::from(self.connections.is_rare(c));
+            assert!(
+                hole.is_none_or(|hole| self.wheel.stands_at(self.hole_timer(hole)).is_some()),
+                "a hole has a timer"
+            );
             assert_eq!(in_connection, connection.held_bytes, "held bytes of a connection");
             held += u64::from(in_connection);
 
-            let (mut count, mut takers) = (0, 0);
+            let mut takers = 0;
             let mut s = connection.first_session;
             while s != NONE {
                 let session = &self.sessions[s];
                 assert_eq!(session.connection, c);
                 assert_ne!(session.state, State::Closed, "an ended session in its connection's list");
                 self.check_session(s, &mut references);
-                count += 1;
+                sessions += 1;
                 takers += u16::from(session.cut.is_none());
                 s = session.next_copy;
             }
-            assert_eq!(count, connection.sessions, "sessions of a connection");
             assert_eq!(takers, connection.takers, "sessions of a connection that take data");
-            sessions += count;
             let mut segment = connection.head;
             while segment != NONE {
                 assert_eq!(references[segment as usize], 0, "references are those of the sessions");
                 segment = self.store[segment].next;
             }
             assert_eq!(
-                self.by_client.find(connection.hash(self.config.seed), |index| index == c).is_some(),
+                self.by_client.find(self.connections.hash(c, self.config.seed), |index| index == c).is_some(),
                 !connection.detached,
                 "a connection is in the client table unless detached"
             );
         }
         assert_eq!(held, self.store.held_bytes(), "every held segment is in a list");
-        assert_eq!(sessions as usize, self.sessions.len(), "every session is in its connection's list");
+        assert_eq!(rare, self.connections.rare(), "what is rare is a connection's");
+        assert_eq!(sessions, self.sessions.len(), "every session is in its connection's list");
         self.sessions.check(self.live_sessions());
         for (number, service) in self.services.iter().enumerate() {
             let unanswered = (0..self.sessions.high_water())

@@ -153,6 +153,10 @@ pub(crate) mod timing {
     pub(crate) const HALF_OPEN_IDLE: u32 = ticks(60_000 * MS);
     /// A connection that never became more than one packet in the middle of nowhere is forgotten sooner.
     pub(crate) const WATCHED_IDLE: u32 = ticks(300_000 * MS);
+    /// Connections are looked at for that so often, so many at once, and in so long all of them unless there are few.
+    pub(crate) const IDLE_LOOK: u32 = ticks(1_000 * MS);
+    pub(crate) const IDLE_LOOK_MOST: u32 = 1024;
+    pub(crate) const IDLE_ROUND: u32 = ticks(16_000 * MS);
     /// While a target refuses or ignores SYNs, one is sent so often to see whether it is back.
     pub(crate) const DOWN_PROBE: u32 = ticks(50 * MS);
     /// A target that answered nothing for so long since the first unanswered SYN is given no more than `unanswered_syns` of them.

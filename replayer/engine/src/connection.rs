@@ -2,7 +2,7 @@
 //! stream is not decided here.
 
 use crate::config::timing;
-use crate::slab::NONE;
+use crate::slab::{Column, NONE, Slab};
 use crate::timer::Tick;
 use alloc::vec::Vec;
 use replayer_common::addr::{Endpoint, is_v4_of};
@@ -36,7 +36,8 @@ pub(crate) enum Phase {
     Forgotten,
 }
 
-/// Laid out by use: a packet with the next data of its stream, and an acknowledgment of it, read and change the first cache line only.
+/// One cache line: all that a packet with the next data of its stream reads and changes, and an acknowledgment of it. What else there is of
+/// a connection is in its [`Origin`] and its [`Rarity`].
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 pub(crate) struct Connection {
@@ -73,32 +74,81 @@ pub(crate) struct Connection {
     /// What makes a TSval of the engine's milliseconds: the same for all sessions of the connection, so that one that is opened again
     /// goes on where its predecessor was (RFC 7323 section 5, RFC 6191).
     ts_offset: u32,
+}
 
-    pub(crate) server: Endpoint,
+/// How a connection began: read when its client sends another SYN, and when sessions are opened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Origin {
+    /// The number of the client's SYN, where it is known to have `BEGAN_WITH_SYN`.
+    isn: u32,
+    /// The place of the connection's [`Rarity`], or `NONE`.
+    rarity: u32,
     /// Copies wanted of each of its services.
     copies: u16,
-    /// Held segments behind a hole, sorted.
-    out_of_order: u32,
-    pub(crate) out_of_order_tail: u32,
-    pub(crate) sessions: u32,
-    end: End,
-    early_fin_seq: u32,
-    early_fin_ack: u32,
-    /// The number of the client's SYN.
-    pub(crate) isn: u32,
-    pub(crate) gap_since: Tick,
-    pub(crate) sack_permitted: bool,
+    /// What is so of it, in bits: there are a million connections.
+    so: u8,
+}
+
+impl Origin {
     /// It began with a SYN that was captured.
-    pub(crate) began_with_syn: bool,
+    const BEGAN_WITH_SYN: u8 = 1;
     /// HTTP/2: responses do not alternate with requests.
-    pub(crate) multiplexed: bool,
+    pub(crate) const MULTIPLEXED: u8 = 2;
     /// It was counted that its address does not fit a target's.
-    pub(crate) family_counted: bool,
-    has_early_fin: bool,
+    pub(crate) const FAMILY_COUNTED: u8 = 4;
+    /// Its SYN did not permit SACK.
+    const SACK_REFUSED: u8 = 8;
+
+    pub(crate) fn has(&self, what: u8) -> bool {
+        self.so & what != 0
+    }
+
+    pub(crate) fn set(&mut self, what: u8, so: bool) {
+        self.so = if so { self.so | what } else { self.so & !what };
+    }
+
+    /// The number of its SYN, if it began with one that was captured.
+    pub(crate) fn isn(&self) -> Option<u32> {
+        self.has(Origin::BEGAN_WITH_SYN).then_some(self.isn)
+    }
+
+    pub(crate) fn sack_permitted(&self) -> bool {
+        !self.has(Origin::SACK_REFUSED)
+    }
+
+    /// Copies wanted of each of its services.
+    pub(crate) fn copies(&self) -> u16 {
+        self.copies
+    }
+}
+
+/// What few connections have: a hole in the stream, an end, or a server that is not among those known. There only while one of them is so.
+#[derive(Clone, Copy, Debug)]
+struct Rarity {
+    /// Whose it is; `NONE`: nobody's, the place is free.
+    connection: u32,
+    end: End,
+    /// Held segments behind a hole, sorted: the first and the last.
+    out_of_order: u32,
+    out_of_order_tail: u32,
+    /// A FIN behind a hole: its sequence number and ACK number.
+    early_fin: Option<(u32, u32)>,
+    /// Since when there is a hole.
+    gap_since: Tick,
+    /// Where its number is `UNKNOWN`.
+    server: Endpoint,
 }
 
 // Whoever needs more has to look for what is not needed any more: a million of them are read at random.
-const _: () = assert!(size_of::<Connection>() == 128 && core::mem::offset_of!(Connection, server) == 64);
+const _: () = assert!(size_of::<Connection>() == 64 && size_of::<Origin>() == 12);
+
+/// A connection that is about to have a place.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NewConnection {
+    pub(crate) connection: Connection,
+    pub(crate) server: Endpoint,
+    origin: Origin,
+}
 
 /// The servers that connections were made to, each known by a number in the connection's first cache line. There are few; if there are
 /// more, the rest have none, and are compared in full.
@@ -141,47 +191,49 @@ pub(crate) struct PlainEnds {
     pub(crate) dst_port: u16,
 }
 
-impl Connection {
-    pub(crate) fn new(client: Endpoint, server: Endpoint, phase: Phase, now: Tick) -> Connection {
-        Connection {
+impl NewConnection {
+    pub(crate) fn new(client: Endpoint, server: Endpoint, phase: Phase, now: Tick) -> NewConnection {
+        let connection = Connection {
             client,
-            server,
             known_server: UNKNOWN,
             interrupted: false,
             phase,
-            end: End::Open,
             detached: false,
-            began_with_syn: false,
             any_data: false,
-            multiplexed: false,
-            isn: 0,
             next_seq: 0,
             last_ack: 0,
             ack_known: false,
-            copies: 0,
-            family_counted: false,
             wanted: 0,
-            sessions: 0,
             takers: 0,
             first_session: NONE,
             head: NONE,
             tail: NONE,
-            out_of_order: NONE,
-            out_of_order_tail: NONE,
             held_bytes: 0,
-            has_early_fin: false,
-            early_fin_seq: 0,
-            early_fin_ack: 0,
-            gap_since: now,
             last_seen: now,
             mss: 1460,
             window_scale: 7,
-            sack_permitted: true,
             timestamps: false,
             ts_offset: 0,
-        }
+        };
+        let origin = Origin { isn: 0, rarity: NONE, copies: 0, so: 0 };
+        NewConnection { connection, server, origin }
     }
 
+    /// It begins with this SYN.
+    pub(crate) fn set_syn(&mut self, isn: u32, sack_permitted: bool) {
+        self.origin.isn = isn;
+        self.origin.set(Origin::BEGAN_WITH_SYN, true);
+        self.origin.set(Origin::SACK_REFUSED, !sack_permitted);
+    }
+
+    /// How many copies it wants of each of so many services.
+    pub(crate) fn set_copies(&mut self, copies: u16, services: usize) {
+        self.origin.copies = copies;
+        self.connection.wanted = u16::try_from(usize::from(copies) * services).unwrap_or(u16::MAX);
+    }
+}
+
+impl Connection {
     /// Takes the client's clock over, if it sends timestamps.
     pub(crate) fn set_timestamps(&mut self, options: &TcpOptions, now_ns: u64) {
         self.timestamps = options.timestamps.is_some();
@@ -201,30 +253,6 @@ impl Connection {
         replayer_prefetch::line(&self.client);
     }
 
-    /// Whether it is in the client table and this is one of its segments.
-    #[inline]
-    pub(crate) fn is_of(&self, servers: &Servers, segment: &TcpSegment) -> bool {
-        let server = servers.known.get(usize::from(self.known_server)).unwrap_or(&self.server);
-        self.client.ip == segment.src
-            && server.ip == segment.dst
-            && (self.client.port, server.port) == (segment.src_port, segment.dst_port)
-            && !self.detached
-    }
-
-    /// The same of a segment over IPv4.
-    #[inline(always)]
-    pub(crate) fn is_of_plain(&self, servers: &Servers, ends: &PlainEnds) -> bool {
-        let server = servers.known.get(usize::from(self.known_server)).unwrap_or(&self.server);
-        let is = |end: &Endpoint, ip: u32, port: u16| is_v4_of(&end.ip, ip) && end.port == port;
-        is(&self.client, ends.src, ends.src_port) && is(server, ends.dst, ends.dst_port) && !self.detached
-    }
-
-    /// It is new: how many copies it wants of so many services.
-    pub(crate) fn begin(&mut self, servers: &mut Servers, services: usize) {
-        self.known_server = servers.number(&self.server);
-        self.wanted = u16::try_from(usize::from(self.copies) * services).unwrap_or(u16::MAX);
-    }
-
     /// The window scale that its SYN offered.
     #[inline]
     pub(crate) fn window_scale(&self) -> Option<u8> {
@@ -241,24 +269,10 @@ impl Connection {
         u32::from(crate::sender::WINDOW) << self.window_scale().unwrap_or(0)
     }
 
-    /// Its place in the client table.
-    pub(crate) fn hash(&self, seed: u64) -> u32 {
-        pair_hash(seed, &self.client.ip, self.client.port, &self.server.ip, self.server.port)
-    }
-
     /// The sessions that it wants, of all its services.
     #[inline]
     pub(crate) fn wanted(&self) -> u32 {
         u32::from(self.wanted)
-    }
-
-    /// Copies wanted of each of its services.
-    pub(crate) fn copies(&self) -> u16 {
-        self.copies
-    }
-
-    pub(crate) fn with_copies(self, copies: u16) -> Connection {
-        Connection { copies, ..self }
     }
 
     /// Whether its stream has neither a hole nor an end.
@@ -267,52 +281,10 @@ impl Connection {
         !self.interrupted
     }
 
-    /// Whether it waits for a hole to be filled.
-    pub(crate) fn has_hole(&self) -> bool {
-        self.out_of_order != NONE || self.has_early_fin
-    }
-
-    /// How its stream ended.
-    #[inline]
-    pub(crate) fn end(&self) -> End {
-        // Most often said without the second cache line.
-        if self.interrupted { self.end } else { End::Open }
-    }
-
-    /// The first segment behind a hole, or `NONE`.
-    pub(crate) fn out_of_order(&self) -> u32 {
-        self.out_of_order
-    }
-
-    /// A FIN behind a hole: its sequence number and ACK number.
-    pub(crate) fn early_fin(&self) -> Option<(u32, u32)> {
-        self.has_early_fin.then_some((self.early_fin_seq, self.early_fin_ack))
-    }
-
-    pub(crate) fn set_end(&mut self, end: End) {
-        self.end = end;
-        self.note_interruption();
-    }
-
-    pub(crate) fn set_out_of_order(&mut self, segment: u32) {
-        self.out_of_order = segment;
-        self.note_interruption();
-    }
-
-    pub(crate) fn set_early_fin(&mut self, fin: Option<(u32, u32)>) {
-        self.has_early_fin = fin.is_some();
-        (self.early_fin_seq, self.early_fin_ack) = fin.unwrap_or_default();
-        self.note_interruption();
-    }
-
-    fn note_interruption(&mut self) {
-        self.interrupted = self.end != End::Open || self.has_hole();
-    }
-
     /// How long nothing may be captured of it until it is forgotten, ticks.
     pub(crate) fn idle_limit(&self) -> u32 {
         match self.phase {
-            Phase::Watching | Phase::Encrypted if self.sessions == 0 => timing::WATCHED_IDLE,
+            Phase::Watching | Phase::Encrypted if self.first_session == NONE => timing::WATCHED_IDLE,
             Phase::Following if !self.ack_known && !self.any_data => timing::HALF_OPEN_IDLE,
             _ => timing::CONNECTION_IDLE,
         }
@@ -324,6 +296,252 @@ impl Connection {
     }
 }
 
+/// The connections, by place: each in its cache line, and what it has besides in places that data does not touch.
+#[derive(Debug)]
+pub(crate) struct Connections {
+    connections: Slab<Connection>,
+    origins: Column<Origin>,
+    rarities: Slab<Rarity>,
+    servers: Servers,
+}
+
+impl Connections {
+    /// Room for `capacity` connections.
+    pub(crate) fn new(capacity: usize) -> Connections {
+        Connections {
+            connections: Slab::new(capacity),
+            origins: Column::new(capacity),
+            rarities: Slab::new(capacity),
+            servers: Servers::new(),
+        }
+    }
+
+    /// Connections that are not forgotten.
+    pub(crate) fn len(&self) -> usize {
+        self.connections.len()
+    }
+
+    /// One past the highest place that was ever in use.
+    pub(crate) fn high_water(&self) -> u32 {
+        self.connections.high_water()
+    }
+
+    /// A place for a connection, or `None` when all are taken.
+    pub(crate) fn insert(&mut self, new: NewConnection) -> Option<u32> {
+        let NewConnection { mut connection, server, origin } = new;
+        connection.known_server = self.servers.number(&server);
+        let c = self.connections.insert(connection)?;
+        self.origins.set(c, origin);
+        if connection.known_server == UNKNOWN {
+            self.change(c, |rarity| rarity.server = server);
+        }
+        Some(c)
+    }
+
+    /// Gives the place back.
+    pub(crate) fn remove(&mut self, c: u32) {
+        let connection = &mut self.connections[c];
+        (connection.phase, connection.interrupted) = (Phase::Forgotten, false);
+        self.connections.remove(c);
+        self.drop_rarity(c);
+    }
+
+    pub(crate) fn origin(&self, c: u32) -> &Origin {
+        &self.origins[c]
+    }
+
+    pub(crate) fn origin_mut(&mut self, c: u32) -> &mut Origin {
+        &mut self.origins[c]
+    }
+
+    fn rarity(&self, c: u32) -> Option<&Rarity> {
+        match self.origins[c].rarity {
+            NONE => None,
+            place => Some(&self.rarities[place]),
+        }
+    }
+
+    /// What interrupts its stream, if anything does: most often said without a look at any other line than its own.
+    #[inline]
+    fn interruption(&self, c: u32) -> Option<&Rarity> {
+        if self.connections[c].interrupted { self.rarity(c) } else { None }
+    }
+
+    /// Changes what is rare of it. There is a place for every connection.
+    fn change(&mut self, c: u32, change: impl FnOnce(&mut Rarity)) {
+        let (connection, origin) = (&mut self.connections[c], &mut self.origins[c]);
+        if origin.rarity == NONE {
+            let rarity = Rarity {
+                connection: c,
+                end: End::Open,
+                out_of_order: NONE,
+                out_of_order_tail: NONE,
+                early_fin: None,
+                gap_since: 0,
+                server: connection.client,
+            };
+            origin.rarity = self.rarities.insert(rarity).unwrap_or(NONE);
+        }
+        let rarity = &mut self.rarities[origin.rarity];
+        change(rarity);
+        connection.interrupted =
+            rarity.end != End::Open || rarity.out_of_order != NONE || rarity.early_fin.is_some();
+        if !connection.interrupted && connection.known_server != UNKNOWN {
+            self.drop_rarity(c);
+        }
+    }
+
+    fn drop_rarity(&mut self, c: u32) {
+        let place = core::mem::replace(&mut self.origins[c].rarity, NONE);
+        if place != NONE {
+            self.rarities[place].connection = NONE;
+            self.rarities.remove(place);
+        }
+    }
+
+    /// The server that the client connected to.
+    #[inline]
+    pub(crate) fn server(&self, c: u32) -> &Endpoint {
+        let connection = &self.connections[c];
+        match self.servers.known.get(usize::from(connection.known_server)) {
+            Some(server) => server,
+            None => self.rarity(c).map_or(&connection.client, |rarity| &rarity.server),
+        }
+    }
+
+    /// Whether it is in the client table and this is one of its segments.
+    #[inline]
+    pub(crate) fn is_of(&self, c: u32, segment: &TcpSegment) -> bool {
+        let (connection, server) = (&self.connections[c], self.server(c));
+        connection.client.ip == segment.src
+            && server.ip == segment.dst
+            && (connection.client.port, server.port) == (segment.src_port, segment.dst_port)
+            && !connection.detached
+    }
+
+    /// The same of a segment over IPv4.
+    #[inline(always)]
+    pub(crate) fn is_of_plain(&self, c: u32, ends: &PlainEnds) -> bool {
+        let (connection, server) = (&self.connections[c], self.server(c));
+        let is = |end: &Endpoint, ip: u32, port: u16| is_v4_of(&end.ip, ip) && end.port == port;
+        is(&connection.client, ends.src, ends.src_port)
+            && is(server, ends.dst, ends.dst_port)
+            && !connection.detached
+    }
+
+    /// Its place in the client table.
+    pub(crate) fn hash(&self, c: u32, seed: u64) -> u32 {
+        let (client, server) = (&self.connections[c].client, self.server(c));
+        pair_hash(seed, &client.ip, client.port, &server.ip, server.port)
+    }
+
+    /// Whether it waits for a hole to be filled.
+    pub(crate) fn has_hole(&self, c: u32) -> bool {
+        self.interruption(c).is_some_and(|rare| rare.out_of_order != NONE || rare.early_fin.is_some())
+    }
+
+    /// How its stream ended.
+    #[inline]
+    pub(crate) fn end(&self, c: u32) -> End {
+        self.interruption(c).map_or(End::Open, |rarity| rarity.end)
+    }
+
+    /// The first segment behind a hole, or `NONE`.
+    pub(crate) fn out_of_order(&self, c: u32) -> u32 {
+        self.interruption(c).map_or(NONE, |rarity| rarity.out_of_order)
+    }
+
+    /// The last segment behind a hole, where there is one.
+    pub(crate) fn out_of_order_tail(&self, c: u32) -> u32 {
+        self.interruption(c).map_or(NONE, |rarity| rarity.out_of_order_tail)
+    }
+
+    /// A FIN behind a hole: its sequence number and ACK number.
+    pub(crate) fn early_fin(&self, c: u32) -> Option<(u32, u32)> {
+        self.interruption(c)?.early_fin
+    }
+
+    pub(crate) fn set_end(&mut self, c: u32, end: End) {
+        self.change(c, |rarity| rarity.end = end);
+    }
+
+    pub(crate) fn set_out_of_order(&mut self, c: u32, first: u32) {
+        if self.out_of_order(c) != first {
+            self.change(c, |rarity| rarity.out_of_order = first);
+        }
+    }
+
+    /// To be called where there is a first one.
+    pub(crate) fn set_out_of_order_tail(&mut self, c: u32, last: u32) {
+        self.change(c, |rarity| rarity.out_of_order_tail = last);
+    }
+
+    pub(crate) fn set_early_fin(&mut self, c: u32, fin: Option<(u32, u32)>) {
+        if self.early_fin(c) != fin {
+            self.change(c, |rarity| rarity.early_fin = fin);
+        }
+    }
+
+    /// Its hole is open since `since`. Returns the hole's number, which is another's when it is filled.
+    pub(crate) fn open_hole(&mut self, c: u32, since: Tick) -> u32 {
+        self.change(c, |rarity| rarity.gap_since = since);
+        self.origins[c].rarity
+    }
+
+    /// Since when its hole is open, if it has one.
+    pub(crate) fn gap_since(&self, c: u32) -> Option<Tick> {
+        self.has_hole(c).then(|| self.rarity(c).map_or(0, |rarity| rarity.gap_since))
+    }
+
+    /// Whose hole has this number, if it is still open, and since when.
+    pub(crate) fn hole(&self, number: u32) -> Option<(u32, Tick)> {
+        let c = self.rarities[number].connection;
+        if c == NONE { None } else { Some((c, self.gap_since(c)?)) }
+    }
+
+    /// Panics unless each rarity is that of one connection that needs it. Returns the number of its hole, if it has one.
+    #[cfg(debug_assertions)]
+    pub(crate) fn check(&self, c: u32) -> Option<u32> {
+        let (connection, place) = (&self.connections[c], self.origins[c].rarity);
+        assert_eq!(
+            place != NONE,
+            connection.interrupted || connection.known_server == UNKNOWN,
+            "what is rare has a place: {connection:?}"
+        );
+        assert!(
+            place == NONE || self.rarities[place].connection == c,
+            "the place is its own: {connection:?}"
+        );
+        self.has_hole(c).then_some(place)
+    }
+
+    #[cfg(debug_assertions)]
+    pub(crate) fn is_rare(&self, c: u32) -> bool {
+        self.origins[c].rarity != NONE
+    }
+
+    /// Rarities that are somebody's.
+    #[cfg(debug_assertions)]
+    pub(crate) fn rare(&self) -> usize {
+        self.rarities.len()
+    }
+}
+
+impl core::ops::Index<u32> for Connections {
+    type Output = Connection;
+    #[inline]
+    fn index(&self, c: u32) -> &Connection {
+        &self.connections[c]
+    }
+}
+
+impl core::ops::IndexMut<u32> for Connections {
+    #[inline]
+    fn index_mut(&mut self, c: u32) -> &mut Connection {
+        &mut self.connections[c]
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -331,20 +549,17 @@ mod tests {
 
     #[test]
     fn segments_are_told_apart_by_their_server_also_where_there_are_more_than_are_known() {
-        let mut servers = Servers::new();
+        let mut connections = Connections::new(2 * KNOWN_SERVERS);
         let client = Endpoint { ip: from_v4([192, 0, 2, 1]), port: 40_000 };
         let server =
             |i: usize| Endpoint { ip: from_v4([10, 0, 0, (i / 2) as u8]), port: 80 + (i % 2) as u16 };
-        let connections: Vec<Connection> = (0..2 * KNOWN_SERVERS)
-            .map(|i| {
-                let mut connection = Connection::new(client, server(i), Phase::Following, 0);
-                connection.begin(&mut servers, 1);
-                connection
-            })
-            .collect();
-        assert_eq!(servers.known.len(), KNOWN_SERVERS);
-        for (i, connection) in connections.iter().enumerate() {
-            for to in 0..connections.len() {
+        for i in 0..2 * KNOWN_SERVERS {
+            let new = NewConnection::new(client, server(i), Phase::Following, 0);
+            assert_eq!(connections.insert(new), Some(i as u32));
+        }
+        assert_eq!(connections.servers.known.len(), KNOWN_SERVERS);
+        for i in 0..2 * KNOWN_SERVERS {
+            for to in 0..2 * KNOWN_SERVERS {
                 let Endpoint { ip: dst, port: dst_port } = server(to);
                 let segment = TcpSegment {
                     src: client.ip,
@@ -362,7 +577,7 @@ mod tests {
                     is_v6: false,
                     ce: false,
                 };
-                assert_eq!(connection.is_of(&servers, &segment), i == to, "connection {i}, segment to {to}");
+                assert_eq!(connections.is_of(i as u32, &segment), i == to, "connection {i}, segment to {to}");
             }
         }
     }

@@ -8,7 +8,7 @@
 
 use crate::capture::Looked;
 use crate::config::{Config, timing};
-use crate::connection::{Connection, End, Phase, Servers};
+use crate::connection::{Connection, Connections, End, NewConnection, Origin, Phase};
 use crate::counters::{Counter, Counters, EndReason, Pending};
 use crate::gate::{Ahead, Turns};
 use crate::histogram::Histogram;
@@ -108,8 +108,7 @@ pub struct Engine {
     pub(crate) hold_limit: u32,
     pub(crate) gap_timeout: u32,
     pub(crate) services: Vec<ServiceState>,
-    pub(crate) connections: Slab<Connection>,
-    pub(crate) servers: Servers,
+    pub(crate) connections: Connections,
     pub(crate) sessions: Sessions,
     pub(crate) by_client: Table,
     pub(crate) by_identity: Table,
@@ -124,6 +123,8 @@ pub struct Engine {
     /// What the first pass over a batch found; empty between batches.
     pub(crate) looked: Vec<Looked>,
     lingering: VecDeque<(Tick, u16, Endpoint)>,
+    /// When connections are looked at next whether they are idle, and from which place on.
+    idle_look: (Tick, u32),
     pub(crate) counters: Counters,
     pub(crate) capture_to_transmit: Histogram,
     pub(crate) target_response: Histogram,
@@ -170,8 +171,7 @@ impl Engine {
             hold_limit: ticks(config.hold_limit_ns),
             gap_timeout: ticks(config.gap_timeout_ns),
             services,
-            connections: Slab::new(limits.connections),
-            servers: Servers::new(),
+            connections: Connections::new(limits.connections),
             sessions: Sessions::new(limits.sessions),
             by_client: Table::new(limits.connections),
             by_identity: Table::new(limits.sessions),
@@ -185,6 +185,7 @@ impl Engine {
             dirty: Vec::with_capacity(4 * BATCH),
             looked: Vec::with_capacity(BATCH),
             lingering: VecDeque::with_capacity(MAX_LINGERING),
+            idle_look: (now, 0),
             counters: Counters::default(),
             capture_to_transmit: Histogram::default(),
             target_response: Histogram::default(),
@@ -248,7 +249,7 @@ impl Engine {
             pending.replay_bytes += self.undelivered(session);
         }
         for index in 0..self.connections.high_water() {
-            let mut segment = self.connections[index].out_of_order();
+            let mut segment = self.connections.out_of_order(index);
             while segment != NONE {
                 pending.out_of_order_bytes += u64::from(self.store[segment].len);
                 segment = self.store[segment].next;
@@ -291,9 +292,10 @@ impl Engine {
 
     /// A tick before which nothing needs to be done by the clock, as ns from `now_ns`; `None`: nothing is waiting.
     pub fn next_deadline_ns(&self, now_ns: u64) -> Option<u64> {
-        let next = self.wheel.next()?;
-        let ahead = next.wrapping_sub(tick(now_ns)) as i32;
-        Some((ahead.max(0) as u64) << 16)
+        let ahead = |at: Tick| (at.wrapping_sub(tick(now_ns)) as i32).max(0) as u64;
+        let idle_look = (self.connections.len() > 0).then_some(self.idle_look.0);
+        let next = self.wheel.next().into_iter().chain(idle_look).map(ahead).min()?;
+        Some(next << 16)
     }
 
     // ---- opening ----
@@ -315,18 +317,20 @@ impl Engine {
         self.copies.next()
     }
 
-    /// Makes a connection and puts it in the client table.
-    pub(crate) fn new_connection(&mut self, mut connection: Connection, now: Tick) -> Option<u32> {
-        let (_, source) = self.services_of(&connection.server);
+    /// Makes a connection, with as many copies as it is the next one's turn to have, and puts it in the client table.
+    pub(crate) fn new_connection(&mut self, mut new: NewConnection, now: Tick) -> Option<u32> {
+        let (_, source) = self.services_of(&new.server);
         let of_it =
-            |service: &&ServiceState| service.online == source && self.family_fits(&connection, service);
+            |service: &&ServiceState| service.online == source && self.family_fits(&new.connection, service);
         let services = self.services.iter().filter(of_it).count();
-        connection.begin(&mut self.servers, services);
-        let hash = connection.hash(self.config.seed);
-        let index = self.connections.insert(connection)?;
-        self.by_client.insert(hash, index);
-        self.arm_connection(index, now.wrapping_add(self.connections[index].idle_limit()));
-        Some(index)
+        new.set_copies(self.next_copies(), services);
+        if self.connections.len() == 0 {
+            // Nobody needed to look since the last one was forgotten.
+            self.idle_look.0 = now.wrapping_add(timing::IDLE_LOOK);
+        }
+        let c = self.connections.insert(new)?;
+        self.by_client.insert(self.connections.hash(c, self.config.seed), c);
+        Some(c)
     }
 
     /// Whether every copy of the connection has a session that takes its data.
@@ -349,16 +353,16 @@ impl Engine {
         joined: bool,
         out: &mut O,
     ) {
-        let wanted = self.connections[c].copies();
+        let wanted = self.connections.origin(c).copies();
         let mut family_refused = false;
-        let (_, source) = self.services_of(&self.connections[c].server);
+        let (_, source) = self.services_of(self.connections.server(c));
         for service in 0..self.services.len() as u16 {
             if self.services[usize::from(service)].online != source {
                 continue;
             }
             if !self.family_fits(&self.connections[c], &self.services[usize::from(service)]) {
                 // For each copy once, not at every turn.
-                if !self.connections[c].family_counted {
+                if !self.connections.origin(c).has(Origin::FAMILY_COUNTED) {
                     self.counters[Counter::SessionsWanted] += u64::from(wanted);
                     self.counters[Counter::SessionsRefusedFamily] += u64::from(wanted);
                 }
@@ -378,7 +382,9 @@ impl Engine {
                 }
             }
         }
-        self.connections[c].family_counted |= family_refused;
+        if family_refused {
+            self.connections.origin_mut(c).set(Origin::FAMILY_COUNTED, true);
+        }
     }
 
     pub(crate) fn open_session<O: Output>(
@@ -423,7 +429,7 @@ impl Engine {
         let mut session = Session::new(identity, service, c, iss);
         session.timestamps = connection.timestamps;
         let mut turns = Turns::default();
-        if connection.multiplexed {
+        if self.connections.origin(c).has(Origin::MULTIPLEXED) {
             turns.ahead = Ahead::FLOWING;
         }
         session.next_copy = connection.first_session;
@@ -434,7 +440,6 @@ impl Engine {
         };
         self.by_identity.insert(hash, index);
         self.connections[c].first_session = index;
-        self.connections[c].sessions += 1;
         self.connections[c].takers += 1;
         self.counters[Counter::SessionsOpened] += 1;
         out.register(service, identity);
@@ -566,7 +571,6 @@ impl Engine {
     fn unlink_session(&mut self, c: u32, s: u32) {
         let Session { next_copy: next, cut, .. } = self.sessions[s];
         let connection = &mut self.connections[c];
-        connection.sessions -= 1;
         connection.takers -= u16::from(cut.is_none());
         if connection.first_session == s {
             connection.first_session = next;
@@ -606,19 +610,17 @@ impl Engine {
     pub(crate) fn forget_if_over(&mut self, c: u32) {
         let connection = &self.connections[c];
         if connection.phase != Phase::Forgotten
-            && connection.sessions == 0
-            && (connection.detached || connection.end() != End::Open)
+            && connection.first_session == NONE
+            && (connection.detached || self.connections.end(c) != End::Open)
         {
             self.forget(c);
         }
     }
 
     fn forget(&mut self, c: u32) {
-        debug_assert_eq!(self.connections[c].sessions, 0);
+        debug_assert_eq!(self.connections[c].first_session, NONE);
         self.drop_out_of_order(c, Counter::BytesGap);
         self.detach(c);
-        self.wheel.cancel(self.connection_timer(c));
-        self.connections[c].phase = Phase::Forgotten;
         self.connections.remove(c);
     }
 
@@ -626,15 +628,15 @@ impl Engine {
     pub(crate) fn detach(&mut self, c: u32) {
         if !self.connections[c].detached {
             self.connections[c].detached = true;
-            let hash = self.connections[c].hash(self.config.seed);
+            let hash = self.connections.hash(c, self.config.seed);
             self.by_client.remove(hash, c);
         }
     }
 
     /// Drops what waits behind a hole, counted as `fate`.
     pub(crate) fn drop_out_of_order(&mut self, c: u32, fate: Counter) {
-        let mut segment = self.connections[c].out_of_order();
-        self.connections[c].set_out_of_order(NONE);
+        let mut segment = self.connections.out_of_order(c);
+        self.connections.set_out_of_order(c, NONE);
         while segment != NONE {
             let stored = self.store[segment];
             self.counters[fate] += u64::from(stored.len);
@@ -657,12 +659,13 @@ impl Engine {
 
     // ---- timers ----
 
-    fn connection_timer(&self, c: u32) -> u32 {
-        self.config.limits.sessions as u32 + c
+    /// The timer of a hole of a connection, by its number. One of a hole that was filled fires for nothing.
+    pub(crate) fn hole_timer(&self, hole: u32) -> u32 {
+        self.config.limits.sessions as u32 + hole
     }
 
-    pub(crate) fn arm_connection(&mut self, c: u32, at: Tick) {
-        self.wheel.arm(self.connection_timer(c), at);
+    pub(crate) fn arm_hole(&mut self, hole: u32, at: Tick) {
+        self.wheel.arm(self.hole_timer(hole), at);
     }
 
     /// Puts the session's earliest deadline into the wheel, unless its timer fires earlier already.
@@ -699,10 +702,11 @@ impl Engine {
                     self.on_session_timer(now_ns, timer, out);
                 }
             } else {
-                self.on_connection_timer(now_ns, timer - self.config.limits.sessions as u32, out);
+                self.on_hole_timer(now_ns, timer - self.config.limits.sessions as u32, out);
             }
         }
         self.ask_waiting(now_ns, out);
+        self.end_idle_connections(now_ns, out);
         self.end_lingering(now, out);
         self.end_idle_flows(now, out);
         if let Some(since) = self.stopping
@@ -732,48 +736,63 @@ impl Engine {
         }
     }
 
-    fn on_connection_timer<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+    fn on_hole_timer<O: Output>(&mut self, now_ns: u64, hole: u32, out: &mut O) {
         let now = tick(now_ns);
-        let connection = &self.connections[c];
-        if connection.has_hole() {
-            let at = connection.gap_since.wrapping_add(self.gap_timeout);
-            match self.capture_time {
-                // That clock may run at any speed: look again soon.
-                Some(time) if before(time, at) => {
-                    self.arm_connection(c, now.wrapping_add(timing::CAPTURE_CLOCK));
-                    return;
-                }
-                None if before(now, at) => {
-                    self.arm_connection(c, at);
-                    return;
-                }
-                _ => {}
+        let Some((c, since)) = self.connections.hole(hole) else { return };
+        let at = since.wrapping_add(self.gap_timeout);
+        match self.capture_time {
+            // That clock may run at any speed: look again soon.
+            Some(time) if before(time, at) => {
+                self.arm_hole(hole, now.wrapping_add(timing::CAPTURE_CLOCK));
             }
-            self.give_up_hole(now_ns, c, out);
+            None if before(now, at) => self.arm_hole(hole, at),
+            _ => self.give_up_hole(now_ns, c, out),
+        }
+    }
+
+    /// Looks whether connections are idle, at some of them now and then: a timer for each would take more memory than it is worth, and what
+    /// takes minutes may take some seconds more.
+    fn end_idle_connections<O: Output>(&mut self, now_ns: u64, out: &mut O) {
+        let now = tick(now_ns);
+        let (at, from) = self.idle_look;
+        if before(now, at) {
             return;
         }
-        let idle = connection.idle_limit();
-        let at = connection.last_seen.wrapping_add(idle);
-        if before(now, at) {
-            self.arm_connection(c, at);
-        } else if connection.sessions == 0 {
-            self.forget(c);
-        } else {
-            // The client is gone without a word: its sessions end as if it had closed.
-            let mut s = connection.first_session;
-            while s != NONE {
-                let next = self.sessions[s].next_copy;
-                self.cut(s, EndReason::Completed);
-                self.output(now_ns, s, out, &mut None);
-                s = next;
+        let all = self.connections.high_water();
+        let to = all.min(from + timing::IDLE_LOOK_MOST);
+        for c in from..to {
+            let connection = &self.connections[c];
+            let until = connection.last_seen.wrapping_add(connection.idle_limit());
+            // One with a hole has that timer.
+            if connection.phase != Phase::Forgotten && !before(now, until) && !self.connections.has_hole(c) {
+                self.on_idle(now_ns, c, out);
             }
-            self.arm_connection(c, now.wrapping_add(idle));
+        }
+        let looks = all.div_ceil(timing::IDLE_LOOK_MOST).max(1);
+        let wait = (timing::IDLE_ROUND / looks).min(timing::IDLE_LOOK);
+        self.idle_look = (now.wrapping_add(wait), if to == all { 0 } else { to });
+    }
+
+    fn on_idle<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+        let connection = &mut self.connections[c];
+        if connection.first_session == NONE {
+            self.forget(c);
+            return;
+        }
+        // The client is gone without a word: its sessions end as if it had closed. Until they have, it is looked at as rarely as before.
+        connection.last_seen = tick(now_ns);
+        let mut s = connection.first_session;
+        while s != NONE {
+            let next = self.sessions[s].next_copy;
+            self.cut(s, EndReason::Completed);
+            self.output(now_ns, s, out, &mut None);
+            s = next;
         }
     }
 
     /// A hole stayed open too long: the sessions end after what came before it, and join again at the next turn.
     pub(crate) fn give_up_hole<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
-        let mut segment = self.connections[c].out_of_order();
+        let mut segment = self.connections.out_of_order(c);
         while segment != NONE {
             let stored = self.store[segment];
             let connection = &mut self.connections[c];
@@ -784,11 +803,10 @@ impl Engine {
             segment = stored.next;
         }
         self.drop_out_of_order(c, Counter::BytesGap);
-        let connection = &mut self.connections[c];
-        connection.phase = Phase::Watching;
-        if connection.early_fin().is_some() {
-            connection.set_early_fin(None);
-            connection.set_end(End::Fin { need: 0 });
+        self.connections[c].phase = Phase::Watching;
+        if self.connections.early_fin(c).is_some() {
+            self.connections.set_early_fin(c, None);
+            self.connections.set_end(c, End::Fin { need: 0 });
         }
         let mut s = self.connections[c].first_session;
         while s != NONE {
@@ -800,7 +818,6 @@ impl Engine {
             s = next;
         }
         if !self.connections[c].detached {
-            self.arm_connection(c, tick(now_ns).wrapping_add(timing::WATCHED_IDLE));
             self.forget_if_over(c);
         }
     }
@@ -820,7 +837,7 @@ impl Engine {
             if self.connections[c].phase == Phase::Forgotten || self.connections[c].detached {
                 continue;
             }
-            if self.connections[c].has_hole() {
+            if self.connections.has_hole(c) {
                 self.give_up_hole(now_ns, c, out);
             }
             let connection = &self.connections[c];
@@ -841,7 +858,7 @@ impl Engine {
                 || session.una_segment != NONE
                 || session.turn.has(Turn::AWAITS_RESPONSE) && waited_us < hold_limit_us
                 || session.cut.is_some()
-                || self.connections[session.connection].end() != End::Open
+                || self.connections.end(session.connection) != End::Open
         };
         self.live_sessions().filter(|&s| busy(s)).count() as u64 + self.udp.waiting(now_ns, hold_limit_us)
     }

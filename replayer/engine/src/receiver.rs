@@ -450,7 +450,7 @@ impl Engine {
     /// Both sides have closed.
     fn finish<O: Output>(&mut self, now_ns: u64, s: u32, out: &mut O) {
         let session = &self.sessions[s];
-        let client_open = self.connections[session.connection].end() == End::Open;
+        let client_open = self.connections.end(session.connection) == End::Open;
         let target_closed_first = session.state == State::LastAck;
         let reason = match session.cut.unwrap_or(EndReason::Completed) {
             EndReason::Completed | EndReason::TargetClosed if target_closed_first && client_open => {

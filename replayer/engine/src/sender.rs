@@ -1,7 +1,7 @@
 //! What a session sends: SYN, data, FIN, RST, acknowledgments; retransmission and the turn gate.
 
 use crate::config::timing;
-use crate::connection::{Connection, End};
+use crate::connection::End;
 use crate::counters::{Counter, EndReason};
 use crate::engine::Engine;
 use crate::gate::Gate;
@@ -158,8 +158,8 @@ impl Engine {
             timestamps,
             syn: syn.then(|| {
                 let from = &connection[session.connection];
-                let Connection { mss, sack_permitted, .. } = *from;
-                SynOptions { mss, window_scale: from.window_scale(), sack_permitted }
+                let sack_permitted = connection.origin(session.connection).sack_permitted();
+                SynOptions { mss: from.mss, window_scale: from.window_scale(), sack_permitted }
             }),
             ip_id,
         });
@@ -528,7 +528,7 @@ impl Engine {
             let need = u32::from(reason == EndReason::Gap);
             End::Fin { need }
         } else {
-            self.connections[session.connection].end()
+            self.connections.end(session.connection)
         };
         match end {
             End::Open => {

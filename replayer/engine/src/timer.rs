@@ -1,4 +1,4 @@
-//! Timers: one a session and one a connection, in a wheel of lists.
+//! Timers: one a session and one a hole of a stream, in a wheel of lists.
 //!
 //! Arming is lazy: the hot path only moves a timer when it must fire earlier than it stands; a timer that fires early is
 //! looked at and armed again. So a session that sends and gets its acknowledgments touches the wheel a few times a second,
