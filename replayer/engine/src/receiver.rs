@@ -16,9 +16,8 @@ use replayer_common::hash::pair_hash;
 use replayer_common::packet::flags;
 use replayer_common::response::{ResponseHeader, present};
 
-/// A timestamp that is older by at most this is of a segment that others have overtaken: a second of Linux's clock. RFC 7323 would drop that
-/// one too, for TCP asks for it again; the highest number that was seen counts here.
-const OVERTAKEN: i32 = 1000;
+/// No congestion window is larger, bytes: the largest window that TCP can say (RFC 7323 section 2.3).
+pub(crate) const MAX_WINDOW: u32 = 1 << 30;
 
 /// Window scale shifts above this are treated as this (RFC 7323 section 2.3).
 const MAX_WINDOW_SCALE: u8 = 14;
@@ -118,6 +117,9 @@ impl Engine {
         if record.flags & flags::RST == 0 {
             service.down = false;
         }
+        if self.on_usual_acknowledgment(now_ns, s, record) {
+            return;
+        }
         if !self.sessions[s].dirty {
             self.sessions[s].dirty = true;
             self.dirty.push(s);
@@ -206,13 +208,12 @@ impl Engine {
             return;
         }
         if session.timestamps && record.has(present::TIMESTAMPS) {
-            let age = session.ts_recent.wrapping_sub(record.ts_val) as i32;
-            if age > OVERTAKEN {
+            if session.is_overtaken(record.ts_val) {
                 // An old duplicate (PAWS, RFC 7323 section 5.3). It would count as received, with all before it.
                 session.owes = Owes::AckNow;
                 return;
             }
-            if age <= 0 {
+            if !seq_before(record.ts_val, session.ts_recent) {
                 session.ts_recent = record.ts_val;
             }
         }
@@ -390,7 +391,7 @@ impl Engine {
             }
             board = trouble.board;
         }
-        session.cwnd = session.cwnd.min(1 << 30);
+        session.cwnd = session.cwnd.min(MAX_WINDOW);
         let outstanding = session.snd_una != session.snd_max();
         session.rto_at = outstanding.then(|| Due::at(now.wrapping_add(session.rto_ticks())));
         self.acknowledge_segments(s);

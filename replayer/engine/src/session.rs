@@ -45,6 +45,10 @@ pub(crate) const INITIAL_WINDOW: u32 = 10;
 /// No MSS is believed to be smaller: Linux's `TCP_MIN_SND_MSS`.
 pub(crate) const MIN_MSS: u16 = 48;
 
+/// A timestamp that is older by at most this is of a segment that others have overtaken: a second of Linux's clock. RFC 7323 would drop that
+/// one too, for TCP asks for it again; the highest number that was seen counts here.
+const OVERTAKEN: i32 = 1000;
+
 /// Sequence number comparison (RFC 9293 section 3.4).
 #[inline]
 pub(crate) fn seq_before(a: u32, b: u32) -> bool {
@@ -206,6 +210,18 @@ impl Session {
             self.unacked_segments = 0;
             self.ack_at = None;
         }
+    }
+
+    /// Whether a segment with this timestamp is an old duplicate (PAWS, RFC 7323 section 5.3).
+    #[inline]
+    pub(crate) fn is_overtaken(&self, ts_value: u32) -> bool {
+        self.ts_recent.wrapping_sub(ts_value) as i32 > OVERTAKEN
+    }
+
+    /// Whether something happened to it that its [`Trouble`] tells of.
+    #[inline]
+    pub(crate) fn is_in_trouble(&self) -> bool {
+        self.trouble != NONE
     }
 
     /// Its address and port towards the target, where it is known to be IPv4: see [`Sessions::identity`].

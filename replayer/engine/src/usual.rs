@@ -1,7 +1,8 @@
-//! The usual packet: new data, the next in the order of a stream that is followed, not its first, with no hole open and nothing ended.
+//! What is usual, in one piece. Of captured packets: new data, the next in the order of a stream that is followed, not its first, with no
+//! hole open and nothing ended. Of the target's segments: the acknowledgment of all that was sent, which nothing else comes with.
 //!
-//! Nearly all packets are like that, so this is what a packet costs. It does for them in one piece what `capture.rs` and `sender.rs` do
-//! step by step, with the same outcome; whatever is not usual, of the packet or of one of its sessions, is left to them. The test at the
+//! Nearly all are like that, so this is what a packet costs. It does for them in one piece what `capture.rs`, `sender.rs` and `receiver.rs`
+//! do step by step, with the same outcome; whatever is not usual, of the packet or of one of its sessions, is left to them. The test at the
 //! end holds the two against each other.
 
 use crate::capture::Data;
@@ -9,12 +10,15 @@ use crate::connection::Phase;
 use crate::counters::Counter;
 use crate::engine::Engine;
 use crate::output::{InHand, Output};
+use crate::receiver::MAX_WINDOW;
 use crate::sender::{Piece, micros};
+use crate::session::{State, seq_before};
 use crate::slab::NONE;
 use crate::store::Segment;
 use crate::timer::{Due, Tick, tick};
 use crate::wire::{PLAIN, PlainHeader, Stamp};
 use replayer_common::packet::flags;
+use replayer_common::response::{ResponseHeader, present};
 
 /// The copies of a connection are opened together and lie side by side, the last first: so far ahead they are read.
 pub(crate) const COPIES_AHEAD: u32 = 8;
@@ -238,6 +242,58 @@ impl Engine {
     }
 }
 
+impl Engine {
+    /// Takes a segment of the target if it is the usual one; otherwise nothing was done.
+    #[inline(always)]
+    pub(crate) fn on_usual_acknowledgment(&mut self, now_ns: u64, s: u32, record: &ResponseHeader) -> bool {
+        let session = &mut self.sessions[s];
+        let timestamps = session.timestamps && record.has(present::TIMESTAMPS);
+        let usual = record.flags & !flags::PSH == flags::ACK
+            && record.payload_len == 0
+            && record.sack_count == 0
+            && record.seq == session.rcv_nxt
+            && record.ack == session.snd_nxt
+            && record.ack != session.snd_una
+            && session.state == State::Established
+            && session.next_segment == NONE
+            && !session.rewound
+            && !session.is_in_trouble()
+            && !(timestamps && session.is_overtaken(record.ts_val));
+        #[cfg(test)]
+        let usual = usual && !self.step_by_step;
+        // With an end of its stream, the session has to close now.
+        if !usual || !self.connections[session.connection].is_uninterrupted() {
+            return false;
+        }
+        if timestamps && !seq_before(record.ts_val, session.ts_recent) {
+            session.ts_recent = record.ts_val;
+        }
+        session.first_alone = false;
+        let acked = record.ack.wrapping_sub(session.snd_una);
+        self.counters[Counter::ReplayBytesDelivered] += u64::from(acked);
+        session.snd_una = record.ack;
+        session.snd_wnd = u32::from(record.window) << session.snd_wscale;
+        (session.dup_acks, session.tries) = (0, 0);
+        if session.timing && !seq_before(record.ack, session.timed_seq) {
+            session.round_trip(micros(now_ns).wrapping_sub(session.timed_at_us));
+            session.timing = false;
+        }
+        // Nothing was ever lost: slow start (RFC 5681 section 3.1).
+        session.cwnd = session.cwnd.saturating_add(acked).min(MAX_WINDOW);
+        session.rto_at = None;
+        session.set_limit();
+        let c = session.connection;
+        let mut segment = core::mem::replace(&mut session.una_segment, NONE);
+        while segment != NONE {
+            let stored = &mut self.store[segment];
+            stored.references -= 1;
+            segment = stored.next;
+        }
+        self.free_head(c);
+        true
+    }
+}
+
 /// Data that was just captured and stored.
 struct NewData {
     now_ns: u64,
@@ -266,12 +322,10 @@ impl NewData {
 mod tests {
     use super::*;
     use crate::config::{Config, Service};
-    use crate::session::State;
     use crate::wire::{Header, Link, Template, sum};
     use crate::{AddressRange, BATCH};
     use alloc::{vec, vec::Vec};
     use replayer_common::addr::{Endpoint, from_v4};
-    use replayer_common::response::{ResponseHeader, present};
     use std::format;
 
     const ONLINE: Endpoint = Endpoint { ip: from_v4([10, 0, 1, 1]), port: 80 };
