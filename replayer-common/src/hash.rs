@@ -53,10 +53,16 @@ fn hash_of_halves(
     (b_high, b_low): (u64, u64),
     b_port: u16,
 ) -> u32 {
+    // Two rounds of wyhash (public domain, Wang Yi): the halves of a product of 128 bits, folded.
+    let folded = |x: u64, y: u64| {
+        let product = u128::from(x) * u128::from(y);
+        product as u64 ^ (product >> 64) as u64
+    };
+    let lows = a_low ^ b_low.rotate_left(32);
+    let highs = a_high.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ b_high.rotate_left(29);
     let ports = ((a_port as u64) << 32) | b_port as u64;
-    let left = (seed ^ a_low).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ a_high.rotate_left(23) ^ ports;
-    let right = b_low.wrapping_mul(0xc2b2_ae3d_27d4_eb4f) ^ b_high.rotate_left(29);
-    mix(mix(left) ^ right) as u32
+    let h = folded(lows ^ seed, highs ^ ports ^ seed.rotate_left(32) ^ 0xa076_1d64_78bd_642f);
+    folded(h, 0xe703_7ed1_a0b4_28db) as u32
 }
 
 /// The threshold below which a flow hash belongs to a sample of `percent`.
@@ -89,6 +95,24 @@ mod tests {
         let (a, b) = ([192, 0, 2, 7], [10, 255, 0, 1]);
         let expected = pair_hash(9, &from_v4(a), 40_000, &from_v4(b), 80);
         assert_eq!(pair_hash_v4(9, u32::from_ne_bytes(a), 40_000, u32::from_ne_bytes(b), 80), expected);
+    }
+
+    #[test]
+    fn neighbours_spread_over_tables() {
+        // Clients as they come: a few addresses with many ports, many addresses, and both, to one server.
+        for (seed, ports) in [(0, 1), (1, 60_000), (0x1234_5678_9abc_def0, 16), (u64::MAX, 256)] {
+            let mut slots = [0u8; 1 << 16];
+            for i in 0..1u32 << 16 {
+                let [a, b, c, d] = (i / ports).to_be_bytes();
+                let (client, port) = (from_v4([10 ^ a, b, c, d]), 1024 + (i % ports) as u16);
+                let hash = pair_hash(seed, &client, port, &from_v4([192, 0, 2, 1]), 80);
+                slots[hash as usize % slots.len()] += 1;
+            }
+            // As many as slots: 1 / e of them stay empty by chance, and no slot has many.
+            let empty = slots.iter().filter(|&&n| n == 0).count();
+            assert!((23_500..24_700).contains(&empty), "{empty} empty of 65536, seed {seed}, {ports} ports");
+            assert!(slots.iter().all(|&n| n < 12), "seed {seed}, {ports} ports");
+        }
     }
 
     #[test]

@@ -161,7 +161,7 @@ impl Store {
     }
 
     /// Keeps the first `len` bytes of `room`, most often few, in a place that was used before. `segment` says all the rest of it; it is in no
-    /// list yet. Returns its index and the checksum's sum of its bytes.
+    /// list yet. Returns its index and the checksum's sum of its bytes. Also [`Full`] if there are fewer bytes.
     #[inline(always)]
     pub(crate) fn insert_from(
         &mut self,
@@ -184,7 +184,7 @@ impl Store {
             self.held_segments += 1;
             return Ok((index, sum));
         }
-        let index = self.insert(segment(), &room[..len.min(room.len())])?;
+        let index = self.insert(segment(), room.get(..len).ok_or(Full)?)?;
         Ok((index, self.sum_whole(index)))
     }
 

@@ -53,11 +53,7 @@ impl Engine {
         if !usual {
             return Err(frame);
         }
-        let Some(room) =
-            out.bytes(&mut frame).get(usize::from(offset)..).filter(|room| room.len() >= len as usize)
-        else {
-            return Err(frame);
-        };
+        let Some(room) = out.bytes(&mut frame).get(usize::from(offset)..) else { return Err(frame) };
         let need = if answered { ack.wrapping_sub(connection.last_ack) } else { 0 };
         let now_us = micros(now_ns);
         // Made where they are needed: what is made before and passed on is written to the stack first.
