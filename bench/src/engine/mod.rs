@@ -24,7 +24,7 @@ pub const WHAT: &str = "the session engine alone, one core: captured batch to tr
 pub const IN_FLIGHT: u32 = 1024;
 
 /// What a session takes of memory that grows with the sessions: itself and what its turns need, its connection and how that began, a timer.
-const SESSION_BYTES: usize = 128 + 32 + 64 + 12 + 16;
+const SESSION_BYTES: usize = 128 + 32 + 64 + 12 + 12;
 
 /// 10 GbE line rate at 64 bytes: 14.88 million packets per second.
 const LINE_RATE_NS: f64 = 67.2;

@@ -58,13 +58,15 @@ fn slots_after(a: u32, b: u32) -> i32 {
     ((a.wrapping_sub(b) << SLOT_SHIFT) as i32) >> SLOT_SHIFT
 }
 
-/// A timer's place in a list: its neighbours as index plus one, its slot plus one (zero: not armed), and its deadline. Zeroed memory is an empty wheel;
-/// an array and not a struct, because `vec!` asks the system for zeroed pages only for types that it knows to be zero.
-type Node = [u32; 4];
+/// A timer's place in a list: the next one as index plus one; the one before likewise, or of the first one its slot with `FIRST`; and its
+/// deadline. Where `PREVIOUS` is 0 it is not armed, so zeroed memory is an empty wheel; an array and not a struct, because `vec!` asks the
+/// system for zeroed pages only for types that it knows to be zero.
+type Node = [u32; 3];
 const NEXT: usize = 0;
 const PREVIOUS: usize = 1;
-const SLOT: usize = 2;
-const DEADLINE: usize = 3;
+const DEADLINE: usize = 2;
+/// Timers' numbers are below this.
+const FIRST: u32 = 1 << 31;
 
 #[derive(Debug)]
 pub(crate) struct Wheel {
@@ -79,10 +81,11 @@ pub(crate) struct Wheel {
 impl Wheel {
     /// Timers with numbers below `count`.
     pub(crate) fn new(count: usize, now: Tick) -> Wheel {
+        assert!(count < FIRST as usize, "timers have 31 bits");
         Wheel {
             heads: vec![NONE; SLOTS],
             occupied: [0; SLOTS / 64],
-            nodes: vec![[0; 4]; count],
+            nodes: vec![[0; 3]; count],
             position: now >> SLOT_SHIFT,
             armed: 0,
         }
@@ -92,7 +95,7 @@ impl Wheel {
     #[inline]
     pub(crate) fn arm(&mut self, timer: u32, deadline: Tick) {
         let node = &self.nodes[timer as usize];
-        if node[SLOT] != 0 {
+        if node[PREVIOUS] != 0 {
             if !before(deadline, node[DEADLINE]) {
                 return;
             }
@@ -110,12 +113,13 @@ impl Wheel {
     /// When the timer fires at the latest, if it is armed.
     #[cfg(debug_assertions)]
     pub(crate) fn stands_at(&self, timer: u32) -> Option<Tick> {
-        (self.nodes[timer as usize][SLOT] != 0).then(|| self.nodes[timer as usize][DEADLINE])
+        let node = &self.nodes[timer as usize];
+        (node[PREVIOUS] != 0).then_some(node[DEADLINE])
     }
 
     /// Takes the timer out.
     pub(crate) fn cancel(&mut self, timer: u32) {
-        if self.nodes[timer as usize][SLOT] != 0 {
+        if self.nodes[timer as usize][PREVIOUS] != 0 {
             self.unlink(timer);
         }
     }
@@ -127,7 +131,7 @@ impl Wheel {
         let ahead = slots_after(wanted, now).clamp(0, SLOTS as i32 - 1) as u32;
         let slot = (now.wrapping_add(ahead)) as usize % SLOTS;
         let head = self.heads[slot];
-        self.nodes[timer as usize] = [head.wrapping_add(1), 0, slot as u32 + 1, deadline];
+        self.nodes[timer as usize] = [head.wrapping_add(1), FIRST | slot as u32, deadline];
         if head != NONE {
             self.nodes[head as usize][PREVIOUS] = timer + 1;
         }
@@ -137,20 +141,20 @@ impl Wheel {
     }
 
     fn unlink(&mut self, timer: u32) {
-        let [next, previous, slot, _] = self.nodes[timer as usize];
-        let slot = slot as usize - 1;
+        let [next, previous, _] = self.nodes[timer as usize];
         if next != 0 {
             self.nodes[next as usize - 1][PREVIOUS] = previous;
         }
-        if previous != 0 {
+        if previous & FIRST == 0 {
             self.nodes[previous as usize - 1][NEXT] = next;
         } else {
+            let slot = (previous & !FIRST) as usize;
             self.heads[slot] = next.wrapping_sub(1);
             if self.heads[slot] == NONE {
                 self.occupied[slot / 64] &= !(1 << (slot % 64));
             }
         }
-        self.nodes[timer as usize][SLOT] = 0;
+        self.nodes[timer as usize][PREVIOUS] = 0;
         self.armed -= 1;
     }
 
