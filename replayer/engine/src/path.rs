@@ -66,9 +66,14 @@ impl Engine {
         }
     }
 
-    /// Data was acknowledged that did not get through before its segments were made smaller.
-    pub(crate) fn narrower_path_found(&mut self, now: Tick, s: u32, mtu: u16) {
-        let number = self.sessions[s].service;
+    /// Data was acknowledged: if it did not get through before its segments were made smaller, that holds for the service's other sessions.
+    pub(crate) fn narrower_path_found(&mut self, now: Tick, s: u32) {
+        let (session, trouble) = self.sessions.in_trouble(s);
+        let mtu = core::mem::take(&mut trouble.narrowed_to);
+        if mtu == 0 {
+            return;
+        }
+        let number = session.service;
         self.services[usize::from(number)].narrow_path = Some((mtu, now));
         self.narrow(number, mtu);
     }

@@ -102,8 +102,13 @@ impl Engine {
         let found = self.services.get(usize::from(record.service)).and_then(|service| {
             let v4 = is_v4(&service.target.ip);
             self.by_identity.find(hash, |index| {
-                self.sessions.has_identity(index, &identity, v4)
-                    && self.services[usize::from(self.sessions[index].service)].target == service.target
+                let session = &self.sessions[index];
+                let is_it = if v4 {
+                    session.has_identity_v4(&identity)
+                } else {
+                    self.sessions.identity(index) == identity
+                };
+                is_it && self.services[usize::from(session.service)].target == service.target
             })
         });
         let Some(s) = found else {
@@ -356,11 +361,10 @@ impl Engine {
         session.snd_wnd = window;
         session.dup_acks = 0;
         session.tries = 0;
-        let (_, trouble) = self.sessions.with_trouble(s);
-        if let Some(mtu @ 1..) = trouble.map(|trouble| core::mem::take(&mut trouble.narrowed_to)) {
-            self.narrower_path_found(now, s, mtu);
+        if session.is_in_trouble() {
+            self.narrower_path_found(now, s);
         }
-        let (session, trouble) = self.sessions.with_trouble(s);
+        let session = &mut self.sessions[s];
         if seq_before(session.snd_nxt, ack) {
             session.advance_to(ack);
         }
@@ -368,30 +372,14 @@ impl Engine {
             session.round_trip(micros(now_ns).wrapping_sub(session.timed_at_us));
             session.timing = false;
         }
-        let mss = u32::from(session.mss);
-        let (mut partial, mut board) = (false, NO_BOARD);
-        let ssthresh = trouble.as_ref().map_or(u32::MAX, |trouble| trouble.ssthresh);
-        let in_recovery = trouble.as_ref().is_some_and(|trouble| trouble.in_recovery);
-        if !in_recovery && session.cwnd < ssthresh {
-            session.cwnd = session.cwnd.saturating_add(acked);
-        } else if !in_recovery {
-            session.cwnd = session.cwnd.saturating_add((mss * mss / session.cwnd).max(1));
-        }
-        if let Some(trouble) = trouble {
-            partial = in_recovery && seq_before(ack, trouble.recover);
-            if partial {
-                session.cwnd = session.cwnd.saturating_sub(acked).max(mss) + mss;
-            } else if in_recovery {
-                trouble.in_recovery = false;
-                session.cwnd = ssthresh;
-            }
-            // Never so far behind that sequence numbers would wrap around it.
-            if seq_before(trouble.recover, ack) {
-                trouble.recover = ack;
-            }
-            board = trouble.board;
-        }
-        session.cwnd = session.cwnd.min(MAX_WINDOW);
+        // Slow start until something is lost.
+        let (partial, board) = if session.is_in_trouble() {
+            self.grow_window(s, ack, acked)
+        } else {
+            session.cwnd = session.cwnd.saturating_add(acked).min(MAX_WINDOW);
+            (false, NO_BOARD)
+        };
+        let session = &mut self.sessions[s];
         let outstanding = session.snd_una != session.snd_max();
         session.rto_at = outstanding.then(|| Due::at(now.wrapping_add(session.rto_ticks())));
         self.acknowledge_segments(s);
@@ -406,6 +394,33 @@ impl Engine {
             }
         }
         self.on_fin_acknowledged(now_ns, s, out);
+    }
+
+    /// The congestion window of a session that has lost something, after `acked` bytes up to `ack` were acknowledged. Returns whether that was
+    /// a part of what a recovery is for, and the session's board.
+    fn grow_window(&mut self, s: u32, ack: u32, acked: u32) -> (bool, u16) {
+        let (session, trouble) = self.sessions.in_trouble(s);
+        let mss = u32::from(session.mss);
+        let mut partial = false;
+        if trouble.in_recovery {
+            if seq_before(ack, trouble.recover) {
+                partial = true;
+                session.cwnd = session.cwnd.saturating_sub(acked).max(mss) + mss;
+            } else {
+                trouble.in_recovery = false;
+                session.cwnd = trouble.ssthresh;
+            }
+        } else if session.cwnd < trouble.ssthresh {
+            session.cwnd = session.cwnd.saturating_add(acked);
+        } else {
+            session.cwnd = session.cwnd.saturating_add((mss * mss / session.cwnd).max(1));
+        }
+        session.cwnd = session.cwnd.min(MAX_WINDOW);
+        // Never so far behind that sequence numbers would wrap around it.
+        if seq_before(trouble.recover, ack) {
+            trouble.recover = ack;
+        }
+        (partial, trouble.board)
     }
 
     /// Lets go of segments that are wholly acknowledged, and moves the send position past them.

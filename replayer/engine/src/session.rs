@@ -230,6 +230,12 @@ impl Session {
         (self.ip_low, self.port)
     }
 
+    /// Whether it is this one, where it is known to be IPv4.
+    #[inline]
+    pub(crate) fn has_identity_v4(&self, identity: &Endpoint) -> bool {
+        self.identity_v4() == (v4_octets(&identity.ip), identity.port) && is_v4(&identity.ip)
+    }
+
     /// The highest number ever sent, plus one.
     #[inline]
     pub(crate) fn snd_max(&self) -> u32 {
@@ -486,16 +492,6 @@ impl Sessions {
             ip[..12].copy_from_slice(&self.ip_high[s as usize]);
         }
         Endpoint { ip, port: session.port }
-    }
-
-    /// Whether it is this one; `v4`: it is one of IPv4, as those of its target are, and so must `identity` be.
-    #[inline]
-    pub(crate) fn has_identity(&self, s: u32, identity: &Endpoint, v4: bool) -> bool {
-        if v4 {
-            return self.sessions[s].identity_v4() == (v4_octets(&identity.ip), identity.port)
-                && is_v4(&identity.ip);
-        }
-        self.identity(s) == *identity
     }
 
     /// What happened to it, if anything did.
