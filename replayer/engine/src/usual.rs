@@ -1,5 +1,5 @@
 //! What is usual, in one piece. Of captured packets: new data, the next in the order of a stream that is followed, not its first, with no
-//! hole open and nothing ended. Of the target's segments: the acknowledgment of all that was sent, which nothing else comes with.
+//! hole open and nothing ended. Of the target's segments: an acknowledgment, and nothing else, of what was sent once.
 //!
 //! Nearly all are like that, so this is what a packet costs. It does for them in one piece what `capture.rs`, `sender.rs` and `receiver.rs`
 //! do step by step, with the same outcome; whatever is not usual, of the packet or of one of its sessions, is left to them. The test at the
@@ -12,10 +12,10 @@ use crate::engine::Engine;
 use crate::output::{InHand, Output};
 use crate::receiver::MAX_WINDOW;
 use crate::sender::{Piece, micros};
-use crate::session::{State, seq_before};
+use crate::session::{Session, State, seq_before};
 use crate::slab::NONE;
 use crate::store::Segment;
-use crate::timer::{Due, Tick, tick};
+use crate::timer::{Due, Tick, Wheel, tick};
 use crate::wire::{PLAIN, PlainHeader, Stamp};
 use replayer_common::packet::flags;
 use replayer_common::response::{ResponseHeader, present};
@@ -169,13 +169,7 @@ impl Engine {
             (session.timed_seq, session.timed_at_us) = (session.snd_nxt, data.now_us);
         }
         if session.rto_at.is_none() {
-            // Nothing is in flight, so there was no timeout.
-            let due = Due::at(data.now.wrapping_add(session.first_rto_ticks()));
-            session.rto_at = Some(due);
-            if session.fires_after(due) {
-                session.armed_at = Some(due);
-                self.wheel.arm(s, due.tick());
-            }
+            start_timeout(session, &mut self.wheel, s, data.now);
         }
 
         let service = &mut self.services[usize::from(session.service)];
@@ -248,8 +242,8 @@ impl Engine {
             && record.payload_len == 0
             && record.sack_count == 0
             && record.seq == session.rcv_nxt
-            && record.ack == session.snd_nxt
-            && record.ack != session.snd_una
+            && seq_before(session.snd_una, record.ack)
+            && !seq_before(session.snd_nxt, record.ack)
             && session.state == State::Established
             && session.next_segment == NONE
             && !session.rewound
@@ -276,17 +270,37 @@ impl Engine {
         }
         // Nothing was ever lost: slow start (RFC 5681 section 3.1).
         session.cwnd = session.cwnd.saturating_add(acked).min(MAX_WINDOW);
-        session.rto_at = None;
         session.set_limit();
-        let c = session.connection;
-        let mut segment = core::mem::replace(&mut session.una_segment, NONE);
+        let mut segment = session.una_segment;
         while segment != NONE {
             let stored = &mut self.store[segment];
+            if seq_before(record.ack, stored.end()) {
+                break;
+            }
             stored.references -= 1;
             segment = stored.next;
         }
-        self.free_head(c);
+        let is_one_let_go = core::mem::replace(&mut session.una_segment, segment) != segment;
+        let c = session.connection;
+        session.rto_at = None;
+        if session.snd_una != session.snd_nxt {
+            start_timeout(session, &mut self.wheel, s, tick(now_ns));
+        }
+        if is_one_let_go {
+            self.free_head(c);
+        }
         true
+    }
+}
+
+/// Starts the retransmission timeout of a session that had none since what is in flight was sent.
+#[inline(always)]
+fn start_timeout(session: &mut Session, wheel: &mut Wheel, s: u32, now: Tick) {
+    let due = Due::at(now.wrapping_add(session.first_rto_ticks()));
+    session.rto_at = Some(due);
+    if session.fires_after(due) {
+        session.armed_at = Some(due);
+        wheel.arm(s, due.tick());
     }
 }
 
@@ -457,7 +471,12 @@ mod tests {
                         mss: 1460,
                         window: if kind == 5 { 0 } else { 60_000 },
                         seq: session.rcv_nxt,
-                        ack: if kind == 6 { session.snd_una } else { session.snd_max() },
+                        ack: match kind {
+                            6 => session.snd_una,
+                            // A part of what is under way.
+                            7 => session.snd_una.wrapping_add(session.in_flight() / 2),
+                            _ => session.snd_max(),
+                        },
                         payload_len: random(3) * random(500),
                         ..Default::default()
                     });
