@@ -44,16 +44,17 @@ pub(crate) struct Connection {
     pub(crate) client: Endpoint,
     /// Which of the known servers its server is, see [`Servers`].
     known_server: u8,
+    pub(crate) ack_known: bool,
+    // These four side by side: see `goes_on`.
     pub(crate) phase: Phase,
     /// A new SYN took its place in the table: only its sessions still need it.
     pub(crate) detached: bool,
     /// Data was appended.
     pub(crate) any_data: bool,
-    pub(crate) ack_known: bool,
-    /// The client sends timestamps.
-    pub(crate) timestamps: bool,
     /// Its stream has a hole or an end.
     interrupted: bool,
+    /// The client sends timestamps.
+    pub(crate) timestamps: bool,
     /// What its SYN offered, for sessions opened later: `NO_SCALE` if it was none.
     window_scale: u8,
     pub(crate) mss: u16,
@@ -275,6 +276,14 @@ impl Connection {
         u32::from(self.wanted)
     }
 
+    /// Whether its stream is followed, has begun, and has neither a hole nor an end; nor has a new SYN taken its place.
+    #[inline(always)]
+    pub(crate) fn goes_on(&self) -> bool {
+        // One comparison of four bytes.
+        let so = [self.phase as u8, self.detached as u8, self.any_data as u8, self.interrupted as u8];
+        u32::from_ne_bytes(so) == u32::from_ne_bytes([Phase::Following as u8, 0, 1, 0])
+    }
+
     /// Whether its stream has neither a hole nor an end.
     #[inline]
     pub(crate) fn is_uninterrupted(&self) -> bool {
@@ -419,14 +428,12 @@ impl Connections {
             && !connection.detached
     }
 
-    /// The same of a segment over IPv4.
+    /// The same of a segment over IPv4, but for whether the connection is in the table: [`Connection::goes_on`] says so.
     #[inline(always)]
     pub(crate) fn is_of_plain(&self, c: u32, ends: &PlainEnds) -> bool {
         let (connection, server) = (&self.connections[c], self.server(c));
         let is = |end: &Endpoint, ip: u32, port: u16| is_v4_of(&end.ip, ip) && end.port == port;
-        is(&connection.client, ends.src, ends.src_port)
-            && is(server, ends.dst, ends.dst_port)
-            && !connection.detached
+        is(&connection.client, ends.src, ends.src_port) && is(server, ends.dst, ends.dst_port)
     }
 
     /// Its place in the client table.

@@ -6,7 +6,6 @@
 //! end holds the two against each other.
 
 use crate::capture::Data;
-use crate::connection::Phase;
 use crate::counters::Counter;
 use crate::engine::Engine;
 use crate::output::{InHand, Output};
@@ -39,10 +38,8 @@ impl Engine {
         let connection = &mut self.connections[c];
         let takers = u32::from(connection.takers);
         let answered = connection.ack_advances(ack);
-        let usual = connection.phase == Phase::Following
-            && connection.any_data
+        let usual = connection.goes_on()
             && connection.next_seq == seq
-            && connection.is_uninterrupted()
             && connection.held_bytes + len <= self.config.limits.held_bytes_per_connection
             && self.stopping.is_none()
             // Without a session nothing is stored; with too few, a turn opens those that are missing.
