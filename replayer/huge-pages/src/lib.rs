@@ -13,9 +13,10 @@ use std::ptr::null_mut;
 /// Above this size: what an engine has with its default limits, also when several workers share them, but free lists.
 const LARGE: usize = 4 << 20;
 
-/// Up to this size large pieces are there as a whole at once: hash tables, which the first sessions touch all over, each in another page.
-/// Larger ones, the sessions, connections, timers and held data, are filled from the front, and take memory as they are.
-const AT_ONCE: usize = 24 << 20;
+/// Up to this size hash tables are there as a whole at once: the first sessions touch them all over, each in another page. They are what is
+/// asked for zeroed with a power of two as its size. The rest, the sessions, connections, timers and held data, is filled from the front, and
+/// takes memory as it is.
+const AT_ONCE: usize = 16 << 20;
 
 /// A huge page of x86-64 and of arm64 with pages of 4 KiB.
 const HUGE_PAGE: usize = 2 << 20;
@@ -28,8 +29,13 @@ fn is_large(layout: &Layout) -> bool {
     layout.size() > LARGE && layout.align() <= HUGE_PAGE
 }
 
-/// Zeroed memory of whole huge pages, or null.
-fn map(size: usize) -> *mut u8 {
+/// Whether a zeroed piece is a hash table.
+fn is_table(size: usize) -> bool {
+    size.is_power_of_two() && size <= AT_ONCE
+}
+
+/// Zeroed memory of whole huge pages, or null; `at_once`: all of it is there.
+fn map(size: usize, at_once: bool) -> *mut u8 {
     let Some(len) = size.checked_next_multiple_of(HUGE_PAGE) else { return null_mut() };
     let Some(with_slack) = len.checked_add(HUGE_PAGE) else { return null_mut() };
     let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -53,7 +59,7 @@ fn map(size: usize) -> *mut u8 {
             libc::munmap(place.add(len).cast(), HUGE_PAGE - before);
         }
         libc::madvise(place.cast(), len, libc::MADV_HUGEPAGE);
-        if len <= AT_ONCE {
+        if at_once {
             // Where the kernel does not know how (before 5.14), pages come when they are touched.
             libc::madvise(place.cast(), len, libc::MADV_POPULATE_WRITE);
         }
@@ -66,7 +72,7 @@ fn map(size: usize) -> *mut u8 {
 unsafe impl GlobalAlloc for HugePages {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if is_large(&layout) {
-            return map(layout.size());
+            return map(layout.size(), false);
         }
         // SAFETY: the caller's promises are passed on.
         unsafe { System.alloc(layout) }
@@ -74,7 +80,7 @@ unsafe impl GlobalAlloc for HugePages {
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         if is_large(&layout) {
-            return map(layout.size());
+            return map(layout.size(), is_table(layout.size()));
         }
         // SAFETY: as above.
         unsafe { System.alloc_zeroed(layout) }
@@ -163,8 +169,12 @@ mod tests {
         let _alone = ADDRESSES.lock().unwrap_or_else(PoisonError::into_inner);
         let table = vec![0u64; AT_ONCE / 8];
         assert_eq!(resident_kib(table.as_ptr() as usize), AT_ONCE / 1024);
-        let slab: Vec<u64> = Vec::with_capacity(AT_ONCE / 8 + HUGE_PAGE);
+        let slab: Vec<u64> = Vec::with_capacity(AT_ONCE / 8);
         assert_eq!(resident_kib(slab.as_ptr() as usize), 0);
+        for size in [AT_ONCE - 8, 2 * AT_ONCE] {
+            let by_place = vec![0u64; size / 8];
+            assert_eq!(resident_kib(by_place.as_ptr() as usize), 0, "{size}");
+        }
     }
 
     #[test]
