@@ -583,3 +583,37 @@ impl core::ops::IndexMut<u32> for Sessions {
 pub(crate) fn segment_after(segment: u32, last: u32, next: u32) -> u32 {
     if segment == last { NONE } else { next }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_that_was_used_has_nothing_of_the_session_before() {
+        let v6 = |last| Endpoint { ip: [0xfd, 0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 0, 0, last], port: 80 };
+        let v4 = |last| Endpoint { ip: from_v4([10, 0, 0, last]), port: 81 };
+        let mut sessions = Sessions::new(3);
+        let insert = |sessions: &mut Sessions, identity| {
+            let session = Session::new(identity, 0, 0, 7);
+            let s = sessions.insert(session, Turns::default(), &identity).unwrap();
+            assert_eq!(sessions.identity(s), identity);
+            assert!(sessions.trouble(s).is_none());
+            assert_eq!((sessions.last_segment(s), sessions.board(s)), (NONE, NO_BOARD));
+            s
+        };
+        let mut live: Vec<u32> = [v6(1), v4(2), v6(3)].map(|identity| insert(&mut sessions, identity)).into();
+        for round in 4..40 {
+            let old = live.remove(usize::from(round) % 3);
+            sessions.cut(old, EndReason::Gap, 5);
+            sessions.in_trouble(old).1.board = 9;
+            assert_eq!((sessions.last_segment(old), sessions.board(old)), (5, 9));
+            sessions.in_trouble(live[0]);
+            sessions.check(live.iter().copied().chain([old]));
+            sessions.remove(old);
+            let s = insert(&mut sessions, if round % 2 == 0 { v4(round) } else { v6(round) });
+            assert_eq!(s, old);
+            live.push(s);
+            sessions.check(live.iter().copied());
+        }
+    }
+}

@@ -96,6 +96,46 @@ fn b020_a_flood_of_syns_is_bounded_and_live_sessions_go_on() {
     lab.stop();
 }
 
+#[test]
+fn b020_of_many_connections_each_is_forgotten_when_its_time_has_come_and_not_before() {
+    let mut config = config();
+    config.limits.connections = 40_000;
+    let mut lab = Lab::with(config);
+    let capture = |lab: &mut Lab, clients: std::ops::Range<u32>| {
+        for number in clients {
+            let [_, _, a, b] = number.to_be_bytes();
+            let segment = Segment {
+                source: Endpoint { ip: from_v4([10, 9, a, b]), port: 40_000 },
+                destination: endpoint(ONLINE),
+                seq: 5,
+                ack: 7,
+                flags: flags::ACK,
+                window: 500,
+                mss: None,
+                window_scale: None,
+                sack_permitted: false,
+                timestamps: None,
+                payload: vec![1; 10],
+            };
+            let mut frames = vec![lab.wire.captured(&segment)];
+            lab.engine.on_captured(lab.now, &mut frames, &mut lab.wire);
+        }
+    };
+    // In the middle of requests, so they are watched, five minutes long.
+    capture(&mut lab, 0..40_000);
+    lab.pass(200 * S);
+    capture(&mut lab, 0..100);
+    lab.pass(99 * S);
+    assert_eq!(lab.engine.gauges().connections_live, 40_000);
+    lab.pass(17 * S);
+    assert_eq!(lab.engine.gauges().connections_live, 100);
+    lab.pass(200 * S);
+    assert_eq!(lab.engine.gauges().connections_live, 0);
+    // Nothing is left to look at.
+    assert_eq!(lab.engine.next_deadline_ns(lab.now), None);
+    lab.stop();
+}
+
 /// SYNs among what was sent.
 fn syns(lab: &mut Lab) -> usize {
     lab.sent().iter().filter(|segment| segment.has(2)).count()

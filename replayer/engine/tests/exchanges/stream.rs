@@ -118,6 +118,28 @@ fn b033_a_hole_ends_the_session_and_the_next_request_is_joined() {
 }
 
 #[test]
+fn b033_each_hole_has_its_own_time_whichever_was_before() {
+    let mut lab = Lab::new();
+    lab.handshake();
+    // A hole that is filled in time, here and at another client.
+    lab.client("PA 101+100 ack 1");
+    lab.pass(500 * MS);
+    lab.client("PA 1+100 ack 1");
+    lab.expect(&["PA 1+100 ack 1", "PA 101+100 ack 1"]);
+    lab.target("A 1 ack 201");
+    lab.client.port += 1;
+    lab.handshake();
+    lab.client("PA 101+100 ack 1");
+    // The time of the first one passes, then that of the second.
+    lab.pass(900 * MS);
+    assert_eq!(lab.count(Counter::BytesGap), 0);
+    assert_eq!(lab.engine.pending().out_of_order_bytes, 100);
+    lab.pass(200 * MS);
+    assert_eq!(lab.count(Counter::BytesGap), 100);
+    lab.stop();
+}
+
+#[test]
 fn b033_with_new_connections_only_a_connection_that_began_under_capture_is_joined_again_after_a_hole() {
     let mut config = config();
     config.new_connections_only = true;
