@@ -11,7 +11,7 @@ use replayer_engine::counters::Counter;
 use replayer_engine::{BATCH, Engine};
 
 /// Bytes that a live, idle connection and its session may take, with all that is needed to find them and to wake them.
-const MOST_PER_SESSION: u64 = 640;
+const MOST_PER_SESSION: u64 = 320;
 
 /// This process's resident memory, KiB.
 fn resident() -> u64 {
