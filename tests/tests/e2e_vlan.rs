@@ -69,20 +69,26 @@ fn b011_tagged_packets_of_a_mirror_port_are_replayed() -> Result<()> {
         let assistants = [lab.assistant().v4().into()];
         let mut online =
             Role::online_at(&lab, lab.online(), "aside", &services, &assistants, &["--capture", way])?;
-        let load = format!(
-            "--connect {}:{STREAM} --connections 20 --per-connection 25 --requests 500 --rate 1000 --body 1-8000 \
-             --response 1-8000",
-            lab.online().v4()
-        );
-        let summary = Load::run(&lab, "load", &load)?;
-        assert_eq!((summary.responses, summary.errors), (500, 0), "{summary:?}");
-        streams.ensure_equal(500)?;
-        streams.target.ended_record_of(500, ARRIVAL)?;
+        twenty_connections(&lab, &mut streams)?;
         assert!(mirror_port.stop()? > 1000);
         let report = online.stop_online()?;
         assert_eq!(report.counter("sessions_completed"), 20, "{:?}", report.counters);
         assistant.stop::<serde_json::Value>()?;
     }
+    Ok(())
+}
+
+/// 20 connections of 25 requests each; what they sent arrives at the target as it was.
+fn twenty_connections(lab: &Lab, streams: &mut StreamPair) -> Result<()> {
+    let load = format!(
+        "--connect {}:{STREAM} --connections 20 --per-connection 25 --requests 500 --rate 1000 --body 1-8000 \
+         --response 1-8000",
+        lab.online().v4()
+    );
+    let summary = Load::run(lab, "load", &load)?;
+    assert_eq!((summary.responses, summary.errors), (500, 0), "{summary:?}");
+    streams.ensure_equal(500)?;
+    streams.target.ended_record_of(500, ARRIVAL)?;
     Ok(())
 }
 
@@ -110,15 +116,7 @@ fn b011_a_target_in_a_vlan_gets_every_packet_with_its_tags() -> Result<()> {
         let watch = Watch::arriving(lab.target(), &[("tagged", tagged)])?;
         put_into_vlan(lab.target(), STREAM, tagged)?;
         let replay = Replay::start(&lab, &[STREAM], &["--vlan", tags])?;
-        let load = format!(
-            "--connect {}:{STREAM} --connections 20 --per-connection 25 --requests 500 --rate 1000 --body 1-8000 \
-             --response 1-8000",
-            lab.online().v4()
-        );
-        let summary = Load::run(&lab, "load", &load)?;
-        assert_eq!((summary.responses, summary.errors), (500, 0), "{summary:?}");
-        streams.ensure_equal(500)?;
-        streams.target.ended_record_of(500, ARRIVAL)?;
+        twenty_connections(&lab, &mut streams)?;
         let (report, _) = replay.stop()?;
         assert_eq!(report.counter("sessions_completed"), 20, "{:?}", report.counters);
         let sent: u64 = report.workers.iter().map(|worker| worker.packets_transmitted).sum();
