@@ -53,13 +53,19 @@ fn hash_of_halves(
     (b_high, b_low): (u64, u64),
     b_port: u16,
 ) -> u32 {
-    // Two rounds of wyhash (public domain, Wang Yi): the halves of a product of 128 bits, folded.
+    // Rounds of wyhash (public domain, Wang Yi): the halves of a product of 128 bits, folded.
     let folded = |x: u64, y: u64| {
         let product = u128::from(x) * u128::from(y);
         product as u64 ^ (product >> 64) as u64
     };
     let lows = a_low ^ b_low.rotate_left(32);
-    let highs = a_high.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ b_high.rotate_left(29);
+    // Two rounds more for IPv6: who may choose all of an address could make its halves and the ports cancel each other out.
+    let highs = if a_high | b_high == 0 {
+        0
+    } else {
+        let both = folded(a_high ^ seed, b_high ^ seed.rotate_left(32) ^ 0x8ebc_6af0_9c88_c6e3);
+        folded(both ^ b_low, seed ^ 0x5899_65cc_7537_4cc3)
+    };
     let ports = ((a_port as u64) << 32) | b_port as u64;
     let h = folded(lows ^ seed, highs ^ ports ^ seed.rotate_left(32) ^ 0xa076_1d64_78bd_642f);
     folded(h, 0xe703_7ed1_a0b4_28db) as u32
@@ -112,6 +118,36 @@ mod tests {
             let empty = slots.iter().filter(|&&n| n == 0).count();
             assert!((23_500..24_700).contains(&empty), "{empty} empty of 65536, seed {seed}, {ports} ports");
             assert!(slots.iter().all(|&n| n < 12), "seed {seed}, {ports} ports");
+        }
+    }
+
+    #[test]
+    fn who_knows_the_hash_but_not_the_seed_makes_no_collisions() {
+        // A client's prefix and its port, or its and the server's interface identifier, that cancel each other out where they are only added up.
+        let inverse =
+            |odd: u64| (0..6).fold(odd, |x, _| x.wrapping_mul(2u64.wrapping_sub(odd.wrapping_mul(x))));
+        let high = |high: u64, low: u64| {
+            let mut ip = [0; 16];
+            ip[..8].copy_from_slice(&high.to_be_bytes());
+            ip[8..].copy_from_slice(&low.to_be_bytes());
+            ip
+        };
+        let server = high(0x2001_0db8_0000_0000, 1);
+        let to_cancel = inverse(0x9e37_79b9_7f4a_7c15);
+        for seed in [1, 0x1234_5678_9abc_def0] {
+            let by_port: [u32; 4096] = core::array::from_fn(|port| {
+                let prefix = to_cancel.wrapping_mul((port as u64) << 32);
+                pair_hash(seed, &high(prefix, 7), port as u16, &server, 80)
+            });
+            let by_server: [u32; 4096] = core::array::from_fn(|i| {
+                let (client, server) = (high(1 << 61, (i as u64).rotate_left(32)), high(1 << 61, i as u64));
+                pair_hash(seed, &client, 40_000, &server, 80)
+            });
+            for mut hashes in [by_port, by_server] {
+                hashes.sort_unstable();
+                let different = 1 + hashes.windows(2).filter(|pair| pair[0] != pair[1]).count();
+                assert!(different > 4090, "{different} hashes of 4096 pairs, seed {seed}");
+            }
         }
     }
 
