@@ -779,8 +779,9 @@ impl Engine {
             self.forget(c);
             return;
         }
-        // The client is gone without a word: its sessions end as if it had closed. Until they have, it is looked at as rarely as before.
-        connection.last_seen = tick(now_ns);
+        // The client is gone without a word: its sessions end as if it had closed. Whether they have, and it can be forgotten, the next round
+        // sees.
+        connection.last_seen = tick(now_ns).wrapping_sub(connection.idle_limit());
         let mut s = connection.first_session;
         while s != NONE {
             let next = self.sessions[s].next_copy;

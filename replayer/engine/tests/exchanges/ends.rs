@@ -344,6 +344,18 @@ fn a_client_that_is_gone_without_a_word_is_forgotten_after_two_hours() {
     assert_eq!(lab.text(sent.last().unwrap()), "FA 101 ack 51");
     lab.target("FA 51 ack 102");
     assert_eq!(lab.engine.gauges().sessions_live, 0);
-    lab.pass(3 * 3600 * S);
+    lab.pass(17 * S);
+    assert_eq!(lab.engine.gauges().connections_live, 0);
+}
+
+#[test]
+fn b020_a_client_that_never_ended_its_handshake_is_forgotten_as_soon_as_its_session_has_closed() {
+    let mut lab = Lab::new();
+    lab.client("S 0 mss 1460");
+    lab.target("SA 0 ack 1 mss 1460");
+    lab.pass(62 * S);
+    lab.target("FA 1 ack 2");
+    assert_eq!(lab.engine.gauges().sessions_live, 0);
+    lab.pass(17 * S);
     assert_eq!(lab.engine.gauges().connections_live, 0);
 }
