@@ -95,7 +95,6 @@ pub(crate) struct Store {
     free: u32,
     used: usize,
     held_bytes: u64,
-    held_segments: u64,
 }
 
 /// The store is full.
@@ -113,7 +112,6 @@ impl Store {
             free: NONE,
             used: 0,
             held_bytes: 0,
-            held_segments: 0,
         }
     }
 
@@ -122,10 +120,10 @@ impl Store {
         self.held_bytes
     }
 
-    /// Segments held now.
+    /// Places in use now.
     #[cfg(test)]
-    pub(crate) fn held_segments(&self) -> u64 {
-        self.held_segments
+    pub(crate) fn places_held(&self) -> usize {
+        self.used
     }
 
     fn places(&self) -> usize {
@@ -181,7 +179,6 @@ impl Store {
             *place = Segment { len: len as u32, sum, ..segment() };
             self.used += 1;
             self.held_bytes += len as u64;
-            self.held_segments += 1;
             return Ok((index, sum));
         }
         let index = self.insert(segment(), room.get(..len).ok_or(Full)?)?;
@@ -211,7 +208,6 @@ impl Store {
         segment.more = more;
         self.segments[first as usize] = segment;
         self.held_bytes += payload.len() as u64;
-        self.held_segments += 1;
         Ok(first)
     }
 
@@ -219,7 +215,6 @@ impl Store {
     #[inline]
     pub(crate) fn remove(&mut self, index: u32) {
         self.held_bytes -= u64::from(self.segments[index as usize].len);
-        self.held_segments -= 1;
         let mut place = index;
         while place != NONE {
             let segment = &mut self.segments[place as usize];
@@ -358,7 +353,7 @@ mod tests {
         for index in held.drain(..) {
             store.remove(index);
         }
-        assert_eq!((store.held_bytes(), store.held_segments()), (0, 0));
+        assert_eq!((store.held_bytes(), store.places_held()), (0, 0));
         assert!(store.insert(segment(0), &[1; 64 * BLOCK]).is_ok());
         assert_eq!(store.insert(segment(0), &[1]), Err(Full));
     }

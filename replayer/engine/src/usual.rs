@@ -329,18 +329,39 @@ impl NewData {
 mod tests {
     use super::*;
     use crate::config::{Config, Service};
-    use crate::wire::{Header, Link, Template, sum};
+    use crate::wire::{Header, Link, SynOptions, Template, sum};
     use crate::{AddressRange, BATCH};
     use alloc::{vec, vec::Vec};
     use replayer_common::addr::{Endpoint, from_v4};
     use std::format;
 
-    const ONLINE: Endpoint = Endpoint { ip: from_v4([10, 0, 1, 1]), port: 80 };
-    const TARGETS: [Endpoint; 2] = [
-        Endpoint { ip: from_v4([10, 0, 2, 1]), port: 80 },
-        Endpoint { ip: from_v4([10, 0, 2, 2]), port: 8080 },
-    ];
-    const LINK: Link = Link { source_mac: [2; 6], destination_mac: [4; 6], tags: [None; 2], mtu: 1500 };
+    /// How packets come and go.
+    #[derive(Clone, Copy, Debug)]
+    struct Way {
+        v6: bool,
+        /// VLAN tags of captured packets and of those that are sent.
+        captured_in: [Option<(u16, u16)>; 2],
+        sent_in: [Option<(u16, u16)>; 2],
+    }
+
+    impl Way {
+        const TAGGED: [Option<(u16, u16)>; 2] = [Some((0x8100, 5)), None];
+        const PLAIN: Way = Way { v6: false, captured_in: [None; 2], sent_in: [None; 2] };
+
+        fn end(self, v4: [u8; 4], port: u16) -> Endpoint {
+            let mut ip = from_v4(v4);
+            if self.v6 {
+                (ip[0], ip[1]) = (0x20, 0x01);
+            }
+            Endpoint { ip, port }
+        }
+        fn online(self) -> Endpoint {
+            self.end([10, 0, 1, 1], 80)
+        }
+        fn link(self, tags: [Option<(u16, u16)>; 2]) -> Link {
+            Link { source_mac: [2; 6], destination_mac: [4; 6], tags, mtu: 1500 }
+        }
+    }
 
     /// Keeps what was sent.
     #[derive(Default)]
@@ -365,8 +386,10 @@ mod tests {
         fn unregister(&mut self, _: u16, _: Endpoint) {}
     }
 
-    fn engine(copies_millionths: u64, services: usize) -> Engine {
-        let services = TARGETS[..services].iter().map(|&target| Service { online: ONLINE, target }).collect();
+    fn engine(copies_millionths: u64, services: usize, way: Way, now: u64) -> Engine {
+        let targets = [way.end([10, 0, 2, 1], 80), way.end([10, 0, 2, 2], 8080)];
+        let services =
+            targets[..services].iter().map(|&target| Service { online: way.online(), target }).collect();
         let mut config = Config::new(services);
         config.copies_millionths = copies_millionths;
         config.limits.sessions = 400;
@@ -374,10 +397,10 @@ mod tests {
         config.limits.held_bytes = 1 << 20;
         config.limits.held_bytes_per_connection = 1 << 17;
         if copies_millionths != 1_000_000 {
-            config.pool = vec![AddressRange { first: from_v4([10, 9, 0, 0]), count: 4 }];
+            config.pool = vec![AddressRange { first: way.end([10, 9, 0, 0], 0).ip, count: 4 }];
         }
-        let mut engine = Engine::new(config, 0);
-        (0..engine.services.len()).for_each(|service| engine.set_link(service, Some(LINK)));
+        let mut engine = Engine::new(config, now);
+        (0..engine.services.len()).for_each(|service| engine.set_link(service, Some(way.link(way.sent_in))));
         engine
     }
 
@@ -398,12 +421,26 @@ mod tests {
             seed ^= seed << 17;
             (seed >> 33) as u32 % bound
         };
-        for (copies, services) in [(1_000_000, 1), (1_000_000, 2), (2_500_000, 1), (12_000_000, 1)] {
-            let mut engines = [engine(copies, services), engine(copies, services)];
+        let v6 = Way { v6: true, ..Way::PLAIN };
+        let tagged_in = Way { captured_in: Way::TAGGED, ..Way::PLAIN };
+        let tagged_out = Way { sent_in: Way::TAGGED, ..Way::PLAIN };
+        let cases = [
+            (1_000_000, 1, Way::PLAIN),
+            (1_000_000, 2, Way::PLAIN),
+            (2_500_000, 1, Way::PLAIN),
+            (12_000_000, 1, Way::PLAIN),
+            (1_000_000, 1, v6),
+            (3_000_000, 1, v6),
+            (1_000_000, 1, tagged_in),
+            (2_000_000, 1, tagged_out),
+        ];
+        for (number, (copies, services, way)) in cases.into_iter().enumerate() {
+            // Every other time ticks wrap on the way.
+            let mut now = if number % 2 == 0 { 1_000_000_000 } else { (1 << 48) - 20_000_000_000 };
+            let mut engines = [engine(copies, services, way, now), engine(copies, services, way, now)];
             engines[1].step_by_step = true;
             let mut clients = [Client { seq: 0, ack: 0, timestamps: false }; 40];
-            let mut now = 1_000_000_000;
-            let template = Template::new(&LINK, &ONLINE, 500);
+            let template = Template::new(&way.link(way.captured_in), &way.online(), 500);
             for _ in 0..400 {
                 let mut batch = Vec::new();
                 for _ in 0..BATCH {
@@ -430,12 +467,16 @@ mod tests {
                         client.ack = client.ack.wrapping_add(random(500));
                     }
                     let header = Header {
-                        source: Endpoint { ip: from_v4([10, 7, 0, i as u8]), port: 40_000 },
+                        source: way.end([10, 7, 0, i as u8], 40_000),
                         seq: client.seq.wrapping_sub(back),
                         ack: client.ack,
                         flags: control,
                         timestamps: client.timestamps.then_some((now as u32, 7)),
-                        syn: None,
+                        syn: (kind == 0).then_some(SynOptions {
+                            mss: 1460,
+                            window_scale: Some(7),
+                            sack_permitted: true,
+                        }),
                         ip_id: 0,
                     };
                     let start = header.len(&template);
@@ -452,7 +493,12 @@ mod tests {
                 let mut records = Vec::new();
                 for (s, service, identity) in engines[0].identities(0) {
                     let session = &engines[0].sessions[s];
-                    let kind = random(12);
+                    let kind = random(14);
+                    // Seldom out of order, behind what is known.
+                    let seq_back = if random(40) == 0 { random(300) } else { 0 };
+                    let sacked = random(60) == 0 && session.in_flight() > 40;
+                    let mut sack = [(0, 0); 3];
+                    sack[0] = (session.snd_una.wrapping_add(10), session.snd_una.wrapping_add(30));
                     records.push(ResponseHeader {
                         service,
                         addr: identity.ip,
@@ -464,10 +510,22 @@ mod tests {
                             2..5 => flags::ACK,
                             _ => flags::ACK | flags::PSH,
                         },
-                        present: present::MSS | present::TIMESTAMPS,
-                        mss: 1460,
-                        window: if kind == 5 { 0 } else { 60_000 },
-                        seq: session.rcv_nxt,
+                        present: present::MSS | present::TIMESTAMPS | present::WINDOW_SCALE,
+                        mss: [536, 1460][random(2) as usize],
+                        window_scale: random(3) as u8,
+                        window: match kind {
+                            5 => 0,
+                            12 => random(3000) as u16,
+                            _ => 60_000,
+                        },
+                        // The target's clock is at its wrap; seldom a segment is far behind it.
+                        ts_val: 0u32
+                            .wrapping_sub(40)
+                            .wrapping_add((now / 1_000_000) as u32)
+                            .wrapping_sub(if random(30) == 0 { random(3000) } else { 0 }),
+                        sack_count: u8::from(sacked),
+                        sack,
+                        seq: session.rcv_nxt.wrapping_sub(seq_back),
                         ack: match kind {
                             6 => session.snd_una,
                             // A part of what is under way.
@@ -487,7 +545,7 @@ mod tests {
                     engine.check();
                     out.0
                 });
-                assert!(sent[0] == sent[1], "packets after {now} ns, {copies} millionths of a copy");
+                assert!(sent[0] == sent[1], "packets after {now} ns, {copies} millionths of a copy, {way:?}");
                 let counted = engines.each_ref().map(|engine| format!("{:?}", engine.counters()));
                 assert_eq!(counted[0], counted[1]);
                 now += u64::from(random(400_000)) * 1000;
@@ -498,6 +556,18 @@ mod tests {
             let counters = engines[0].counters();
             assert!(counters[Counter::PacketsData] > 2_000, "{counters:?}");
             assert!(counters[Counter::TurnsSent] > 500, "{counters:?}");
+            // When nothing more comes, nothing is left.
+            let (engine, mut out) = (&mut engines[0], Kept::default());
+            engine.end_of_capture(now, &mut out);
+            for _ in 0..200 {
+                now += 1_000_000_000;
+                engine.on_timers(now, &mut out);
+                #[cfg(debug_assertions)]
+                engine.check();
+            }
+            assert_eq!((engine.sessions.len(), engine.connections.len(), engine.boards.len()), (0, 0, 0));
+            assert_eq!((engine.store.held_bytes(), engine.store.places_held()), (0, 0));
+            assert_eq!(engine.next_deadline_ns(now), None);
         }
     }
 }
