@@ -32,6 +32,7 @@ impl Engine {
                 if let Some(service) = self.services.get(usize::from(record.service)) {
                     let target = service.target;
                     *hash = pair_hash(self.config.seed, &record.addr, record.port, &target.ip, target.port);
+                    self.by_identity.read_ahead(*hash);
                 }
             }
             self.read_ahead_for(&hashes[..batch.len()], batch);
@@ -43,11 +44,8 @@ impl Engine {
         }
     }
 
-    /// Asks for the sessions, most likely, of a batch of records, and for what they lead to.
+    /// Asks for the sessions, most likely, of a batch of records, and for what they lead to. Their places in the table were asked for.
     fn read_ahead_for(&self, hashes: &[u32], batch: &[ResponseHeader]) {
-        for &hash in hashes {
-            self.by_identity.read_ahead(hash);
-        }
         let mut places = [NONE; BATCH];
         let places = &mut places[..hashes.len()];
         for ((place, &hash), record) in places.iter_mut().zip(hashes).zip(batch) {
