@@ -34,8 +34,9 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// The longest pause: what a replayed request may be late by for the sake of CPU time.
-const LONGEST_PAUSE_NS: u64 = 300_000;
+/// The longest pause: what a replayed request may be late by for the sake of CPU time. At 20 000 requests a second a fourth of the wake-ups less
+/// than with 0.3 ms and a sixth of the time; with 0.5 ms little more is gained.
+const LONGEST_PAUSE_NS: u64 = 400_000;
 /// How often a busy worker publishes its figures.
 const PUBLISH_NS: u64 = 100_000_000;
 /// Captured batches handled before the channels get their turn.
