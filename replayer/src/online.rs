@@ -31,7 +31,7 @@ use replayer_common::packet::Protocol;
 use replayer_engine::Engine;
 use replayer_engine::config::Limits;
 use serde_json::Value;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -40,6 +40,9 @@ use std::time::{Duration, Instant};
 
 /// How long a next hop may take to tell its address at the start.
 const NEXT_HOP_PATIENCE: Duration = Duration::from_secs(2);
+/// After so long connections that were in the middle of a request are looked at once more: the kernel's times of their sockets have moved on
+/// by a tick (4 ms at 250 Hz). Also how long a look may take to be worth another one, for captured packets wait meanwhile.
+const MOMENT: Duration = Duration::from_millis(5);
 /// Frames of all workers' ports together, half of them for captured packets that wait for a worker: 128 MiB. Data that waits for the
 /// target is not held in them.
 const FRAMES: u32 = 65_536;
@@ -195,6 +198,7 @@ impl Online {
         let earlier = open_connections(look, &ports);
         say_shortfalls(&args.replay, workers, &config.limits, &earlier);
         capture.attach()?;
+        let attached = Instant::now();
         let later = open_connections(look, &ports);
         let (quiet, others) = between_turns(&earlier, &later);
         let mut online = Online {
@@ -207,8 +211,17 @@ impl Online {
             ramp,
             workers: Vec::new(),
         };
-        for (number, (mut worker, shared)) in (0..).zip(made) {
+        for (number, (worker, _)) in (0..).zip(&mut made) {
             worker.join(&of_worker(number, workers, &quiet), &of_worker(number, workers, &others));
+        }
+        // Of those that were in the middle of a request most are not any more a moment later. Nobody empties the rings meanwhile.
+        let mut settled = Vec::new();
+        if quiet.len() + others.len() < later.len() && attached.elapsed() < MOMENT {
+            std::thread::sleep(MOMENT);
+            settled = between_turns_now(&later, &open_connections(look, &ports));
+        }
+        for (number, (mut worker, shared)) in (0..).zip(made) {
+            worker.join(&Pairs::new(), &of_worker(number, workers, &settled));
             online.workers.push(Running::start(number, placement.cpu(number), worker, shared)?);
         }
 
@@ -225,7 +238,7 @@ impl Online {
             eprintln!(
                 "online: {} connections are open already, {} of them between two requests",
                 later.len(),
-                quiet.len() + others.len()
+                quiet.len() + others.len() + settled.len()
             );
         }
         eprintln!("online ready: stop with SIGTERM or Ctrl-C");
@@ -639,9 +652,30 @@ fn between_turns(earlier: &[Connection], later: &[Connection]) -> (Pairs, Pairs)
     (quiet, others)
 }
 
+/// Those that were in the middle of a request at the look before, and are between two at this one.
+fn between_turns_now(before: &[Connection], now: &[Connection]) -> Pairs {
+    let pair = |connection: &Connection| (connection.client, connection.server);
+    let busy: HashSet<_> = before.iter().filter(|connection| !connection.between_turns).map(pair).collect();
+    now.iter().filter(|connection| connection.between_turns).map(pair).filter(|c| busy.contains(c)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use replayer_common::addr::from_v4;
+
+    #[test]
+    fn only_those_are_looked_up_again_that_were_in_the_middle_of_a_request() {
+        let at = |port: u16, between_turns: bool| Connection {
+            client: Endpoint { ip: from_v4([192, 0, 2, 1]), port },
+            server: Endpoint { ip: from_v4([192, 0, 2, 2]), port: 80 },
+            between_turns,
+            received: 1,
+        };
+        let before = [at(1, true), at(2, false), at(3, false), at(4, false)];
+        let now = [at(1, true), at(2, true), at(3, false), at(5, true)];
+        assert_eq!(between_turns_now(&before, &now), [(at(2, true).client, at(2, true).server)]);
+    }
 
     #[test]
     fn b044_a_ramp_only_grows_and_ends_at_the_sample() {

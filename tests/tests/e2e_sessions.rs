@@ -63,6 +63,17 @@ fn b012_data_captured_before_the_syn_ack_is_held_and_sent_once() -> Result<()> {
     Ok(())
 }
 
+/// Of the connections that were open already, how many were in the middle of a request, by what the online role says.
+fn in_a_request(said: &str) -> Result<usize> {
+    let numbers = said.lines().find_map(|line| {
+        let (open, rest) = line.strip_prefix("online: ")?.split_once(" connections are open already, ")?;
+        Some((open.parse::<usize>().ok()?, rest.split_once(' ')?.0.parse::<usize>().ok()?))
+    });
+    let (open, between) = numbers.with_context(|| format!("no word of open connections: {said}"))?;
+    ensure!(between + 5 >= open, "{between} of {open} connections are between two requests");
+    Ok(open - between)
+}
+
 #[test]
 fn b013_connections_that_were_open_before_are_joined_or_left_out() -> Result<()> {
     for only_new in [false, true] {
@@ -79,6 +90,7 @@ fn b013_connections_that_were_open_before_are_joined_or_left_out() -> Result<()>
         let arguments: &[&str] = if only_new { &["-O"] } else { &[] };
         let replay = Replay::start(&lab, &[HTTP], arguments)?;
         let ready = seconds_now()?;
+        let in_a_request = if only_new { 0 } else { in_a_request(&replay.online.process.errors())? };
         assert_all_answered(
             &Load::run(&lab, "new", &load("--connections 20 --per-connection 5 --requests 500"))?,
             500,
@@ -103,7 +115,11 @@ fn b013_connections_that_were_open_before_are_joined_or_left_out() -> Result<()>
             let after = online.filtered(|entry| is_old(entry) && entry.time > ready + 0.05);
             let difference = ledger::compare(&after, &old_at_target);
             assert!(after.len() > 1000, "{difference:?}");
-            assert_eq!(difference.missing, 0, "{difference:?}");
+            // A connection that was in the middle of a request is joined at its second one from then on.
+            assert!(
+                difference.missing <= in_a_request,
+                "{difference:?}, {in_a_request} in the middle of one"
+            );
             assert_eq!(ledger::compare(&online, &target).extra, 0);
         }
         replay.stop()?;
