@@ -1,10 +1,11 @@
 //! One worker and two, each on a core and with a device of its own: what a second core adds. Workers share nothing that is written, so what
 //! keeps the second from adding as much as the first has is the machine's (caches, memory, the hypervisor) or the kernel's.
 
+use crate::Options;
 use crate::engine;
 use crate::report::{Figure, Wanted};
+use crate::sending::Amplified;
 use crate::wire::{Cable, alone};
-use crate::{Options, sending};
 use anyhow::{Context, Result, ensure};
 use std::sync::Barrier;
 use std::time::Duration;
@@ -32,7 +33,10 @@ pub fn run(options: Options) -> Result<Vec<Figure>> {
                 let cable = Cable::new()?;
                 let mut port = cable.sender()?;
                 ready.wait();
-                sending::amplified(&mut port, duration)
+                let mut amplified = Amplified::new(&mut port);
+                let rate = amplified.rate(&mut port, duration);
+                amplified.ensure_delivered()?;
+                Ok(rate)
             })
         })?;
         Ok(rates.into_iter().map(|rate| rate / 1e3).sum())
