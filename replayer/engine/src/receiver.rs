@@ -106,7 +106,10 @@ impl Engine {
                 } else {
                     self.sessions.identity(index) == identity
                 };
-                is_it && self.services[usize::from(session.service)].target == service.target
+                // Services may share a target.
+                let of_service = session.service == record.service
+                    || self.services[usize::from(session.service)].target == service.target;
+                is_it && of_service
             })
         });
         let Some(s) = found else {

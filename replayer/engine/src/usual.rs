@@ -269,21 +269,23 @@ impl Engine {
         session.cwnd = session.cwnd.saturating_add(acked).min(MAX_WINDOW);
         session.set_limit();
         let mut segment = session.una_segment;
+        let mut is_one_free = false;
         while segment != NONE {
             let stored = &mut self.store[segment];
             if seq_before(record.ack, stored.end()) {
                 break;
             }
             stored.references -= 1;
+            is_one_free |= stored.references == 0;
             segment = stored.next;
         }
-        let is_one_let_go = core::mem::replace(&mut session.una_segment, segment) != segment;
+        session.una_segment = segment;
         let c = session.connection;
         session.rto_at = None;
         if session.snd_una != session.snd_nxt {
             start_timeout(session, &mut self.wheel, s, tick(now_ns));
         }
-        if is_one_let_go {
+        if is_one_free {
             self.free_head(c);
         }
         true
