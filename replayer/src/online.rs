@@ -221,7 +221,10 @@ impl Online {
             settled = between_turns_now(&later, &open_connections(look, &ports));
         }
         for (number, (mut worker, shared)) in (0..).zip(made) {
-            worker.join(&Pairs::new(), &of_worker(number, workers, &settled));
+            let settled = of_worker(number, workers, &settled);
+            if !settled.is_empty() {
+                worker.join(&Pairs::new(), &settled);
+            }
             online.workers.push(Running::start(number, placement.cpu(number), worker, shared)?);
         }
 

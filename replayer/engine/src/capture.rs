@@ -73,7 +73,7 @@ impl Engine {
     /// Handles captured packets: each is `(frame, length)`, Ethernet first. The frames are taken: sent, or released. `frames` is
     /// empty afterwards and keeps its capacity.
     pub fn on_captured<O: Output>(&mut self, now_ns: u64, frames: &mut Vec<(O::Frame, usize)>, out: &mut O) {
-        // Several passes over each batch: the first only hashes, the next read ahead what the last will use.
+        // Several passes over each batch: the first parses, the next read ahead what the last will use.
         let mut looked = core::mem::take(&mut self.looked);
         while !frames.is_empty() {
             let count = frames.len().min(BATCH);
@@ -199,6 +199,7 @@ impl Engine {
         })
     }
 
+    /// Takes a packet of a batch, most often by what its first pass has found.
     #[inline(always)]
     fn on_packet<O: Output>(
         &mut self,
@@ -223,6 +224,7 @@ impl Engine {
         self.on_parsed(now_ns, looked, frame, len, out);
     }
 
+    /// The same by all that its headers say.
     #[inline(never)]
     fn on_parsed<O: Output>(
         &mut self,

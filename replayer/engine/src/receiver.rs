@@ -44,7 +44,7 @@ impl Engine {
         }
     }
 
-    /// Asks for the sessions, most likely, of a batch of records, and for what they lead to. Their places in the table were asked for.
+    /// Asks for the sessions, most likely, of a batch of records, and for what they lead to; the table's slots were asked for before.
     fn read_ahead_for(&self, hashes: &[u32], batch: &[ResponseHeader]) {
         let mut places = [NONE; BATCH];
         let places = &mut places[..hashes.len()];

@@ -292,7 +292,7 @@ impl Engine {
     }
 }
 
-/// Starts the retransmission timeout of a session that had none since what is in flight was sent.
+/// Starts the retransmission timeout anew, without backoff: for a session that nothing has timed out of since the last acknowledgment.
 #[inline(always)]
 fn start_timeout(session: &mut Session, wheel: &mut Wheel, s: u32, now: Tick) {
     let due = Due::at(now.wrapping_add(session.first_rto_ticks()));
