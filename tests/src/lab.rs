@@ -211,7 +211,10 @@ pub struct Lab {
     plan: Plan,
     hosts: Vec<Host>,
     switch: Namespace,
+    /// Whether it is meant to outlive this process.
     persistent: bool,
+    /// Whether it still goes with this process.
+    owned: bool,
 }
 
 impl Lab {
@@ -220,14 +223,22 @@ impl Lab {
     /// Needs root, `ip` and (for the offload switch) `ethtool`.
     pub fn up(plan: Plan) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        remove_on_signals();
         let id = format!("p{}n{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        Self::build(&id, plan, &this_process(), false)
+        Self::build(&id, plan, false)
     }
 
-    /// Builds a lab named `id` (letters and digits) that stays until [`remove`]`(id)`.
+    /// Builds a lab named `id` (letters and digits) that stays until [`remove`]`(id)`, once [`keep`](Self::keep) says that it is complete.
     pub fn up_persistent(id: &str, plan: Plan) -> Result<Self> {
-        Self::build(id, plan, PERSISTENT, true)
+        Self::build(id, plan, true)
+    }
+
+    /// Lets a persistent lab outlive this process: until then it goes with it, half built as it is.
+    pub fn keep(&mut self) -> Result<()> {
+        // Not while a signal takes it down: then this process ends here.
+        let _building = building();
+        fs::write(self.dir().join("owner"), PERSISTENT)?;
+        self.owned = false;
+        Ok(())
     }
 
     /// Opens a standing persistent lab; `None` when there is none of that name.
@@ -241,10 +252,10 @@ impl Lab {
                 Ok(Host { namespace: Namespace::open(&namespace_name(id, &name))?, name, role, number })
             })
             .collect::<Result<_>>()?;
-        Ok(Some(Self { id: id.to_owned(), plan, hosts, switch, persistent: true }))
+        Ok(Some(Self { id: id.to_owned(), plan, hosts, switch, persistent: true, owned: false }))
     }
 
-    fn build(id: &str, plan: Plan, owner: &str, persistent: bool) -> Result<Self> {
+    fn build(id: &str, plan: Plan, persistent: bool) -> Result<Self> {
         ensure!(!id.is_empty() && id.len() <= 20, "a lab's name has 1 to 20 characters, not {id:?}");
         ensure!(
             id.chars().all(|c| c.is_ascii_alphanumeric()),
@@ -254,6 +265,7 @@ impl Lab {
         if !nix::unistd::geteuid().is_root() {
             bail!("making network namespaces needs root: run this with sudo");
         }
+        remove_on_signals();
         let _building = building();
         {
             let _lock = lock_state()?;
@@ -263,12 +275,12 @@ impl Lab {
                 bail!("a lab named {id} is up already; `cargo xtask lab down` removes it");
             }
             fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
-            fs::write(dir.join("owner"), owner)?;
+            fs::write(dir.join("owner"), this_process())?;
         }
         match Self::wire(id, &plan) {
             Ok((hosts, switch)) => {
                 fs::write(state_dir(id).join("plan.json"), serde_json::to_string(&plan)?)?;
-                Ok(Self { id: id.to_owned(), plan, hosts, switch, persistent })
+                Ok(Self { id: id.to_owned(), plan, hosts, switch, persistent, owned: true })
             }
             Err(error) => {
                 // What failed is the message; what is left of it goes away as far as it can.
@@ -394,14 +406,14 @@ impl Lab {
 
     /// Takes it down, with every process inside.
     pub fn down(mut self) -> Result<()> {
-        self.persistent = true; // The removal below is the only one.
+        self.owned = false; // The removal below is the only one.
         remove(&self.id)
     }
 }
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        if !self.persistent
+        if self.owned
             && let Err(error) = remove(&self.id)
         {
             eprintln!("removing the lab {}: {error:#}", self.id);
@@ -429,18 +441,20 @@ fn remove_parts(id: &str) -> Result<()> {
 
 /// Removes every lab whose owner is dead.
 fn remove_stale() -> Result<()> {
-    let Ok(entries) = fs::read_dir(STATE_DIR) else { return Ok(()) };
-    for entry in entries.flatten() {
-        let owner = fs::read_to_string(entry.path().join("owner")).unwrap_or_default();
-        if entry.path().is_dir()
-            && owner != PERSISTENT
-            && !is_running(&owner)
-            && let Some(id) = entry.file_name().to_str()
-        {
-            remove_parts(id).with_context(|| format!("removing the stale lab {id}"))?;
-        }
+    for id in labs_where(|owner| owner != PERSISTENT && !is_running(owner)) {
+        remove_parts(&id).with_context(|| format!("removing the stale lab {id}"))?;
     }
     Ok(())
+}
+
+/// The names of the labs with such an owner.
+fn labs_where(is_meant: impl Fn(&str) -> bool) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(STATE_DIR) else { return Vec::new() };
+    let owned = entries.flatten().filter(|entry| {
+        let owner = fs::read_to_string(entry.path().join("owner")).unwrap_or_default();
+        entry.path().is_dir() && is_meant(&owner)
+    });
+    owned.filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }
 
 /// Removes this process's labs when a signal asks it to end, then ends it with 128 + the signal's number.
@@ -452,15 +466,8 @@ fn remove_on_signals() {
             if let Some(signal) = signals.forever().next() {
                 // Held until the end: a test that is about to build its next lab must not get that far.
                 let _building = building();
-                let own = format!("{NAMESPACE_PREFIX}p{}n", std::process::id());
-                let mut ids: Vec<String> = Namespace::list(&own)
-                    .iter()
-                    .filter_map(|name| {
-                        Some(name.strip_prefix(NAMESPACE_PREFIX)?.split_once('-')?.0.to_owned())
-                    })
-                    .collect();
-                ids.dedup();
-                for id in ids {
+                let own = this_process();
+                for id in labs_where(|owner| owner == own) {
                     if let Err(error) = remove_parts(&id) {
                         eprintln!("removing the lab {id}: {error:#}");
                     }

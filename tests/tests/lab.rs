@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use replayer_tests::lab::{Host, Lab, Plan};
+use replayer_tests::lab::{Host, Lab, Plan, remove};
 use replayer_tests::namespace::Namespace;
 use replayer_tests::process::Process;
 use replayer_tests::servers::{Direction, impair};
@@ -67,4 +67,16 @@ fn an_impaired_cable_delays_what_it_is_told_to() {
     connect(lab.client(), lab.online(), lab.online().v4().into());
     let took = before.elapsed();
     assert!(took >= Duration::from_millis(200) && took < Duration::from_millis(900), "{took:?}");
+}
+
+#[test]
+fn a_persistent_lab_goes_with_its_process_until_it_is_complete() {
+    let id = format!("kept{}", std::process::id());
+    drop(Lab::up_persistent(&id, Plan::default()).unwrap());
+    assert!(Lab::open(&id).unwrap().is_none());
+    let mut lab = Lab::up_persistent(&id, Plan::default()).unwrap();
+    lab.keep().unwrap();
+    drop(lab);
+    assert!(Lab::open(&id).unwrap().is_some());
+    remove(&id).unwrap();
 }

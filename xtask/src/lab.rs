@@ -115,11 +115,9 @@ pub(crate) fn up_or_open() -> Result<Lab> {
 }
 
 fn up(plan: Plan) -> Result<Lab> {
-    let lab = Lab::up_persistent(ID, plan)?;
-    if let Err(error) = start_servers(&lab) {
-        remove(ID)?;
-        return Err(error);
-    }
+    let mut lab = Lab::up_persistent(ID, plan)?;
+    start_servers(&lab)?;
+    lab.keep()?;
     Ok(lab)
 }
 
