@@ -13,7 +13,7 @@ use replayer_engine::config::Service;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::str::FromStr;
 
-/// Replays the live requests of a production server, of TCP and UDP, to a target server.
+/// Replays the live requests of a production server, TCP and UDP, to a target server.
 #[derive(Debug, Parser)]
 #[command(name = "replayer", version, about, disable_help_subcommand = true)]
 pub struct Cli {

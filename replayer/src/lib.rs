@@ -1,4 +1,4 @@
-//! Replayer: replays the live TCP requests of a production server to a target server.
+//! Replayer: replays the live requests of a production server, TCP and UDP, to a target server.
 //!
 //! - [`cli`]: the command line
 //! - [`replay`]: the flags that both replaying roles have, and what they mean

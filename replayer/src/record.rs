@@ -123,6 +123,7 @@ impl FromStr for RecordedArg {
 /// When it cannot start, with the cause and the remedy; when a file cannot be written; when packets were lost.
 pub fn run(args: &RecordArgs) -> Result<()> {
     privileges::check()?;
+    report::check_writable(args.report.as_deref())?;
     let signals = Signals::install()?;
     let mut files = RotatingFiles::new(args)?;
     let mut network = Network::open()?;

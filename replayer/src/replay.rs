@@ -3,6 +3,7 @@
 
 use crate::cli::{CopiesArg, PercentArg, PoolArg, ServiceArg, StatsFormat, VlanArg};
 use crate::net::VlanTag;
+use crate::report;
 use anyhow::{Result, bail};
 use clap::Args;
 use replayer_common::addr::{is_v4, to_std};
@@ -52,7 +53,8 @@ pub struct ReplayArgs {
     pub sample: PercentArg,
 
     /// The assistants' port.
-    #[arg(short = 'p', long = "assistant-port", value_name = "PORT", default_value_t = crate::channel::limits::DEFAULT_PORT)]
+    #[arg(short = 'p', long = "assistant-port", value_name = "PORT", default_value_t = crate::channel::limits::DEFAULT_PORT,
+        value_parser = clap::value_parser!(u16).range(1..))]
     pub assistant_port: u16,
 
     /// Leave out connections whose beginning was not captured.
@@ -157,7 +159,7 @@ impl ReplayArgs {
         }
         self.hold_limit_ns()?;
         self.gap_timeout_ns()?;
-        Ok(())
+        report::check_writable(self.report.as_deref())
     }
 
     /// `--hold-limit`.

@@ -11,13 +11,31 @@ use serde_json::{Map, Value, json};
 use std::fmt::Write;
 use std::path::Path;
 
+/// Makes sure of the place of a report before a role starts: at its end, after hours perhaps, would be late to hear of it. What is in
+/// the file stays until then.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn check_writable(path: Option<&Path>) -> Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .map(drop)
+        .with_context(|| unwritable(path))
+}
+
 /// Writes a role's report where `--report` says.
 ///
 /// # Errors
 /// When the file cannot be written.
 pub fn write(path: &Path, report: &Value) -> Result<()> {
-    std::fs::write(path, format!("{report:#}\n"))
-        .with_context(|| format!("cannot write the report to {}; choose a writable path", path.display()))
+    std::fs::write(path, format!("{report:#}\n")).with_context(|| unwritable(path))
+}
+
+fn unwritable(path: &Path) -> String {
+    format!("cannot write the report to {}; choose a writable path", path.display())
 }
 
 /// Prints a line of figures to standard output. Whoever reads them may go away: that ends no replay.

@@ -244,6 +244,8 @@ fn b009_what_cannot_work_is_named_with_its_remedy() -> Result<()> {
         (online, &[], &format!("online -x 8080 {channel}"), &["SRC_PORT-DST_IP:DST_PORT"]),
         (online, &[], &format!("online -x 8080-nonsense:1 {channel}"), &["nonsense", "IP:PORT"]),
         (online, &[], &format!("{whole} -n 0"), &["copies", "0.01"]),
+        (online, &[], &format!("{whole} -p 0"), &["--assistant-port", "1..=65535"]),
+        (online, &[], &format!("{whole} --report /nowhere/x.json"), &["/nowhere", "writable"]),
         (online, &[], &format!("{whole} -c 10.0.0.9-10.0.0.1"), &["10.0.0.9", "before"]),
         (online, &[], &format!("online {service} {channel} -i eth7"), &["eth7"]),
         (

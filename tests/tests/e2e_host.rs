@@ -43,20 +43,22 @@ fn b063_an_online_role_that_cannot_write_its_report_says_so_and_fails() -> Resul
     let lab = Lab::up(Plan::default())?;
     let mut streams = StreamPair::start(&lab, STREAM)?;
     let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
-    let nowhere = format!("{}/nowhere/report.json", lab.dir().display());
+    let dir = lab.dir().join("gone");
+    std::fs::create_dir(&dir)?;
+    let report = dir.join("report.json");
     let services = service(STREAM, lab.target().v4(), STREAM);
     let mut command = lab.online().command(tool("replayer")?);
     command.args(["online", "-x", &services, "-s", &lab.assistant().v4().to_string(), "-i", NIC]);
-    let mut process = Process::start(command.args(["--report", &nowhere]), "fatal", &lab.dir())?;
-    // It may say so at once or when it stops.
-    if process.wait_for_message("online ready", Duration::from_secs(10)).is_ok() {
-        let load = format!("--connect {}:{STREAM} --requests 10", lab.online().v4());
-        assert_eq!(Load::run(&lab, "load", &load)?.responses, 10);
-        streams.ensure_equal(10)?;
-        process.signal(Signal::SIGTERM)?;
-    }
+    let mut process = Process::start(command.arg("--report").arg(&report), "fatal", &lab.dir())?;
+    process.wait_for_message("online ready", Duration::from_secs(10))?;
+    let load = format!("--connect {}:{STREAM} --requests 10", lab.online().v4());
+    assert_eq!(Load::run(&lab, "load", &load)?.responses, 10);
+    streams.ensure_equal(10)?;
+    // At the start it could be written.
+    std::fs::remove_dir_all(&dir)?;
+    process.signal(Signal::SIGTERM)?;
     let status = process.wait(Duration::from_secs(10))?;
-    ensure!(!status.success() && process.errors().contains("nowhere"), "{status}: {}", process.errors());
+    ensure!(!status.success() && process.errors().contains("writable"), "{status}: {}", process.errors());
     Ok(())
 }
 

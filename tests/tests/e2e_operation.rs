@@ -300,10 +300,6 @@ fn b063_a_stop_by_signal_ends_well_with_a_report() -> Result<()> {
             "fatal",
             &lab.dir(),
         )?;
-        // It may say so at once or when it stops.
-        if process.wait_for_message("ready", Duration::from_secs(10)).is_ok() {
-            process.signal(signal)?;
-        }
         let status = process.wait(Duration::from_secs(10))?;
         ensure!(!status.success() && process.errors().contains("nowhere"), "{status}: {}", process.errors());
         ensure!(!fs::exists(&nowhere)?, "a report at {nowhere}");

@@ -54,7 +54,7 @@ pub struct AssistantArgs {
     #[arg(short = 'i', long, value_name = "IFACE")]
     pub interface: Option<String>,
     /// TCP port at which the online role connects
-    #[arg(short, long, default_value_t = DEFAULT_PORT)]
+    #[arg(short, long, default_value_t = DEFAULT_PORT, value_parser = clap::value_parser!(u16).range(1..))]
     pub port: u16,
     /// Local address to listen on [default: all]
     #[arg(long, value_name = "IP")]
@@ -82,6 +82,7 @@ pub struct AssistantArgs {
 /// With cause and remedy: what keeps it from starting (interface, forwarding, permission, port), or from going on (the
 /// interface is gone), or from writing its report.
 pub fn run(args: AssistantArgs) -> Result<()> {
+    crate::report::check_writable(args.report.as_deref())?;
     let interface = host::choose_interface(args.interface.as_deref())?;
     if !args.allow_forwarding {
         host::refuse_forwarding(&interface)?;

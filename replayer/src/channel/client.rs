@@ -468,7 +468,8 @@ impl Client {
             .error
             .as_ref()
             .is_some_and(|before| std::mem::discriminant(before) == std::mem::discriminant(&error));
-        if !same {
+        // Who waits for the first connection is told by an error.
+        if !same && self.counters.connects > 0 {
             log::warn!("{error}; trying again");
         }
         self.error = Some(error);
