@@ -20,6 +20,7 @@
 //! - [`record`]: writes what is captured to files
 //! - [`inspect`]: what capture files hold
 //! - [`report`]: the figures of a run
+//! - [`diagnosis`]: what is wrong with the set-up, seen in them
 //! - [`clock`], [`privileges`], [`signals`]: what every role needs of the system
 
 pub mod afxdp;
@@ -29,6 +30,7 @@ pub mod channel;
 pub mod cli;
 pub mod clock;
 pub mod connections;
+pub mod diagnosis;
 pub mod inspect;
 pub mod moderation;
 pub mod net;

@@ -13,6 +13,7 @@ use crate::channel::wire::ServiceEntry;
 use crate::cli::{OnlineArgs, ServiceArg, StatsFormat, assistant_address};
 use crate::clock;
 use crate::connections::{self, Connection};
+use crate::diagnosis::{self, Diagnosis};
 use crate::net::{Device, Monitor, NetError, Network};
 use crate::placement::{Placement, Workers};
 use crate::privileges;
@@ -263,27 +264,37 @@ impl Online {
     fn serve(&mut self, args: &OnlineArgs, signals: &Signals, started: Instant) -> Result<()> {
         let mut before = Figures::default();
         let interval = Duration::from_secs(u64::from(args.replay.stats.unwrap_or(1).max(1)));
-        let mut next = Instant::now() + interval;
         let attached = Instant::now();
-        while !signals.wait_until(self.next_step().map_or(next, |step| step.min(next)))? {
+        let mut next_line = attached + interval;
+        let mut next_look = attached + diagnosis::INTERVAL;
+        let mut diagnosis = Diagnosis::new(true);
+        let mut longest_lag_us = 0;
+        while !signals.wait_until(self.next_step().map_or(next_look, |step| step.min(next_look)))? {
             self.take_step(attached)?;
-            if Instant::now() < next {
+            if Instant::now() < next_look {
                 continue;
             }
+            next_look = (next_look + diagnosis::INTERVAL).max(Instant::now());
             if self.workers.iter().any(|worker| worker.thread.as_ref().is_none_or(JoinHandle::is_finished)) {
                 bail!("a worker died; this is a bug of the replayer, please report it with the lines above");
             }
             self.check_devices()?;
             self.say_tls();
-            if args.replay.stats.is_some() {
-                let figures = self.figures();
+            let mut figures = self.figures();
+            longest_lag_us = longest_lag_us.max(figures.lag_us);
+            for trouble in diagnosis.look(attached.elapsed(), &figures) {
+                let text = trouble.describe(&self.services, &args.replay, &self.devices[0].name);
+                eprintln!("online: warning: {text}");
+            }
+            if args.replay.stats.is_some() && Instant::now() >= next_line {
+                next_line += interval;
+                figures.lag_us = std::mem::take(&mut longest_lag_us);
                 match args.replay.stats_format {
                     StatsFormat::Json => report::print(&figures.line_json(started.elapsed().as_secs_f64())),
                     StatsFormat::Text => eprintln!("{}", figures.line_text(&before, interval.as_secs_f64())),
                 }
                 before = figures;
             }
-            next = Instant::now() + interval;
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Behaviours 50 and 63: what is no request of a client, and how a role ends that cannot go on.
+//! Behaviours 50, 63 and 65: what is no request of a client, how a role ends that cannot go on, and what it says of a wrong set-up.
 //!
 //! Root only; each test has a lab of its own.
 
@@ -74,5 +74,42 @@ fn b063_an_online_role_whose_interface_is_removed_says_so_and_fails() -> Result<
     let status = replay.online.process.wait(Duration::from_secs(10))?;
     let message = replay.online.process.errors();
     ensure!(!status.success() && message.contains("eth0 was removed"), "{status}: {message}");
+    Ok(())
+}
+
+#[test]
+fn b065_a_target_without_its_route_and_a_closed_port_are_named_within_ten_seconds() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let route = format!("172.28.1.0/24 via {} dev {NIC}", lab.assistant().v4());
+    let target = lab.target().namespace();
+    // The target's answers go to the real client, as before Replayer came.
+    target.ip(&format!("route replace 172.28.1.0/24 dev {NIC}\n"))?;
+    let mut replay = Replay::start(&lab, &[STREAM], &[])?;
+    let load = format!("--connect {}:{STREAM} --connections 5 --rate 50 --seconds 1", lab.online().v4());
+    assert_eq!(Load::run(&lab, "unanswered", &load)?.errors, 0);
+    let silent = format!("nothing of {}:{STREAM} came back", lab.target().v4());
+    replay.online.process.wait_for_message(&silent, Duration::from_secs(10))?;
+    let said = replay.online.process.errors();
+    ensure!(said.contains("ip route get"), "no remedy: {said}");
+    ensure!(!said.contains("nothing was captured"), "{said}");
+
+    target.ip(&format!("route replace {route}\n"))?;
+    streams.target.stop()?;
+    assert_eq!(Load::run(&lab, "refused", &load)?.errors, 0);
+    let refused = format!("connections to {}:{STREAM} are refused", lab.target().v4());
+    replay.online.process.wait_for_message(&refused, Duration::from_secs(10))?;
+    assert_eq!(replay.online.process.errors().matches("came back").count(), 1);
+    replay.stop()?;
+    Ok(())
+}
+
+#[test]
+fn b065_a_capture_that_sees_nothing_says_so_within_ten_seconds() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut replay = Replay::start(&lab, &[STREAM], &[])?;
+    replay.online.process.wait_for_message("nothing was captured on eth0", Duration::from_secs(10))?;
+    ensure!(replay.online.process.errors().contains("port 9000"), "{}", replay.online.process.errors());
+    replay.stop()?;
     Ok(())
 }

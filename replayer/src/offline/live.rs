@@ -4,6 +4,7 @@ use super::{LAST_RESPONSE_NS, OfflineArgs, conclude, engine_config, print_file, 
 use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
 use crate::cli::{ServiceArg, StatsFormat};
 use crate::clock;
+use crate::diagnosis::{self, Diagnosis};
 use crate::inspect::progress_line;
 use crate::net::{Monitor, Network};
 use crate::offline::shown::Shown;
@@ -77,7 +78,7 @@ pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     let mut running = Running { shared, worker: Some(worker) };
     eprintln!("offline ready: stop with SIGTERM or Ctrl-C");
 
-    let ended = running.serve(args, &signals, &shown, started);
+    let ended = running.serve(args, services, &signals, &shown, started);
     running.stop()?;
     let figures = running.figures();
     let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
@@ -118,16 +119,34 @@ struct Running {
 
 impl Running {
     /// Shows progress until the files are replayed, or a signal comes: true for a signal.
-    fn serve(&self, args: &OfflineArgs, signals: &Signals, shown: &Shown, started: Instant) -> Result<bool> {
+    fn serve(
+        &self,
+        args: &OfflineArgs,
+        services: &[ServiceArg],
+        signals: &Signals,
+        shown: &Shown,
+        started: Instant,
+    ) -> Result<bool> {
         let mut signalled = false;
         let terminal = std::io::stderr().is_terminal() && args.replay.stats_format == StatsFormat::Text;
         let interval = Duration::from_secs(u64::from(args.replay.stats.unwrap_or(1).max(1)));
         let mut next = Instant::now() + interval;
         let mut before = Figures::default();
+        let mut diagnosis = Diagnosis::new(false);
+        let (mut next_look, mut longest_lag_us) = (started + diagnosis::INTERVAL, 0);
         while !self.worker.as_ref().is_none_or(JoinHandle::is_finished) {
             signalled = signals.wait_until(Instant::now() + LOOK_INTERVAL)?;
             if signalled {
                 break;
+            }
+            if Instant::now() >= next_look {
+                next_look += diagnosis::INTERVAL;
+                let figures = self.figures();
+                longest_lag_us = longest_lag_us.max(figures.lag_us);
+                for trouble in diagnosis.look(started.elapsed(), &figures) {
+                    let line = if terminal { "\r\x1b[K" } else { "" };
+                    eprintln!("{line}offline: warning: {}", trouble.describe(services, &args.replay, ""));
+                }
             }
             if Instant::now() < next {
                 continue;
@@ -136,7 +155,8 @@ impl Running {
             if args.replay.stats.is_none() && !terminal {
                 continue;
             }
-            let figures = self.figures();
+            let mut figures = self.figures();
+            figures.lag_us = figures.lag_us.max(std::mem::take(&mut longest_lag_us));
             let line = figures.line_text(&before, interval.as_secs_f64());
             let (done, size) = shown.progress();
             let progress = progress_line(done, size, shown.packets_replayed(), started);
