@@ -103,6 +103,7 @@ impl fmt::Display for Report {
         }
         row("identities registered", self.routing.registered)?;
         row("  of these, taken from another connected worker", self.routing.conflicts)?;
+        row("identities refused: the table is full", self.routing.refused_registrations)?;
         row("connections accepted", self.channel.accepted)?;
         row("  welcomed", self.channel.welcomed)?;
         let refused = [

@@ -38,6 +38,9 @@ pub const MAX_TARGETS: usize = 1024;
 /// Workers at once, with those that are away.
 pub const MAX_OWNERS: usize = 4096;
 
+/// Registrations at once, a gigabyte of them: as many as a worker can have sessions. A peer that wants more is no replayer.
+pub const MAX_REGISTRATIONS: usize = 1 << 24;
+
 /// Places of the table that one step of a sweep looks at: some 20 us.
 const SWEEP_STEP: usize = 8192;
 
@@ -139,12 +142,16 @@ pub struct RoutingCounters {
     pub conflicts: u64,
     /// Registrations for a service that the peer has not named.
     pub bad_registrations: u64,
+    /// Registrations for which the table had no room.
+    pub refused_registrations: u64,
 }
 
 /// The table.
 pub struct Routing {
     seed: u64,
     registrations: HashTable<Registration>,
+    /// How many there may be.
+    most: usize,
     targets: Vec<Option<Target>>,
     /// Endpoint to place in `targets`.
     target_index: HashTable<u16>,
@@ -169,9 +176,15 @@ struct Sweep {
 impl Routing {
     /// An empty table; `seed` keeps hostile identities from choosing their places.
     pub fn new(seed: u64) -> Routing {
+        Routing::with_most(seed, MAX_REGISTRATIONS)
+    }
+
+    /// One of at most so many registrations.
+    pub(crate) fn with_most(seed: u64, most: usize) -> Routing {
         Routing {
             seed,
             registrations: HashTable::new(),
+            most,
             targets: Vec::new(),
             target_index: HashTable::new(),
             owners: Vec::new(),
@@ -463,6 +476,7 @@ impl Handler for Routing {
         let registration = Registration { key, owner, service: identity.service, generation };
         let seed = self.seed;
         let hash = key_hash(seed, &key);
+        let full = self.registrations.len() >= self.most;
         match self.registrations.entry(hash, |r| r.key == key, |r| key_hash(seed, &r.key)) {
             hashbrown::hash_table::Entry::Occupied(mut place) => {
                 let before = std::mem::replace(place.get_mut(), registration).owner;
@@ -470,6 +484,10 @@ impl Handler for Routing {
                 if before != owner && other.is_some_and(|owner| owner.peer.is_some()) {
                     self.counters.conflicts += 1;
                 }
+            }
+            hashbrown::hash_table::Entry::Vacant(_) if full => {
+                self.counters.refused_registrations += 1;
+                return;
             }
             hashbrown::hash_table::Entry::Vacant(place) => {
                 place.insert(registration);

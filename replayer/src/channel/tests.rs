@@ -536,3 +536,22 @@ fn b057_a_million_registrations_fit_and_are_found() {
     assert!(steps > 100);
     assert_eq!(routing.registrations(), count as usize * 3 / 4);
 }
+
+#[test]
+fn b055_a_peer_cannot_register_more_than_the_table_may_hold() {
+    use super::server::{Handler, PeerId};
+    let mut routing = Routing::with_most(99, 3);
+    let mut queue = PeerQueue::for_test();
+    routing.hello(PeerId(0), &Hello { instance: 1, worker: 0, attempt: 1, key: b"" }).unwrap();
+    routing.service(PeerId(0), SERVICE).unwrap();
+    let entry = |port| Entry { service: 5, endpoint: Endpoint { ip: from_v4([10, 0, 0, 7]), port } };
+    for port in 0..10 {
+        routing.register(0, PeerId(0), entry(port), &mut queue);
+    }
+    // What is there already may come again, and what goes makes room.
+    routing.register(0, PeerId(0), entry(1), &mut queue);
+    assert_eq!((routing.registrations(), routing.counters().refused_registrations), (3, 7));
+    routing.unregister(PeerId(0), entry(1));
+    routing.register(0, PeerId(0), entry(9), &mut queue);
+    assert_eq!((routing.registrations(), routing.counters().refused_registrations), (3, 7));
+}
