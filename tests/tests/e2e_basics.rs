@@ -263,6 +263,7 @@ fn b009_what_cannot_work_is_named_with_its_remedy() -> Result<()> {
         (online, &unprivileged, &whole, &["root"]),
         (assistant, &[], "assistant -i eth7", &["eth7"]),
         (assistant, &[], "assistant -i eth0", &["36524", "-p"]),
+        (assistant, &[], "assistant -i eth0 -p 40000", &["another assistant", "share it"]),
         (assistant, &unprivileged, "assistant -i eth0 -p 40000", &["root"]),
     ];
     for (host, runner, arguments, words) in cases {

@@ -113,3 +113,18 @@ fn b065_a_capture_that_sees_nothing_says_so_within_ten_seconds() -> Result<()> {
     replay.stop()?;
     Ok(())
 }
+
+#[test]
+fn b063_an_assistant_whose_interface_was_replaced_says_so_and_fails() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    // The same name, and another device, before it can look.
+    assistant.process.signal(Signal::SIGSTOP)?;
+    lab.assistant().namespace().ip(&format!("link del {NIC}\nlink add {NIC} type veth peer name other\n"))?;
+    assistant.process.signal(Signal::SIGCONT)?;
+    // It looks every ten seconds.
+    let status = assistant.process.wait(Duration::from_secs(15))?;
+    let message = assistant.process.errors();
+    ensure!(!status.success() && message.contains("eth0 is gone"), "{status}: {message}");
+    Ok(())
+}

@@ -5,7 +5,7 @@
 
 use crate::afxdp::{BATCH, Endpoint as Queue, Port, PortConfig, PortError, Received, SocketStatistics};
 use crate::programs::{Attachment, Counter, Program, Programs};
-use anyhow::Result;
+use anyhow::{Result, bail};
 use replayer_common::addr::{Endpoint, Ip};
 use replayer_common::maps::MAX_QUEUES;
 use replayer_common::packet::Protocol;
@@ -150,6 +150,11 @@ fn open_ports(interface: &str, zero_copy: bool) -> Result<Vec<Port>> {
         match Port::open(&config) {
             Ok(port) => ports.push(port),
             Err(PortError::NoQueue { .. }) if queue > 0 => break,
+            // More queues would not help, as with other ports: each is taken from, and there is room for one program.
+            Err(PortError::Busy { .. }) => bail!(
+                "another process takes packets from {interface} by AF_XDP, another assistant for example: one serves many online hosts; \
+                 let them share it, or stop it"
+            ),
             Err(error) => return Err(error.into()),
         }
     }

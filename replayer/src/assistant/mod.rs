@@ -8,8 +8,8 @@
 //!
 //! One thread and one poll(2). A turn of the loop reads what the peers sent (registrations come before the responses to
 //! them), takes what is in the rings, and writes once to each peer. Under load it pauses between turns, so that each
-//! carries many records ([`crate::moderation`]); idle, it sleeps in poll(2) and wakes once a second to send heartbeats, or not
-//! at all when there is no peer.
+//! carries many records ([`crate::moderation`]); idle, it sleeps in poll(2) and wakes once a second to send heartbeats, or every
+//! ten seconds when there is no peer.
 //!
 //! - [`blackhole`]: the XDP program and the AF_XDP sockets
 //! - [`routing`]: whose response is it; [`early`]: responses that overtook their registration
@@ -29,6 +29,7 @@ use crate::moderation::{Moderation, Next};
 use crate::signals::Signals;
 use anyhow::{Context, Result, bail};
 use blackhole::BlackHole;
+use nix::net::if_::if_nametoindex;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use replayer_common::addr::Endpoint;
 use replayer_common::packet::{self, PROTOCOL_UDP, Protocol, Reject, TcpSegment, UdpDatagram};
@@ -87,6 +88,7 @@ pub fn run(args: AssistantArgs) -> Result<()> {
     if !args.allow_forwarding {
         host::refuse_forwarding(&interface)?;
     }
+    let ifindex = if_nametoindex(interface.as_str()).with_context(|| format!("interface {interface}"))?;
     let signals = Signals::install()?;
     let server = Server::bind(ServerConfig {
         address: args.listen,
@@ -106,6 +108,7 @@ pub fn run(args: AssistantArgs) -> Result<()> {
     );
     let mut assistant = Assistant {
         interface,
+        ifindex,
         server,
         routing: Routing::new(crate::channel::random_instance()),
         blackhole,
@@ -113,7 +116,7 @@ pub fn run(args: AssistantArgs) -> Result<()> {
         frames: Frames::default(),
         start: clock::now(),
         last_tick: 0,
-        last_look: 0,
+        last_look: clock::now(),
     };
     let ended = assistant.serve(&signals, args.stats);
     let report = assistant.report()?;
@@ -146,6 +149,7 @@ const REJECTS: [Reject; 6] = [
 
 struct Assistant {
     interface: String,
+    ifindex: u32,
     server: Server,
     routing: Routing,
     blackhole: BlackHole,
@@ -201,8 +205,8 @@ impl Assistant {
     /// When the next turn is due if nothing happens.
     fn deadline(&self) -> u64 {
         let routing = if self.routing.is_busy() { self.last_tick + TICK } else { u64::MAX };
-        let host = if self.routing.is_busy() { self.last_look + HOST_INTERVAL } else { u64::MAX };
-        routing.min(host).min(self.server.deadline().unwrap_or(u64::MAX))
+        // Idle too: the kernel does not wake who waits for packets of an interface that is gone.
+        routing.min(self.last_look + HOST_INTERVAL).min(self.server.deadline().unwrap_or(u64::MAX))
     }
 
     /// Waits at most `ns` for anything; `ready` answers the server's interests.
@@ -245,11 +249,11 @@ impl Assistant {
             // Before the flush below: a worker learns that it is welcome when its targets' responses are taken.
             match change {
                 TargetChange::Add(protocol, target) => {
-                    log::info!("taking the responses of {target}, {protocol:?}");
+                    log::info!("taking the responses of {target} ({})", name(protocol));
                     self.blackhole.add_target(protocol, &target)?;
                 }
                 TargetChange::Remove(protocol, target) => {
-                    log::info!("leaving the responses of {target}, {protocol:?}, alone again");
+                    log::info!("leaving the responses of {target} ({}) alone again", name(protocol));
                     self.blackhole.remove_target(protocol, &target)?;
                 }
             }
@@ -278,7 +282,8 @@ impl Assistant {
     /// The interface may have gone, addresses may have changed.
     fn look_at_host(&mut self, now: u64) -> Result<()> {
         self.last_look = now;
-        if nix::net::if_::if_nametoindex(self.interface.as_str()).is_err() {
+        // One of the same name may have taken its place, without the program.
+        if if_nametoindex(self.interface.as_str()) != Ok(self.ifindex) {
             bail!(
                 "interface {} is gone, and the target's responses with it; start the assistant again when it is back",
                 self.interface
@@ -324,6 +329,13 @@ struct Ready {
     stop: bool,
     /// A ring's socket reports an error: the interface may be gone.
     broken: bool,
+}
+
+fn name(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Tcp => "TCP",
+        Protocol::Udp => "UDP",
+    }
 }
 
 /// The protocol of a frame, where it comes from, and its headers as they are returned.
