@@ -7,6 +7,7 @@
 //! - [`sending`]: copies into a TX ring, beside other ways to send
 //! - [`scale`]: one worker and two
 //! - [`live`]: the roles in the lab, with real servers and clients
+//! - `delays`: a part of it, from a request to its copy
 //! - [`offline`]: capture files: pace, speed, memory
 //! - `traffic`, `wire`: what several of them share: clients and target; devices and a replayer between them
 //!
@@ -14,6 +15,7 @@
 //! same run, and a figure says what was wanted of it, so that a reader needs no second document.
 
 pub mod capture;
+mod delays;
 pub mod engine;
 pub mod live;
 pub mod offline;

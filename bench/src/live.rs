@@ -1,16 +1,13 @@
 //! The roles at work: nginx on the online host and on the target, real clients, all of it in the lab, everything on this machine's cores.
 //!
-//! Added delay is measured on the wire, not by the program under test: tcpdump at the switch's end of the online host's cable sees a
-//! request on its way in and its copy on its way out. CPU time is measured in a lab where the packets that the roles send are received by
-//! threads of the switch, so that a role's time is its own. What capture alone costs the online server is measured with `replayer record`, whose
-//! capture is the online role's, beside nothing and beside tcpdump with the same packets to the same file system.
+//! CPU time is measured in a lab where the packets that the roles send are received by threads of the switch, so that a role's time is its own.
+//! What capture alone costs the online server is measured with `replayer record`, whose capture is the online role's, beside nothing and beside
+//! tcpdump with the same packets to the same file system. Delays: `delays.rs`.
 
 use crate::Options;
+use crate::delays;
 use crate::report::{Figure, Wanted};
 use anyhow::{Context, Result, ensure};
-use replayer::pcap::reader::Reader;
-use replayer_common::packet::parse_tcp_frame;
-use replayer_tests::capture::Capture;
 use replayer_tests::clients::{Load, output_of};
 use replayer_tests::lab::{Lab, NIC, Plan};
 use replayer_tests::pairs::NginxPair;
@@ -18,24 +15,20 @@ use replayer_tests::process::Process;
 use replayer_tests::replay::Replay;
 use replayer_tests::servers::{Nginx, NginxRequests, start, tool};
 use replayer_tests::wait::settled;
-use std::collections::HashMap;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// What the subject measures.
 pub const WHAT: &str = "the roles at work: real servers and clients, all hosts on this machine";
 
-const HTTP: u16 = 8080;
+pub(crate) const HTTP: u16 = 8080;
 /// Requests a second that a production server is meant to have.
-const STEADY_RATE: u32 = 20_000;
+pub(crate) const STEADY_RATE: u32 = 20_000;
 /// Requests a second at which these machines have time left.
-const EASY_RATE: u32 = 5_000;
+pub(crate) const EASY_RATE: u32 = 5_000;
 const CONNECTIONS: u32 = 50;
 /// How long after a load copies may still arrive, and how long nothing may come until all have.
 const ARRIVAL: Duration = Duration::from_secs(10);
 const QUIET: Duration = Duration::from_millis(700);
-/// tcpdump gets packets from the kernel in blocks, the last of them at most a second late.
-const TCPDUMP_BUFFER: Duration = Duration::from_millis(1500);
 /// Ways to capture, as `--capture` names them.
 const BACK_ENDS: &[&str] = &["ring", "mirror"];
 
@@ -45,7 +38,7 @@ pub fn run(options: Options) -> Result<Vec<Figure>> {
     let rounds = if options.quick { 1 } else { 3 };
     let mut figures = saturated(seconds, rounds)?;
     figures.extend(steady(seconds, rounds)?);
-    figures.extend(delays(2 * seconds)?);
+    figures.extend(delays::measure(seconds, rounds)?);
     figures.extend(capture_alone(seconds, rounds)?);
     Ok(figures)
 }
@@ -84,7 +77,7 @@ fn steady(seconds: u32, rounds: usize) -> Result<Vec<Figure>> {
     let (mut online, mut assistant, mut missing) = (Vec::new(), Vec::new(), 0);
     for _ in 0..rounds {
         let (before, arrived) = (cpu()?, target.read(lab.target())?);
-        let requests = load(&lab, STEADY_RATE, seconds)?;
+        let requests = load(&lab, STEADY_RATE, "ticks", seconds)?;
         settled(QUIET, ARRIVAL, || target.read(lab.target()).ok());
         let after = cpu()?;
         missing += requests.abs_diff(target.read(lab.target())? - arrived);
@@ -108,60 +101,6 @@ fn steady(seconds: u32, rounds: usize) -> Result<Vec<Figure>> {
         Figure::new("idle: CPU of the assistant", 100.0 * (after.1 - before.1) / idle, "% of a core")
             .wanted(Wanted::AtMost(0.5)),
     ])
-}
-
-/// From a request on its way to the online host until its copy has left it.
-fn delays(seconds: u32) -> Result<Vec<Figure>> {
-    let lab = Lab::up(Plan::default())?;
-    let _nginx = NginxPair::start(&lab, HTTP)?;
-    let mut figures = Vec::new();
-    let (plain, busy) = (&[][..], &["--busy-poll", "1000"][..]);
-    for (rate, arguments, how) in
-        [(EASY_RATE, plain, ""), (STEADY_RATE, plain, ""), (EASY_RATE, busy, ", busy polling")]
-    {
-        let replay = Replay::start(&lab, &[HTTP], arguments)?;
-        let filter = format!("tcp dst port {HTTP} and tcp[tcpflags] & tcp-push != 0");
-        let capture = Capture::on_cable(&lab, lab.online(), &filter)?;
-        let requests = load(&lab, rate, seconds)?;
-        std::thread::sleep(TCPDUMP_BUFFER);
-        let mut delays = added_delays(&capture.stop()?, &lab)?;
-        ensure!(delays.len() as u64 == requests, "{} delays of {requests} requests", delays.len());
-        delays.sort_unstable();
-        for (name, share) in [("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)] {
-            let at = ((delays.len() as f64 * share) as usize).min(delays.len() - 1);
-            let name = format!("{rate} requests/s{how}: added delay, {name}");
-            let figure = Figure::new(name, delays[at] as f64 / 1e3, "us");
-            let wanted = share == 0.99 && rate == EASY_RATE && arguments.is_empty();
-            figures.push(if wanted { figure.wanted(Wanted::AtMost(200.0)) } else { figure });
-        }
-        replay.stop()?;
-    }
-    Ok(figures)
-}
-
-/// For each request in the file its copy's delay, ns. A request is found again by its bytes, which hold an id.
-fn added_delays(file: &Path, lab: &Lab) -> Result<Vec<u64>> {
-    let (online, target) =
-        (lab.online().v4().to_ipv6_mapped().octets(), lab.target().v4().to_ipv6_mapped().octets());
-    let mut reader = Reader::open(file)?;
-    let (mut arrived, mut delays) = (HashMap::new(), Vec::new());
-    while reader.advance()? {
-        let packet = reader.packet().context("a packet was read")?;
-        let Ok(segment) = parse_tcp_frame(packet.data) else { continue };
-        let payload = &packet.data[usize::from(segment.payload_offset)..];
-        if segment.payload_len == 0 {
-            continue;
-        }
-        if segment.dst == online {
-            arrived.entry(payload.to_vec()).or_insert(packet.time_ns);
-        } else if segment.dst == target
-            && let Some(time_ns) = arrived.remove(payload)
-        {
-            delays.push(packet.time_ns.saturating_sub(time_ns));
-        }
-    }
-    ensure!(arrived.is_empty(), "{} requests had no copy", arrived.len());
-    Ok(delays)
 }
 
 /// What capture costs the online server: its rate when it is saturated and its response times when it is not.
@@ -232,20 +171,20 @@ fn recorder(lab: &Lab, name: &str) -> Result<Option<Process>> {
     Ok(Some(process))
 }
 
-/// Runs loadgen at a rate; how many requests were answered, which must be all.
-fn load(lab: &Lab, rate: u32, seconds: u32) -> Result<u64> {
-    Ok(summary(lab, rate, seconds)?.responses)
+/// Runs loadgen at a rate, with its kind of arrivals; how many requests were answered, which must be all.
+pub(crate) fn load(lab: &Lab, rate: u32, arrivals: &str, seconds: u32) -> Result<u64> {
+    Ok(summary(lab, rate, arrivals, seconds)?.responses)
 }
 
 /// 99 % of the responses were complete after so many microseconds.
 fn latency(lab: &Lab, rate: u32, seconds: u32) -> Result<f64> {
-    Ok(summary(lab, rate, seconds)?.latency_us.p99)
+    Ok(summary(lab, rate, "ticks", seconds)?.latency_us.p99)
 }
 
-fn summary(lab: &Lab, rate: u32, seconds: u32) -> Result<replayer_tests::load::Summary> {
+fn summary(lab: &Lab, rate: u32, arrivals: &str, seconds: u32) -> Result<replayer_tests::load::Summary> {
     let arguments = format!(
         "--connect {}:{HTTP} --protocol http --expect-server online --connections {CONNECTIONS} --rate {rate} \
-         --seconds {seconds}",
+         --arrivals {arrivals} --seconds {seconds}",
         lab.online().v4()
     );
     let summary = Load::run(lab, "bench", &arguments)?;

@@ -122,14 +122,25 @@ impl Random {
 
     /// The next number within `range`.
     pub fn within(&mut self, range: &RangeInclusive<u32>) -> u32 {
+        let span = u64::from(range.end() - range.start()) + 1;
+        // The high half of a product maps a word onto a span evenly (Lemire), without a division.
+        range.start() + ((u128::from(self.word()) * u128::from(span)) >> 64) as u32
+    }
+
+    /// Seconds until the next of independent events, `rate` of which come in a second on average: exponentially distributed.
+    pub fn interval(&mut self, rate: f64) -> f64 {
+        // Above 0, at most 1.
+        let share = ((self.word() >> 11) + 1) as f64 / (1u64 << 53) as f64;
+        -share.ln() / rate
+    }
+
+    /// SplitMix64 (Steele, Lea, Flood 2014).
+    fn word(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut word = self.0;
         word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        let span = u64::from(range.end() - range.start()) + 1;
-        // The high half of a product maps a word onto a span evenly (Lemire), without a division.
-        let offset = (u128::from(word ^ (word >> 31)) * u128::from(span)) >> 64;
-        range.start() + offset as u32
+        word ^ (word >> 31)
     }
 }
 
@@ -145,6 +156,18 @@ mod tests {
         }
         assert_eq!(latencies.percentiles(), Percentiles { p50: 51.0, p90: 91.0, p99: 100.0, max: 101.0 });
         assert_eq!(Latencies::default().percentiles(), Percentiles::default());
+    }
+
+    #[test]
+    fn intervals_are_those_of_independent_events() {
+        let mut random = Random::new(7);
+        let intervals: Vec<f64> = (0..100_000).map(|_| random.interval(5_000.0)).collect();
+        let mean = intervals.iter().sum::<f64>() / intervals.len() as f64;
+        assert!((198e-6..202e-6).contains(&mean), "{mean}");
+        // One in e is longer than the mean.
+        let longer = intervals.iter().filter(|&&interval| interval > 200e-6).count();
+        assert!((36_000..37_600).contains(&longer), "{longer}");
+        assert!(intervals.iter().all(|&interval| interval >= 0.0));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::ops::RangeInclusive;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -19,9 +19,11 @@ use clap::{Parser, ValueEnum};
 use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Token};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
 };
+use nix::sys::time::TimeSpec;
 use replayer_tests::http;
 use replayer_tests::load::{ConnectionSummary, Latencies, Random, Summary};
 use replayer_tests::process::raise_file_limit;
@@ -51,6 +53,9 @@ struct Arguments {
     /// Requests per second over all connections, instead of as fast as they are answered.
     #[arg(long)]
     rate: Option<f64>,
+    /// When the requests of a rate begin.
+    #[arg(long, value_enum, default_value_t = Arrivals::Ticks)]
+    arrivals: Arrivals,
     /// Requests of one connection that may be under way at once.
     #[arg(long, default_value_t = 1)]
     pipeline: usize,
@@ -108,6 +113,14 @@ enum Protocol {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Arrivals {
+    /// Evenly; those of a millisecond at once when nothing else wakes the program in it.
+    Ticks,
+    /// Independently of each other, as from many clients (a Poisson process), each at its own time.
+    Poisson,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Close {
     /// After the last answer.
     Fin,
@@ -162,6 +175,8 @@ struct Load<'a> {
     opened: u64,
     /// Requests that open connections may still begin, where each has a number of its own: no more are opened than it takes.
     reserved: u64,
+    /// When the next request is to begin (rate mode).
+    due: Duration,
     /// Where the search for a slot for the next request begins (rate mode).
     next_slot: usize,
     latencies: Latencies,
@@ -236,6 +251,7 @@ impl<'a> Load<'a> {
             begun: 0,
             opened: 0,
             reserved: 0,
+            due: Duration::ZERO,
             next_slot: 0,
             latencies: Latencies::default(),
             summary: Summary::default(),
@@ -276,7 +292,7 @@ impl<'a> Load<'a> {
                 }
             }
             ensure!(self.summary.errors <= MAX_FAILURES, "{MAX_FAILURES} connections failed: giving up");
-            match self.poll.poll(&mut events, Some(self.pause())) {
+            match self.wait(&mut events) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 other => other?,
             }
@@ -295,6 +311,26 @@ impl<'a> Load<'a> {
             || self.arguments.seconds.is_some_and(|limit| self.started.elapsed().as_secs_f64() >= limit)
     }
 
+    /// Waits for sockets and for the next time at which there is something to do.
+    fn wait(&mut self, events: &mut Events) -> std::io::Result<()> {
+        let mut pause = self.pause();
+        match self.arguments.arrivals {
+            // The clock of the poller ticks in milliseconds.
+            Arrivals::Ticks => pause = pause.max(Duration::from_millis(1)),
+            Arrivals::Poisson => {
+                // SAFETY: the poller is open, here and until the call is over.
+                let poller = unsafe { BorrowedFd::borrow_raw(self.poll.as_raw_fd()) };
+                ppoll(
+                    &mut [PollFd::new(poller, PollFlags::POLLIN)],
+                    Some(TimeSpec::from_duration(pause)),
+                    None,
+                )?;
+                pause = Duration::ZERO;
+            }
+        }
+        self.poll.poll(events, Some(pause))
+    }
+
     /// How long there is nothing to do unless a socket says so.
     fn pause(&self) -> Duration {
         let now = Instant::now();
@@ -303,10 +339,8 @@ impl<'a> Load<'a> {
             pause = pause.min(at.saturating_duration_since(now));
         }
         if !self.is_over() {
-            if let Some(rate) = self.arguments.rate {
-                // The clock of poll(2) ticks in milliseconds: what falls due within one goes out as a batch.
-                let next = Duration::from_secs_f64((self.begun + 1) as f64 / rate);
-                pause = pause.min(next.saturating_sub(self.started.elapsed()).max(Duration::from_millis(1)));
+            if self.arguments.rate.is_some() {
+                pause = pause.min(self.due.saturating_sub(self.started.elapsed()));
             }
             if let Some(limit) = self.arguments.seconds {
                 pause = pause.min(Duration::from_secs_f64(limit).saturating_sub(self.started.elapsed()));
@@ -318,13 +352,17 @@ impl<'a> Load<'a> {
     /// Rate mode: begins the requests whose time has come, each on the next connection that is free.
     fn begin_what_is_due(&mut self) -> Result<()> {
         let Some(rate) = self.arguments.rate else { return Ok(()) };
-        while !self.is_over() && (self.begun as f64) < self.started.elapsed().as_secs_f64() * rate {
+        while !self.is_over() && self.due <= self.started.elapsed() {
             let count = self.slots.len();
             let free =
                 (0..count).map(|step| (self.next_slot + step) % count).find(|&index| self.is_free(index));
             let Some(index) = free else { return Ok(()) };
             self.next_slot = (index + 1) % count;
             self.begin(index);
+            self.due += Duration::from_secs_f64(match self.arguments.arrivals {
+                Arrivals::Ticks => 1.0 / rate,
+                Arrivals::Poisson => self.random.interval(rate),
+            });
             self.flush(index)?;
             self.finish(index)?;
         }
