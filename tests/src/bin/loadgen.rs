@@ -314,19 +314,13 @@ impl<'a> Load<'a> {
     /// Waits for sockets and for the next time at which there is something to do.
     fn wait(&mut self, events: &mut Events) -> std::io::Result<()> {
         let mut pause = self.pause();
-        match self.arguments.arrivals {
-            // The clock of the poller ticks in milliseconds.
-            Arrivals::Ticks => pause = pause.max(Duration::from_millis(1)),
-            Arrivals::Poisson => {
-                // SAFETY: the poller is open, here and until the call is over.
-                let poller = unsafe { BorrowedFd::borrow_raw(self.poll.as_raw_fd()) };
-                ppoll(
-                    &mut [PollFd::new(poller, PollFlags::POLLIN)],
-                    Some(TimeSpec::from_duration(pause)),
-                    None,
-                )?;
-                pause = Duration::ZERO;
-            }
+        if self.arguments.arrivals == Arrivals::Poisson {
+            // The poller's clock ticks in milliseconds, that of ppoll(2) does not.
+            // SAFETY: the poller is open, here and until the call is over.
+            let poller = unsafe { BorrowedFd::borrow_raw(self.poll.as_raw_fd()) };
+            let mut fds = [PollFd::new(poller, PollFlags::POLLIN)];
+            ppoll(&mut fds, Some(TimeSpec::from_duration(pause)), None)?;
+            pause = Duration::ZERO;
         }
         self.poll.poll(events, Some(pause))
     }
@@ -340,7 +334,10 @@ impl<'a> Load<'a> {
         }
         if !self.is_over() {
             if self.arguments.rate.is_some() {
-                pause = pause.min(self.due.saturating_sub(self.started.elapsed()));
+                let ahead = self.due.saturating_sub(self.started.elapsed());
+                // What is due already waits for a connection. What falls due within a tick goes out as a batch.
+                let exact = self.arguments.arrivals == Arrivals::Poisson && !ahead.is_zero();
+                pause = pause.min(if exact { ahead } else { ahead.max(Duration::from_millis(1)) });
             }
             if let Some(limit) = self.arguments.seconds {
                 pause = pause.min(Duration::from_secs_f64(limit).saturating_sub(self.started.elapsed()));
