@@ -16,7 +16,7 @@ use crate::connections::{self, Connection};
 use crate::diagnosis::{self, Diagnosis};
 use crate::net::{Device, Monitor, NetError, Network};
 use crate::placement::{Placement, Workers};
-use crate::privileges;
+use crate::privileges::{self, Keep};
 use crate::replay::ReplayArgs;
 use crate::report::{self, Figures};
 use crate::signals::Signals;
@@ -62,6 +62,7 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
     let signals = Signals::install()?;
     let started = Instant::now();
     let mut online = Online::start(args)?;
+    privileges::drop_all_but(Keep::Main);
     let ended = online.serve(args, &signals, started);
     // After an error too: the sessions end cleanly, and what was done until then is told.
     online.stop();
@@ -404,6 +405,7 @@ impl Running {
         let thread = std::thread::Builder::new()
             .name(format!("worker {number}"))
             .spawn(move || {
+                privileges::drop_all_but(Keep::Nothing);
                 // The CPU is one that this process may use; it can only have been taken away since.
                 if let Some(cpu) = cpu.filter(|&cpu| !core_affinity::set_for_current(cpu)) {
                     log::warn!("worker {number} could not be bound to CPU {} and runs anywhere", cpu.id);

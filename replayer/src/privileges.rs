@@ -1,23 +1,54 @@
-//! What a role needs the rights for, checked before anything is touched, so that a missing one is named and not guessed.
+//! What a role needs the rights for: checked before anything is touched, so that a missing one is named and not guessed, and given up when
+//! everything stands. Rights belong to threads: those that look at captured bytes keep none.
 
 use anyhow::{Result, bail};
-use std::fs;
+use caps::{CapSet, Capability, CapsHashSet};
 
-/// Bits of the capability sets (include/uapi/linux/capability.h).
-const NEEDED: [(u32, &str); 5] =
-    [(12, "CAP_NET_ADMIN"), (13, "CAP_NET_RAW"), (21, "CAP_SYS_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
+/// Devices, sockets and programs.
+const NEEDED: [Capability; 5] = [
+    Capability::CAP_NET_ADMIN,
+    Capability::CAP_NET_RAW,
+    Capability::CAP_SYS_ADMIN,
+    Capability::CAP_PERFMON,
+    Capability::CAP_BPF,
+];
+
+/// What a thread goes on to do when everything stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Move packets: descriptors are enough.
+    Nothing,
+    /// Read capture files, whoever they belong to.
+    Reading,
+    /// Write files wherever they were asked for.
+    Writing,
+    /// Ask for neighbours (see [`crate::net::neighbour`]).
+    Network,
+    /// Take devices down at the end, and write the report.
+    Main,
+}
+
+impl Keep {
+    fn capabilities(self) -> &'static [Capability] {
+        match self {
+            Keep::Nothing => &[],
+            Keep::Reading => &[Capability::CAP_DAC_READ_SEARCH],
+            Keep::Writing => &[Capability::CAP_DAC_OVERRIDE],
+            Keep::Network => &[Capability::CAP_NET_ADMIN],
+            Keep::Main => &[Capability::CAP_NET_ADMIN, Capability::CAP_DAC_OVERRIDE],
+        }
+    }
+}
 
 /// Checks the effective capabilities of this process.
 ///
 /// # Errors
 /// Names what is missing and how to get it.
 pub fn check() -> Result<()> {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).map(str::trim);
-    // Without /proc the kernel will have the word.
-    let Some(bits) = effective.and_then(|hex| u64::from_str_radix(hex, 16).ok()) else { return Ok(()) };
-    let missing: Vec<&str> =
-        NEEDED.iter().filter(|(bit, _)| bits & (1 << bit) == 0).map(|&(_, name)| name).collect();
+    // Where they cannot be read, the kernel will have the word.
+    let Ok(effective) = caps::read(None, CapSet::Effective) else { return Ok(()) };
+    let missing: Vec<String> =
+        NEEDED.iter().filter(|needed| !effective.contains(needed)).map(ToString::to_string).collect();
     if !missing.is_empty() {
         bail!(
             "no permission: this process lacks {}; run it as root, for example with sudo",
@@ -25,4 +56,45 @@ pub fn check() -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Gives up all capabilities of the calling thread, and of the threads that it starts from here on, but those that it had and keeps.
+pub fn drop_all_but(keep: Keep) {
+    let dropped = caps::read(None, CapSet::Permitted).and_then(|permitted| {
+        let kept: CapsHashSet =
+            keep.capabilities().iter().filter(|kept| permitted.contains(kept)).copied().collect();
+        // In this order: none may be effective or ambient that is not permitted.
+        for set in [CapSet::Ambient, CapSet::Inheritable] {
+            caps::clear(None, set)?;
+        }
+        caps::set(None, CapSet::Effective, &kept)?;
+        caps::set(None, CapSet::Permitted, &kept)
+    });
+    if let Err(error) = dropped {
+        log::warn!("a thread goes on with rights that it does not need: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn b067_a_thread_gives_up_its_rights_and_no_other_does() {
+        let mine = || caps::read(None, CapSet::Permitted).unwrap();
+        let before = mine();
+        for keep in [Keep::Main, Keep::Nothing] {
+            let had = before.clone();
+            std::thread::spawn(move || {
+                drop_all_but(keep);
+                let allowed: CapsHashSet = keep.capabilities().iter().copied().collect();
+                for set in [CapSet::Effective, CapSet::Permitted] {
+                    assert_eq!(caps::read(None, set).unwrap(), &allowed & &had);
+                }
+            })
+            .join()
+            .unwrap();
+        }
+        assert_eq!(mine(), before);
+    }
 }

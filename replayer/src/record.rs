@@ -11,7 +11,7 @@ use crate::capture::{self, Backend, Capture, CaptureArg, Source, span};
 use crate::cli::{PercentArg, online_endpoint, protocol_of};
 use crate::net::{Device, NetError, Network};
 use crate::pcap::writer::NgWriter;
-use crate::privileges;
+use crate::privileges::{self, Keep};
 use crate::report;
 use crate::signals::Signals;
 use anyhow::{Context, Result, bail};
@@ -140,6 +140,7 @@ pub fn run(args: &RecordArgs) -> Result<()> {
     let mut taking = Taking::open(&mut capture, backend, &device)?;
     capture.configure(1, sample_threshold(args.sample.0))?;
     capture.attach()?;
+    privileges::drop_all_but(Keep::Main);
     eprintln!("record: capturing on {capture}, writing {}", files.name(files.number + 1).display());
     eprintln!("record: {backend}: {why}");
     eprintln!("record ready: stop with SIGTERM or Ctrl-C");

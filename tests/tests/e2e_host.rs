@@ -1,4 +1,5 @@
-//! Behaviours 50, 63 and 65: what is no request of a client, how a role ends that cannot go on, and what it says of a wrong set-up.
+//! Behaviours 50, 63, 65 and 67: what is no request of a client, how a role ends that cannot go on, what it says of a wrong set-up, and
+//! what it may do.
 //!
 //! Root only; each test has a lab of its own.
 
@@ -6,8 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use replayer_tests::clients::{Load, Watch};
-use replayer_tests::lab::{Lab, NIC, Plan};
+use replayer_tests::lab::{Host, Lab, NIC, Plan};
 use replayer_tests::pairs::StreamPair;
 use replayer_tests::process::Process;
 use replayer_tests::replay::{Replay, Role, service};
@@ -126,5 +128,61 @@ fn b063_an_assistant_whose_interface_was_replaced_says_so_and_fails() -> Result<
     let status = assistant.process.wait(Duration::from_secs(15))?;
     let message = assistant.process.errors();
     ensure!(!status.success() && message.contains("eth0 is gone"), "{status}: {message}");
+    Ok(())
+}
+
+/// Which capabilities each thread of a process has, as bits, by the thread's name.
+fn capabilities(pid: Pid) -> Result<Vec<(String, u64)>> {
+    let mut threads = Vec::new();
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let status = std::fs::read_to_string(task?.path().join("status"))?;
+        let field = |name| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim();
+        threads.push((field("Name:").to_owned(), u64::from_str_radix(field("CapPrm:"), 16)?));
+    }
+    Ok(threads)
+}
+
+#[test]
+fn b067_roles_run_with_named_capabilities_and_keep_hardly_any() -> Result<()> {
+    // include/uapi/linux/capability.h
+    let (dac_override, net_admin) = (1u64 << 1, 1u64 << 12);
+    let named = "-all,+cap_12,+cap_13,+cap_14,+cap_21,+cap_38,+cap_39";
+    let (inherited, ambient) = (format!("--inh-caps={named}"), format!("--ambient-caps={named}"));
+    let nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", &inherited, &ambient];
+    let roots: [&str; 1] = ["env"];
+    for runner in [&roots[..], &nobody[..]] {
+        let lab = Lab::up(Plan::default())?;
+        let mut streams = StreamPair::start(&lab, STREAM)?;
+        let start = |host: &Host, name, arguments: &str| -> Result<Process> {
+            let mut command = host.command(runner[0]);
+            command.args(&runner[1..]).arg(tool("replayer")?).args(arguments.split_whitespace());
+            let mut process = Process::start(&mut command, name, &lab.dir())?;
+            process.wait_for_message("ready", Duration::from_secs(10))?;
+            Ok(process)
+        };
+        let mut assistant = start(lab.assistant(), "assistant", &format!("assistant -i {NIC}"))?;
+        let service = service(STREAM, lab.target().v4(), STREAM);
+        // With a ramp, which goes on writing to a map.
+        let arguments = format!("online -x {service} -s {} -i {NIC} -g 1", lab.assistant().v4());
+        let mut online = start(lab.online(), "online", &arguments)?;
+
+        assert_eq!(capabilities(assistant.pid())?, [("replayer".to_owned(), 0)]);
+        let mut threads = capabilities(online.pid())?;
+        threads.sort();
+        let main = if runner == nobody { net_admin } else { net_admin | dac_override };
+        let expected = [("network", net_admin), ("replayer", main), ("worker 0", 0)];
+        assert_eq!(threads, expected.map(|(name, bits)| (name.to_owned(), bits)));
+
+        std::thread::sleep(Duration::from_millis(1500)); // The ramp's end.
+        let load = format!("--connect {}:{STREAM} --connections 10 --requests 100", lab.online().v4());
+        assert_eq!(Load::run(&lab, "load", &load)?.responses, 100);
+        streams.ensure_equal(100)?;
+        for process in [&mut online, &mut assistant] {
+            process.signal(Signal::SIGTERM)?;
+            let status = process.wait(Duration::from_secs(10))?;
+            ensure!(status.success(), "{status}: {}", process.errors());
+            ensure!(!process.errors().contains("rights"), "{}", process.errors());
+        }
+    }
     Ok(())
 }

@@ -62,7 +62,7 @@ pub enum PortError {
     /// No memory for the UMEM.
     #[error(
         "no memory for {bytes} bytes of packet buffers ({source}); \
-         lower the number of frames, or raise the memory limit"
+         without CAP_IPC_LOCK they count against the limit of locked memory, `ulimit -l`"
     )]
     Memory {
         /// What was asked for.

@@ -26,6 +26,7 @@ use crate::channel::limits::DEFAULT_PORT;
 use crate::channel::{Server, ServerConfig};
 use crate::clock;
 use crate::moderation::{Moderation, Next};
+use crate::privileges::{self, Keep};
 use crate::signals::Signals;
 use anyhow::{Context, Result, bail};
 use blackhole::BlackHole;
@@ -100,6 +101,7 @@ pub fn run(args: AssistantArgs) -> Result<()> {
     // Pauses are a fraction of a millisecond: the default slack of 50 us would stretch them.
     nix::sys::prctl::set_timerslack(1_000).context("cannot set the timer slack")?;
 
+    privileges::drop_all_but(if args.report.is_some() { Keep::Writing } else { Keep::Nothing });
     let listening = server.local_addr().context("cannot read the address that it listens on")?;
     eprintln!(
         "assistant ready: takes responses at {interface}, {}; listens on {listening}{}",

@@ -20,6 +20,7 @@ use nix::sys::socket::{
 };
 
 use super::{Link, NetError, Network, VlanTag};
+use crate::privileges::{self, Keep};
 
 /// Multicast groups (include/uapi/linux/rtnetlink.h, `enum rtnetlink_groups`): links, neighbours, addresses,
 /// routes and rules of both families. A group's bit is its number minus one.
@@ -87,8 +88,10 @@ impl Monitor {
         let published = Arc::new(Published::default());
         published.update(questions.ask()?);
         let listener = Listener { announcements, stopped, published: published.clone() };
-        let thread =
-            std::thread::Builder::new().name("network".into()).spawn(move || listener.run(questions))?;
+        let thread = std::thread::Builder::new().name("network".into()).spawn(move || {
+            privileges::drop_all_but(Keep::Network);
+            listener.run(questions);
+        })?;
         Ok(Monitor { published, thread: Some(thread), stop: Some(stop) })
     }
 

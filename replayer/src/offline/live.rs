@@ -9,7 +9,7 @@ use crate::inspect::progress_line;
 use crate::net::{Monitor, Network};
 use crate::offline::shown::Shown;
 use crate::online::{connect, output_device};
-use crate::privileges;
+use crate::privileges::{self, Keep};
 use crate::report::{self, Figures};
 use crate::signals::Signals;
 use crate::worker::{Shared, Snapshot, Worker};
@@ -73,9 +73,13 @@ pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     let started = Instant::now();
     let worker = std::thread::Builder::new()
         .name("worker 0".into())
-        .spawn(move || worker.run())
+        .spawn(move || {
+            privileges::drop_all_but(Keep::Nothing);
+            worker.run();
+        })
         .context("start a thread")?;
     let mut running = Running { shared, worker: Some(worker) };
+    privileges::drop_all_but(Keep::Main);
     eprintln!("offline ready: stop with SIGTERM or Ctrl-C");
 
     let ended = running.serve(args, services, &signals, &shown, started);

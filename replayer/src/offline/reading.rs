@@ -8,6 +8,7 @@ use super::shown::{FileFigures, Shown};
 use crate::capture::pieces::{Pieces, USUAL};
 use crate::pcap::files::Progress;
 use crate::pcap::{Files, Order, ReadError};
+use crate::privileges::{self, Keep};
 use replayer_common::addr::{ANY, Endpoint, Ip};
 use replayer_common::hash::{FLOW_SEED, flow_hash, pair_hash};
 use replayer_common::packet::{IpPacket, PROTOCOL_UDP, Protocol, Reject, TcpSegment, flags, locate};
@@ -141,7 +142,10 @@ pub(super) fn start(files: Files, config: FeedConfig, shown: Arc<Shown>) -> std:
         progress: Progress::default(),
     };
     // Standard input may never say anything again: the thread is not waited for.
-    std::thread::Builder::new().name("reader".into()).spawn(move || reading.run(files))?;
+    std::thread::Builder::new().name("reader".into()).spawn(move || {
+        privileges::drop_all_but(Keep::Reading);
+        reading.run(files);
+    })?;
     Ok(Chunks { full, empty })
 }
 
