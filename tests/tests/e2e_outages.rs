@@ -1,4 +1,4 @@
-//! Behaviours 36, 37, 49, 51 and 53: what goes away under load and comes back: target, network, either role.
+//! Behaviours 36, 37, 49, 51, 53 and 54: what goes away under load and comes back: target, network, either role.
 //!
 //! Root only; each test has a lab of its own.
 
@@ -7,15 +7,19 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use aya::programs::{SchedClassifier, TcAttachType};
+use nix::sys::signal::Signal;
 use replayer_tests::clients::{Load, Watch, output_of};
 use replayer_tests::lab::{Host, Lab, NIC, Plan};
-use replayer_tests::pairs::{ARRIVAL, StreamPair};
+use replayer_tests::ledger::{self, Ledger};
+use replayer_tests::pairs::{ARRIVAL, NginxPair, StreamPair};
+use replayer_tests::process::Process;
 use replayer_tests::replay::{Replay, Role};
 use replayer_tests::servers::StreamServer;
 use replayer_tests::stream::Record;
 use replayer_tests::wait::{holds_within, wait_for};
 
 const STREAM: u16 = 9000;
+const HTTP: u16 = 8080;
 
 fn now_us() -> Result<u64> {
     Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros() as u64)
@@ -275,5 +279,52 @@ fn b053_sessions_outlive_an_assistant_that_is_away_for_seconds() -> Result<()> {
     assert!(after_us < 2_000_000, "the first new request came {after_us} us after the assistant's return");
     ensure!(replay.online.process.ended()?.is_none(), "the online role has ended");
     replay.stop().context("after the restart")?;
+    Ok(())
+}
+
+#[test]
+fn b054_an_assistant_that_stands_still_for_ten_seconds_stops_nothing_for_good() -> Result<()> {
+    const STILL: Duration = Duration::from_secs(10);
+    let lab = Lab::up(Plan::default())?;
+    let nginx = NginxPair::start(&lab, HTTP)?;
+    let mut replay = Replay::start(&lab, &[HTTP], &[])?;
+    let before_kib = [replay.online.process.resident_kib()?, replay.assistant.process.resident_kib()?];
+    let load = format!(
+        "--connect {}:{HTTP} --protocol http --expect-server online --connections 200 --per-connection 1 --rate 5000 --seconds 16",
+        lab.online().v4()
+    );
+    let mut load = Load::start(&lab, lab.client(), "load", &load)?;
+    wait_for("requests at the target", ARRIVAL, || nginx.target.ledger().is_ok_and(|it| it.len() > 1000))?;
+    replay.assistant.process.signal(Signal::SIGSTOP)?;
+    std::thread::sleep(STILL);
+    replay.assistant.process.signal(Signal::SIGCONT)?;
+    let back = now_us()? as f64 / 1e6;
+    let grown = |before: u64, process: &Process| -> Result<u64> {
+        Ok(process.resident_kib()?.saturating_sub(before) >> 10)
+    };
+    let grown_mib =
+        [grown(before_kib[0], &replay.online.process)?, grown(before_kib[1], &replay.assistant.process)?];
+    assert!(grown_mib[0] < 128 && grown_mib[1] < 32, "the roles have grown by {grown_mib:?} MiB");
+    let summary = load.finish()?;
+    assert_eq!((summary.errors, summary.responses), (0, summary.requests), "{summary:?}");
+
+    // From a second after its return on nothing is missing; what was left out meanwhile is counted. A client uses its ports again while sessions
+    // of before are not over, so that those take others.
+    let online = nginx.online.settled_ledger(summary.requests as usize, ARRIVAL)?;
+    let expected = online.filtered(|entry| entry.time > back + 1.0);
+    ensure!(expected.len() > 1000, "only {} requests after the return", expected.len());
+    let difference = |of: &Ledger| Ok::<_, anyhow::Error>(ledger::compare_uris(of, &nginx.target.ledger()?));
+    holds_within(ARRIVAL, || difference(&expected).is_ok_and(|it| it.missing == 0));
+    let (report, _) = replay.stop()?;
+    assert_eq!(difference(&expected)?.missing, 0, "of {}: {:?}", expected.len(), report.counters);
+    let all = difference(&online)?;
+    let left_out: u64 =
+        ["sessions_refused_target_down", "sessions_refused_unanswered", "sessions_target_reset"]
+            .iter()
+            .chain(&["sessions_handshake_timeout", "sessions_retransmit_timeout"])
+            .map(|name| report.counter(name))
+            .sum();
+    assert_eq!(all.extra, 0, "{all:?}");
+    assert!(all.missing as u64 <= left_out, "{all:?}, {:?}", report.counters);
     Ok(())
 }
