@@ -22,6 +22,12 @@ use replayer_common::tcp_options::{self, TcpOptions};
 /// A segment this far from its stream's place is not of this stream.
 const MAX_DISTANCE: u32 = 1 << 28;
 
+/// Steps through what is held behind a hole to the place of a segment: so many cost little, and are free for each.
+const FREE_STEPS: u32 = 64;
+/// Steps beyond that, of one connection. Where a network reorders packets they are a few for each; who strews thousands of segments and then sends
+/// others in between wants to keep the worker busy.
+const MOST_STEPS: u32 = 1 << 17;
+
 /// Where a packet ends in the accounts: its counter, or why it is not replayed, with the counter for its bytes.
 type Fate = Result<Counter, (Counter, Counter)>;
 
@@ -816,7 +822,12 @@ impl Engine {
         let had_hole = self.connections.has_hole(c);
         let mut kept = 0;
         let mut duplicate = 0;
-        let mut previous = self.out_of_order_before(c, seq);
+        let (mut previous, steps) = self.out_of_order_before(c, seq);
+        if self.connections.out_of_order(c) == NONE {
+            self.connections.forget_walk(c);
+        } else if steps > 0 && self.connections.walk(c, steps, FREE_STEPS) > MOST_STEPS {
+            return self.over_limit(now_ns, c, end, ack, out);
+        }
         while !left.is_empty() {
             if previous != NONE {
                 let covered = (self.store[previous].end().wrapping_sub(seq) as i32).max(0) as usize;
@@ -868,19 +879,20 @@ impl Engine {
         Ok(Counter::PacketsData)
     }
 
-    /// The last segment behind a hole that begins at or before `seq`, or `NONE`.
-    fn out_of_order_before(&self, c: u32, seq: u32) -> u32 {
+    /// The last segment behind a hole that begins at or before `seq`, or `NONE`, and how many others it took to find it.
+    fn out_of_order_before(&self, c: u32, seq: u32) -> (u32, u32) {
         let (mut next, last) = (self.connections.out_of_order(c), self.connections.out_of_order_tail(c));
         // After a loss all that follows comes in order: it goes to the end, without a walk.
         if next != NONE && !seq_before(seq, self.store[last].seq) {
-            return last;
+            return (last, 0);
         }
-        let mut previous = NONE;
+        let (mut previous, mut steps) = (NONE, 0);
         while next != NONE && !seq_before(seq, self.store[next].seq) {
             previous = next;
             next = self.store[next].next;
+            steps += 1;
         }
-        previous
+        (previous, steps)
     }
 
     fn link_out_of_order(&mut self, c: u32, previous: u32, segment: u32, next: u32) {

@@ -136,6 +136,8 @@ struct Rarity {
     early_fin: Option<(u32, u32)>,
     /// Since when there is a hole.
     gap_since: Tick,
+    /// Steps through the held segments behind it that are not made up for yet.
+    walked: u32,
     /// Where its number is `UNKNOWN`.
     server: Endpoint,
 }
@@ -387,6 +389,7 @@ impl Connections {
                 out_of_order_tail: NONE,
                 early_fin: None,
                 gap_since: 0,
+                walked: 0,
                 server: connection.client,
             };
             origin.rarity = self.rarities.insert(rarity).unwrap_or(NONE);
@@ -486,6 +489,19 @@ impl Connections {
     pub(crate) fn set_early_fin(&mut self, c: u32, fin: Option<(u32, u32)>) {
         if self.early_fin(c) != fin {
             self.change(c, |rarity| rarity.early_fin = fin);
+        }
+    }
+
+    /// Takes note of `steps` through the held segments for the sake of one, which makes up for `free` of them; how many were too many so far.
+    pub(crate) fn walk(&mut self, c: u32, steps: u32, free: u32) -> u32 {
+        self.change(c, |rarity| rarity.walked = (rarity.walked + steps).saturating_sub(free));
+        self.rarity(c).map_or(0, |rarity| rarity.walked)
+    }
+
+    /// Forgets them: nothing is held yet.
+    pub(crate) fn forget_walk(&mut self, c: u32) {
+        if self.rarity(c).is_some_and(|rarity| rarity.walked > 0) {
+            self.change(c, |rarity| rarity.walked = 0);
         }
     }
 

@@ -270,3 +270,49 @@ fn b019_a_connection_whose_fast_open_data_found_no_room_is_joined_at_its_next_tu
     assert_eq!(sent.len(), 1);
     assert_eq!(lab.text(&sent[0]), "S 1210");
 }
+
+/// Behind a hole the place of each segment is looked for from the first that is held.
+#[test]
+fn b039_who_strews_segments_behind_a_hole_to_keep_the_engine_busy_is_shed() {
+    let mut config = config();
+    config.limits.held_bytes = 16 << 20;
+    let mut lab = Lab::with(config);
+    lab.handshake();
+    let strewn = 20_000;
+    let texts: Vec<String> = (0..strewn).map(|i| format!("A {}+1 ack 1", 1001 + 2 * i)).collect();
+    for texts in texts.chunks(256) {
+        lab.client_segments(&texts.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    assert_eq!(lab.count(Counter::PacketsLimit), 0);
+    // Each into the gap before the last but one: past nearly all.
+    for sent in 1.. {
+        lab.client(&format!("A {}+1 ack 1", 1002 + 2 * (strewn - 1 - sent)));
+        if lab.count(Counter::PacketsLimit) > 0 {
+            assert_eq!(sent, 7, "six times 20 000 steps are allowed, seven are not");
+            break;
+        }
+    }
+    assert_eq!(lab.count(Counter::SessionsLimit), 1);
+    assert_eq!((lab.engine.gauges().held_bytes, lab.engine.pending().out_of_order_bytes), (0, 0));
+    lab.stop();
+}
+
+#[test]
+fn b031_a_network_that_reorders_without_end_is_no_such_client() {
+    let mut lab = Lab::new();
+    lab.handshake();
+    let segment = |number: u32| format!("A {}+10 ack 1", 1 + 10 * number);
+    for number in [1, 3, 5, 7] {
+        lab.client(&segment(number));
+    }
+    // Something is behind a hole at any time, and every fourth segment has its place among it: in all more steps than are allowed at once.
+    let rounds = 50_000;
+    for first in (0..rounds).map(|round| 4 * round) {
+        let texts = [first + 11, first + 9, first, first + 2].map(segment);
+        lab.client_segments(&texts.each_ref().map(String::as_str));
+        lab.target(&format!("A 1 ack {}", 1 + 10 * (first + 4)));
+        lab.sent();
+    }
+    assert_eq!((lab.count(Counter::PacketsLimit), lab.count(Counter::SessionsLimit)), (0, 0));
+    assert_eq!(lab.count(Counter::ReplayBytesDelivered), u64::from(40 * rounds));
+}
