@@ -6,7 +6,7 @@ use crate::placement::{CpuList, Workers};
 use crate::replay::ReplayArgs;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use replayer_common::addr::{ANY, Endpoint, from_std};
+use replayer_common::addr::{ANY, Endpoint, Ip, from_std};
 use replayer_common::packet::Protocol;
 use replayer_engine::AddressRange;
 use replayer_engine::config::Service;
@@ -170,6 +170,14 @@ fn endpoint(text: &str, form: &str) -> Result<Endpoint> {
 /// `-c`: addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolArg(pub AddressRange);
+
+impl PoolArg {
+    /// Whether the address is one of it.
+    pub fn contains(&self, ip: &Ip) -> bool {
+        let offset = u128::from_be_bytes(*ip).wrapping_sub(u128::from_be_bytes(self.0.first));
+        offset < u128::from(self.0.count)
+    }
+}
 
 impl FromStr for PoolArg {
     type Err = anyhow::Error;

@@ -138,6 +138,9 @@ impl ReplayArgs {
                     to_std(&range.0.first)
                 );
             }
+            if self.pool.iter().any(|range| range.contains(&target.ip)) {
+                bail!("-c: {} is the target's own address; leave it out", to_std(&target.ip));
+            }
             let same = |other: &&ServiceArg| {
                 (other.protocol, other.service.online) == (service.protocol, service.service.online)
             };
@@ -149,6 +152,15 @@ impl ReplayArgs {
                     service.online_name(),
                     u16::MAX
                 );
+            }
+        }
+        for (at, range) in self.pool.iter().enumerate() {
+            // Two sessions would have one identity.
+            let common = |other: &PoolArg| {
+                [range.0.first, other.0.first].into_iter().find(|ip| range.contains(ip) && other.contains(ip))
+            };
+            if let Some(twice) = self.pool[..at].iter().find_map(common) {
+                bail!("-c names {} twice; give each address once", to_std(&twice));
             }
         }
         if self.max_sessions == 0 || self.max_sessions > 1 << 24 {

@@ -247,6 +247,8 @@ fn b009_what_cannot_work_is_named_with_its_remedy() -> Result<()> {
         (online, &[], &format!("{whole} -p 0"), &["--assistant-port", "1..=65535"]),
         (online, &[], &format!("{whole} --report /nowhere/x.json"), &["/nowhere", "writable"]),
         (online, &[], &format!("{whole} -c 10.0.0.9-10.0.0.1"), &["10.0.0.9", "before"]),
+        (online, &[], &format!("{whole} -c 10.0.0.0/24,10.0.0.9"), &["-c", "10.0.0.9", "twice"]),
+        (online, &[], &format!("{whole} -c 172.28.0.0/24"), &["-c", "172.28.0.21", "leave it out"]),
         (online, &[], &format!("online {service} {channel} -i eth7"), &["eth7"]),
         (
             online,
