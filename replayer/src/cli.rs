@@ -27,13 +27,13 @@ pub struct Cli {
 pub enum Role {
     /// On the production server: capture requests and replay them to the target.
     Online(Box<OnlineArgs>),
-    /// On a spare host of the target's segment: take the target's responses off the wire and return their headers.
+    /// On a spare host of the target's segment: take the target's responses off the wire, and return their headers.
     Assistant(crate::assistant::AssistantArgs),
     /// Replay capture files to the target.
     Offline(Box<crate::offline::OfflineArgs>),
     /// Write the requests that arrive at this host to capture files, to be replayed later.
     Record(crate::record::RecordArgs),
-    /// Say what capture files hold and what of it can be replayed.
+    /// Say what capture files hold, and how much of it can be replayed.
     Inspect(crate::inspect::InspectArgs),
 }
 
@@ -44,8 +44,9 @@ pub struct OnlineArgs {
     #[command(flatten)]
     pub replay: ReplayArgs,
 
-    /// The assistants; the port is that of -p unless given.
+    /// The assistants. Where no port is given, it is that of -p.
     #[arg(
+        display_order = 1,
         short = 's',
         long = "assistant",
         value_name = "HOST[:PORT]",
@@ -55,36 +56,36 @@ pub struct OnlineArgs {
     pub assistants: Vec<String>,
 
     /// Capture on this interface [default: the one that has the source address, or the one of the route to the target].
-    #[arg(short = 'i', long = "interface", value_name = "IFACE")]
+    #[arg(display_order = 2, short = 'i', long = "interface", value_name = "IFACE")]
     pub interface: Option<String>,
 
     /// How requests are taken off the wire.
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub capture: CaptureArg,
 
-    /// With span: let the drivers of both interfaces exchange packets with the replayer without copying them, where they can.
+    /// With span: exchange packets with the drivers of both interfaces without copying them, where they support it.
     #[arg(long)]
     pub zero_copy: bool,
 
-    /// Let the workers go on looking for so many microseconds after the last packet, instead of sleeping until the next wakes them: requests
-    /// leave sooner, and each worker takes a core of its own while there is traffic. With span and mirror they run the driver's polling too.
+    /// Workers keep polling for so many microseconds after the last packet, instead of sleeping until the next one wakes them: requests leave
+    /// sooner, but each worker takes a core of its own while there is traffic. With span and mirror they run the driver's polling too.
     #[arg(long, value_name = "USECS", default_value_t = 0)]
     pub busy_poll: u32,
 
-    /// Spread the copies of a connection over so many milliseconds, instead of all at once.
+    /// Spread the copies of a connection over so many milliseconds instead of sending them all at once.
     #[arg(long, value_name = "MS", default_value_t = 0)]
     pub spread: u32,
 
-    /// Reach that share, or all connections, step by step within so many seconds after the start.
+    /// Begin with no connection, and reach the share of -r step by step within so many seconds.
     #[arg(short = 'g', long = "ramp", value_name = "SECONDS", default_value_t = 0)]
     pub ramp: u32,
 
-    /// Threads that replay, each with a share of the clients and a TX queue of the output interface: a number, or auto, which is one for
-    /// every two CPUs, or for each of --cpus, as far as there are queues [default: 1, or one for each of --cpus].
+    /// Threads that replay, each with a share of the clients and a TX queue of the output interface: a number, or auto for one to every two CPUs,
+    /// or to each of --cpus, as far as there are queues [default: 1, or one to each of --cpus].
     #[arg(long, value_name = "COUNT|auto")]
     pub workers: Option<Workers>,
 
-    /// The CPUs that the workers are bound to, one each [default: several workers are bound to the last CPUs, a single one to none].
+    /// The CPUs that the workers are bound to, one each [default: several workers to the last CPUs, a single one to none].
     #[arg(long, value_name = "LIST")]
     pub cpus: Option<CpuList>,
 }

@@ -14,9 +14,10 @@ use std::path::PathBuf;
 /// Flags of both roles.
 #[derive(Debug, Args)]
 pub struct ReplayArgs {
-    /// What to copy to where: what clients sent to, then the target; IPv6 addresses in brackets; udp: before it for UDP; the same source may have
-    /// several targets.
+    /// What to copy, and to where: what clients send to, then the target. IPv6 addresses in brackets; udp: in front for UDP; the same source may
+    /// have several targets.
     #[arg(
+        display_order = 0,
         short = 'x',
         long = "service",
         value_name = "[udp:][SRC_IP:]SRC_PORT-DST_IP:DST_PORT",
@@ -26,11 +27,11 @@ pub struct ReplayArgs {
     pub services: Vec<ServiceArg>,
 
     /// Send on this interface [default: by the route to the target].
-    #[arg(short = 'o', long = "output-interface", value_name = "IFACE")]
+    #[arg(display_order = 3, short = 'o', long = "output-interface", value_name = "IFACE")]
     pub output_interface: Option<String>,
 
-    /// Send with this VLAN tag, or two of them, the outer one (802.1ad) first; without it with those of the VLAN interfaces on the route. The
-    /// target, or the router on the way to it, has to be known to the output interface as it is (`ip neigh`).
+    /// Send with this VLAN tag, or with two, the outer one (802.1ad) first [default: the tags of the VLAN interfaces on the route]. The target, or
+    /// the router on the way to it, has to be known to the output interface itself (`ip neigh`).
     #[arg(long, value_name = "ID|OUTER.ID")]
     pub vlan: Option<VlanArg>,
 
@@ -44,11 +45,11 @@ pub struct ReplayArgs {
     )]
     pub pool: Vec<PoolArg>,
 
-    /// Copies of each connection; may be fractional.
+    /// Copies of each connection; a fraction is exact over time.
     #[arg(short = 'n', long = "copies", value_name = "COPIES", default_value = "1")]
     pub copies: CopiesArg,
 
-    /// Share of connections to replay; always the same ones.
+    /// The share of connections to replay: always the same ones.
     #[arg(short = 'r', long = "sample", value_name = "PERCENT", default_value = "100")]
     pub sample: PercentArg,
 
@@ -65,11 +66,11 @@ pub struct ReplayArgs {
     #[arg(short = 'W', long = "no-wait")]
     pub no_wait: bool,
 
-    /// The longest that a request waits for the response before it, in seconds.
+    /// The longest that a request waits for the response to the one before, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 2.0)]
     pub hold_limit: f64,
 
-    /// How long a hole in a captured stream may stay open, in seconds (of a file's own time).
+    /// How long a hole in a captured stream may stay open, in seconds (with files: of the file's time).
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     pub gap_timeout: f64,
 
@@ -89,7 +90,7 @@ pub struct ReplayArgs {
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
 
-    /// Print a line of figures every so many seconds.
+    /// Print a line of figures this often, in seconds.
     #[arg(long, value_name = "SECONDS")]
     pub stats: Option<u32>,
 

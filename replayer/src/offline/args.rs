@@ -12,7 +12,7 @@ use super::pace::Speed;
 /// Arguments of the offline role.
 #[derive(Debug, Args)]
 pub struct OfflineArgs {
-    /// Capture files (pcap or pcapng, also compressed by gzip, xz or zstd), or - for standard input; several are merged by time.
+    /// Capture files (pcap or pcapng, as they are or compressed by gzip, xz or zstd), or - for standard input. Several are merged by time.
     #[arg(short = 'f', long = "file", value_name = "FILE", required = true, value_delimiter = ',')]
     pub files: Vec<PathBuf>,
 
@@ -24,7 +24,7 @@ pub struct OfflineArgs {
     #[command(flatten)]
     pub replay: ReplayArgs,
 
-    /// The assistants; the port is that of -p unless given.
+    /// The assistants. Where no port is given, it is that of -p.
     #[arg(
         short = 's',
         long = "assistant",
@@ -42,19 +42,19 @@ pub struct OfflineArgs {
     #[arg(short = 'w', long = "write", value_name = "OUT.pcap")]
     pub write: Option<PathBuf>,
 
-    /// So many times as fast as it was captured, or max: as fast as the target answers.
+    /// The pace: so many times as fast as captured, or max, as fast as the target answers.
     #[arg(long, value_name = "TIMES|max", default_value = "1", group = "pace")]
     pub speed: SpeedArg,
 
-    /// Instead: so many packets of clients a second.
+    /// Another pace: so many packets of clients a second.
     #[arg(long, value_name = "PACKETS", group = "pace")]
     pub pps: Option<f64>,
 
-    /// Instead: so many megabits of clients' packets a second.
+    /// Another pace: so many megabits of clients' packets a second.
     #[arg(long, value_name = "MBIT", group = "pace")]
     pub mbps: Option<f64>,
 
-    /// Instead: so many new connections a second, each as fast as the target answers.
+    /// Another pace: so many new connections a second, each as fast as the target answers.
     #[arg(long, value_name = "CONNECTIONS", group = "pace")]
     pub cps: Option<f64>,
 
@@ -66,15 +66,15 @@ pub struct OfflineArgs {
     #[arg(long, value_name = "MILLISECONDS")]
     pub max_gap: Option<f64>,
 
-    /// Leave out what is earlier, in seconds after the first packet.
+    /// Leave out what is earlier than so many seconds after the first packet.
     #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
     pub start: f64,
 
-    /// Leave out what is later, in seconds after the first packet.
+    /// Leave out what is later than so many seconds after the first packet.
     #[arg(long, value_name = "SECONDS")]
     pub stop: Option<f64>,
 
-    /// Replay the files so often; clients have other ports each time.
+    /// Replay the files so many times, with other ports of the clients each time.
     #[arg(long = "loop", value_name = "COUNT|forever", default_value = "1")]
     pub loops: LoopArg,
 
