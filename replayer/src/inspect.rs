@@ -9,6 +9,7 @@ use crate::pcap::{Files, Order, Packet};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use crate::say::show;
 use replayer_common::addr::Endpoint;
 use replayer_common::packet::{PROTOCOL_UDP, Reject, TcpSegment, UdpDatagram, flags, locate};
 use serde::Serialize;
@@ -197,14 +198,14 @@ pub fn inspect(files: &mut Files, show_progress: bool) -> Report {
             && shown_at.elapsed() >= PROGRESS_INTERVAL
         {
             shown_at = Instant::now();
-            eprint!(
+            show!(
                 "\r\x1b[K{}",
                 progress_line(progress.read(), progress.size(), inspection.report.packets, started)
             );
         }
     }
     if shown_at != started {
-        eprint!("\r\x1b[K");
+        show!("\r\x1b[K");
     }
     inspection.report.problems = files.problems().iter().map(ToString::to_string).collect();
     inspection.finish()

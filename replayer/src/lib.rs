@@ -21,7 +21,7 @@
 //! - [`inspect`]: what capture files hold
 //! - [`report`]: the figures of a run
 //! - [`diagnosis`]: what is wrong with the set-up, seen in them
-//! - [`clock`], [`privileges`], [`signals`]: what every role needs of the system
+//! - [`clock`], [`privileges`], [`signals`]: what every role needs of the system; `say`: how it speaks to people
 
 pub mod afxdp;
 pub mod assistant;
@@ -44,6 +44,7 @@ pub mod programs;
 pub mod record;
 pub mod replay;
 pub mod report;
+mod say;
 pub mod signals;
 pub mod sizing;
 pub mod worker;

@@ -3,6 +3,7 @@
 use clap::Parser;
 use replayer::cli::{Cli, Role};
 use replayer_huge_pages::HugePages;
+use std::io::Write;
 use std::process::ExitCode;
 
 /// A worker's tables are hundreds of megabytes, read at random.
@@ -24,7 +25,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("replayer: {error:#}");
+            // Nobody may be listening.
+            let _ = writeln!(std::io::stderr(), "replayer: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -19,6 +19,7 @@ use crate::placement::{Placement, Workers};
 use crate::privileges::{self, Keep};
 use crate::replay::ReplayArgs;
 use crate::report::{self, Figures};
+use crate::say::say;
 use crate::signals::Signals;
 use crate::sizing::{self, Demand, Supply};
 use crate::worker::{MAX_CHANNELS, Shared, Snapshot, Worker};
@@ -69,10 +70,10 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
     online.say_tls();
     let figures = online.figures();
     let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
-    eprintln!("online: {}", figures.summary(seconds, cpu));
+    say!("online: {}", figures.summary(seconds, cpu));
     let lost = capture::lost(&online.verdicts);
     if lost > 0 {
-        eprintln!("  {lost} packets were lost in the capture: the kernel had no room for them");
+        say!("  {lost} packets were lost in the capture: the kernel had no room for them");
     }
     if let Some(path) = &args.replay.report {
         let written = report::write(path, &figures.report(online.verdicts.clone(), seconds, cpu));
@@ -230,23 +231,23 @@ impl Online {
             online.workers.push(Running::start(number, placement.cpu(number), worker, shared)?);
         }
 
-        eprintln!("online: capturing on {}, sending on {}", online.capture, online.devices[1].name);
-        eprintln!("online: {backend}: {why}");
+        say!("online: capturing on {}, sending on {}", online.capture, online.devices[1].name);
+        say!("online: {backend}: {why}");
         for (number, (mode, worker)) in port_modes.iter().zip(&online.workers).enumerate() {
             let cpu = worker.cpu.map_or_else(String::new, |cpu| format!(" on CPU {cpu}"));
-            eprintln!("online: worker {number}{cpu}: {mode}");
+            say!("online: worker {number}{cpu}: {mode}");
         }
         for service in &online.services {
-            eprintln!("online: {} is copied to {}", service.online_name(), service.service.target);
+            say!("online: {} is copied to {}", service.online_name(), service.service.target);
         }
         if !later.is_empty() {
-            eprintln!(
+            say!(
                 "online: {} connections are open already, {} of them between two requests",
                 later.len(),
                 quiet.len() + others.len() + settled.len()
             );
         }
-        eprintln!("online ready: stop with SIGTERM or Ctrl-C");
+        say!("online ready: stop with SIGTERM or Ctrl-C");
         Ok(online)
     }
 
@@ -285,14 +286,14 @@ impl Online {
             longest_lag_us = longest_lag_us.max(figures.lag_us);
             for trouble in diagnosis.look(attached.elapsed(), &figures) {
                 let text = trouble.describe(&self.services, &args.replay, &self.devices[0].name);
-                eprintln!("online: warning: {text}");
+                say!("online: warning: {text}");
             }
             if args.replay.stats.is_some() && Instant::now() >= next_line {
                 next_line += interval;
                 figures.lag_us = std::mem::take(&mut longest_lag_us);
                 match args.replay.stats_format {
                     StatsFormat::Json => report::print(&figures.line_json(started.elapsed().as_secs_f64())),
-                    StatsFormat::Text => eprintln!("{}", figures.line_text(&before, interval.as_secs_f64())),
+                    StatsFormat::Text => say!("{}", figures.line_text(&before, interval.as_secs_f64())),
                 }
                 before = figures;
             }
@@ -326,7 +327,7 @@ impl Online {
         };
         for (index, service) in self.services.iter().enumerate() {
             if is_tls(index) && self.tls_said.insert(index) {
-                eprintln!(
+                say!(
                     "online: clients of {} speak TLS, which cannot be replayed: only the production server has the keys. \
                      These connections are counted (packets_tls) and left out; to replay them, capture behind the TLS endpoint",
                     service.online_name()
@@ -359,7 +360,7 @@ impl Online {
             if let Some(thread) = worker.thread.take()
                 && thread.join().is_err()
             {
-                eprintln!("online: a worker died while stopping; some sessions may be open at the target");
+                say!("online: a worker died while stopping; some sessions may be open at the target");
             }
         }
     }
@@ -430,7 +431,7 @@ fn say_shortfalls(args: &ReplayArgs, workers: u32, limits: &Limits, open: &[Conn
     let accepted = sizing::accepted().zip(before).map_or(0, |(after, before)| after - before);
     let demand = Demand::of(open, accepted as f64 / LOOK.as_secs_f64());
     for shortfall in supply.shortfalls(&demand) {
-        eprintln!("online: warning: {shortfall}");
+        say!("online: warning: {shortfall}");
     }
 }
 
@@ -464,9 +465,10 @@ fn open_ports(
         if let Err(PortError::Socket { source, .. }) = &port
             && config.zero_copy
         {
-            eprintln!(
+            say!(
                 "online: no zero-copy between {} and {} ({source}): packets are copied instead",
-                device.name, output.name
+                device.name,
+                output.name
             );
             config.zero_copy = false;
             port = Port::open(&config);
@@ -485,7 +487,7 @@ fn open_ports(
                         "--workers {wanted}: {name} has free TX queues for {worker} of them; {remedy}, or use fewer workers"
                     );
                 }
-                eprintln!(
+                say!(
                     "online: {worker} workers instead of {wanted}, one for each free TX queue of {name}; {remedy}"
                 );
                 break;
@@ -546,7 +548,7 @@ pub(crate) fn output_device(
         let device = match link.and_then(|link| link.tagged(replay.tags())) {
             Ok(link) => network.device_by_index(link.ifindex)?,
             Err(error @ NetError::Unresolved { .. }) => {
-                eprintln!(
+                say!(
                     "online: warning: {error}; going on, packets to it are counted as segments_no_link until then"
                 );
                 let NetError::Unresolved { device, .. } = error else { continue };
@@ -635,7 +637,7 @@ fn open_connections(look: bool, ports: &[u16]) -> Vec<Connection> {
         return Vec::new();
     }
     connections::established(ports).unwrap_or_else(|error| {
-        eprintln!(
+        say!(
             "online: warning: the open connections cannot be looked up ({error}); each is joined at its second request from now on"
         );
         Vec::new()

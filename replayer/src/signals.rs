@@ -1,4 +1,5 @@
-//! SIGTERM, SIGINT and SIGHUP (a terminal that is gone) as something to wait for: all three end a role cleanly.
+//! SIGTERM, SIGINT and SIGHUP (a terminal that is gone) as something to wait for: all three end a role cleanly. A role that was started by
+//! nohup(1), which has SIGHUP ignored, goes on without its terminal.
 
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -19,7 +20,9 @@ impl Signals {
     /// When the process has no descriptors left.
     pub fn install() -> Result<Signals> {
         let (pipe, writer) = std::io::pipe().context("make a pipe")?;
-        for signal in [SIGTERM, SIGINT, SIGHUP] {
+        for signal in
+            [SIGTERM, SIGINT, SIGHUP].into_iter().filter(|&signal| signal != SIGHUP || !ignored(signal))
+        {
             let armed = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
             // In this order: the first signal finds the flag unset, and sets it.
             signal_hook::flag::register_conditional_default(signal, armed.clone())
@@ -45,6 +48,13 @@ impl Signals {
             Err(error) => Err(error).context("wait for signals"),
         }
     }
+}
+
+/// Whether this process was started with the signal ignored.
+fn ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).map(str::trim);
+    mask.and_then(|hex| u64::from_str_radix(hex, 16).ok()).is_some_and(|mask| mask & (1 << (signal - 1)) != 0)
 }
 
 /// For a loop that waits for other things too.

@@ -3,10 +3,12 @@
 //!
 //! Root only; each test has a lab of its own.
 
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use nix::sys::signal::Signal;
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use replayer_tests::clients::{Load, Watch};
 use replayer_tests::lab::{Host, Lab, NIC, Plan};
@@ -184,5 +186,45 @@ fn b067_roles_run_with_named_capabilities_and_keep_hardly_any() -> Result<()> {
             ensure!(!process.errors().contains("rights"), "{}", process.errors());
         }
     }
+    Ok(())
+}
+
+#[test]
+fn b063_a_role_goes_on_when_nobody_reads_what_it_says_or_its_terminal_is_gone() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    let report = lab.dir().join("unheard.json");
+    let service = service(STREAM, lab.target().v4(), STREAM);
+    let mut command = lab.online().command("nohup");
+    command
+        .arg(tool("replayer")?)
+        .args(["online", "-x", &service, "-s", &lab.assistant().v4().to_string(), "-i", NIC, "--stats", "1"])
+        .arg("--report")
+        .arg(&report)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn()?;
+    let pid = Pid::from_raw(child.id() as i32);
+    let ended = (|| -> Result<_> {
+        let mut lines = BufReader::new(child.stderr.take().context("no error output")?).lines();
+        let ready = lines.find(|line| line.as_ref().is_ok_and(|line| line.contains("online ready")));
+        ensure!(ready.is_some(), "it did not start");
+        // The pipe breaks; then comes what a terminal sends when it goes.
+        drop(lines);
+        kill(pid, Signal::SIGHUP)?;
+        let load = format!("--connect {}:{STREAM} --rate 50 --seconds 2.5", lab.online().v4());
+        let summary = Load::run(&lab, "load", &load)?;
+        assert!(summary.errors == 0 && summary.responses > 100, "{summary:?}");
+        streams.ensure_equal(summary.responses as usize)?;
+        ensure!(child.try_wait()?.is_none(), "it has ended");
+        Ok(())
+    })();
+    kill(pid, if ended.is_ok() { Signal::SIGTERM } else { Signal::SIGKILL })?;
+    let status = child.wait()?;
+    ended?;
+    ensure!(status.success(), "{status}");
+    ensure!(std::fs::read_to_string(&report)?.contains("\"turns_sent\""), "no report");
     Ok(())
 }

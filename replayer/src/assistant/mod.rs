@@ -27,6 +27,7 @@ use crate::channel::{Server, ServerConfig};
 use crate::clock;
 use crate::moderation::{Moderation, Next};
 use crate::privileges::{self, Keep};
+use crate::say::{say, show};
 use crate::signals::Signals;
 use anyhow::{Context, Result, bail};
 use blackhole::BlackHole;
@@ -52,28 +53,28 @@ const TICK: u64 = 1_000_000_000;
 /// Options of `replayer assistant`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct AssistantArgs {
-    /// Interface at which the target's responses arrive [default: the only one that is up]
+    /// The interface on which the target's responses arrive [default: the only one that is up]
     #[arg(short = 'i', long, value_name = "IFACE")]
     pub interface: Option<String>,
-    /// TCP port at which the online role connects
+    /// The TCP port to which the online role connects
     #[arg(short, long, default_value_t = DEFAULT_PORT, value_parser = clap::value_parser!(u16).range(1..))]
     pub port: u16,
-    /// Local address to listen on [default: all]
+    /// The local address to listen on [default: all]
     #[arg(long, value_name = "IP")]
     pub listen: Option<IpAddr>,
-    /// Shared key: only online roles that were given the same one are served
+    /// A shared key: only online roles that were given the same one are served
     #[arg(long, default_value = "", hide_default_value = true)]
     pub key: String,
     /// Start even though this host forwards IP packets
     #[arg(long)]
     pub allow_forwarding: bool,
-    /// Zero-copy sockets, where the driver has them
+    /// Use zero-copy sockets, where the driver supports them
     #[arg(long)]
     pub zero_copy: bool,
     /// Write all counters to this file as JSON when the role stops
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
-    /// Print a line of counters every so many seconds
+    /// Print a line of counters this often, in seconds
     #[arg(long, value_name = "SECONDS")]
     pub stats: Option<u64>,
 }
@@ -103,7 +104,7 @@ pub fn run(args: AssistantArgs) -> Result<()> {
 
     privileges::drop_all_but(if args.report.is_some() { Keep::Writing } else { Keep::Nothing });
     let listening = server.local_addr().context("cannot read the address that it listens on")?;
-    eprintln!(
+    say!(
         "assistant ready: takes responses at {interface}, {}; listens on {listening}{}",
         blackhole.mode(),
         if args.key.is_empty() { ", without a key" } else { "" }
@@ -122,7 +123,7 @@ pub fn run(args: AssistantArgs) -> Result<()> {
     };
     let ended = assistant.serve(&signals, args.stats);
     let report = assistant.report()?;
-    eprint!("{report}");
+    show!("{report}");
     if let Some(path) = &args.report {
         crate::report::write(path, &serde_json::to_value(&report)?)?;
     }
@@ -199,7 +200,7 @@ impl Assistant {
                 && now >= next_stats
             {
                 next_stats = now + interval;
-                eprintln!("{}", self.report()?.line());
+                say!("{}", self.report()?.line());
             }
         }
     }

@@ -11,6 +11,7 @@ use crate::offline::shown::Shown;
 use crate::online::{connect, output_device};
 use crate::privileges::{self, Keep};
 use crate::report::{self, Figures};
+use crate::say::{say, show};
 use crate::signals::Signals;
 use crate::worker::{Shared, Snapshot, Worker};
 use anyhow::{Context, Result, bail};
@@ -66,9 +67,9 @@ pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     let engine = Engine::new(engine_config(args, room as u16)?, clock::now());
     let mut worker = Worker::new(engine, port, None, channels, monitor.watch(), shared.clone());
     worker.feed(feed, args.replay.hold_limit_ns()? + LAST_RESPONSE_NS);
-    eprintln!("offline: sending on {}: {port_mode}", output.name);
+    say!("offline: sending on {}: {port_mode}", output.name);
     for service in services {
-        eprintln!("offline: {} is copied to {}", service.online_name(), service.service.target);
+        say!("offline: {} is copied to {}", service.online_name(), service.service.target);
     }
     let started = Instant::now();
     let worker = std::thread::Builder::new()
@@ -80,19 +81,19 @@ pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
         .context("start a thread")?;
     let mut running = Running { shared, worker: Some(worker) };
     privileges::drop_all_but(Keep::Main);
-    eprintln!("offline ready: stop with SIGTERM or Ctrl-C");
+    say!("offline ready: stop with SIGTERM or Ctrl-C");
 
     let ended = running.serve(args, services, &signals, &shown, started);
     running.stop()?;
     let figures = running.figures();
     let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
-    eprintln!("offline: {}", figures.summary(seconds, cpu));
+    say!("offline: {}", figures.summary(seconds, cpu));
     let file = shown.figures();
-    eprintln!("  of {} packets in the files, {} went to the services", file.packets, file.packets_given);
+    say!("  of {} packets in the files, {} went to the services", file.packets, file.packets_given);
     let late = shown.lateness();
     if late.count() > 0 {
         let (median, p99) = (late.quantile(0.5), late.quantile(0.99));
-        eprintln!(
+        say!(
             "  given to the engine after they were due: median {median} us, p99 {p99} us, max {} us",
             late.max()
         );
@@ -149,7 +150,7 @@ impl Running {
                 longest_lag_us = longest_lag_us.max(figures.lag_us);
                 for trouble in diagnosis.look(started.elapsed(), &figures) {
                     let line = if terminal { "\r\x1b[K" } else { "" };
-                    eprintln!("{line}offline: warning: {}", trouble.describe(services, &args.replay, ""));
+                    say!("{line}offline: warning: {}", trouble.describe(services, &args.replay, ""));
                 }
             }
             if Instant::now() < next {
@@ -172,13 +173,13 @@ impl Running {
                     line["file_bytes"] = size.into();
                     report::print(&line);
                 }
-                StatsFormat::Text if terminal => eprint!("\r\x1b[K{progress}; {line}"),
-                StatsFormat::Text => eprintln!("{progress}; {line}"),
+                StatsFormat::Text if terminal => show!("\r\x1b[K{progress}; {line}"),
+                StatsFormat::Text => say!("{progress}; {line}"),
             }
             before = figures;
         }
         if terminal {
-            eprint!("\r\x1b[K");
+            show!("\r\x1b[K");
         }
         Ok(signalled)
     }

@@ -28,6 +28,7 @@ use crate::pcap::{Files, Order};
 use crate::placement::Workers;
 use crate::replay::nanoseconds;
 use crate::report::{self, Figures, histogram};
+use crate::say::{say, show};
 use crate::signals::Signals;
 use crate::worker::Snapshot;
 use anyhow::{Context, Result, bail};
@@ -171,7 +172,7 @@ fn run_dry(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
         None => "the dry run failed".to_owned(),
     })?;
     if terminal {
-        eprint!("\r\x1b[K");
+        show!("\r\x1b[K");
     }
     let mut snapshot =
         Snapshot { counters: *engine.counters(), pending: Some(engine.pending()), ..Snapshot::default() };
@@ -181,7 +182,7 @@ fn run_dry(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
     print_summary(&figures, &shown, (now - dry_run::START_NS) as f64 / 1e9, seconds, out.bytes_sent());
     if let Some(path) = &args.write {
-        eprintln!("  written to {}", path.display());
+        say!("  written to {}", path.display());
     }
     conclude(args, services, &figures, &shown, (seconds, cpu), signalled)
 }
@@ -196,19 +197,19 @@ fn show(shown: &Shown, engine: &Engine, started: Instant, terminal: bool) {
         counters[Counter::SessionsOpened],
         engine.gauges().sessions_live
     );
-    if terminal { eprint!("\r\x1b[K{line}") } else { eprintln!("{line}") }
+    if terminal { show!("\r\x1b[K{line}") } else { say!("{line}") }
 }
 
 fn print_summary(figures: &Figures, shown: &Shown, replay_seconds: f64, seconds: f64, bytes_sent: u64) {
     let file = shown.figures();
     let c = &figures.counters;
-    eprintln!(
+    say!(
         "offline: read {} packets in {seconds:.2} s ({:.0}/s), {} of them to the services",
         file.packets,
         file.packets as f64 / seconds.max(1e-9),
         file.packets_given
     );
-    eprintln!(
+    say!(
         "would send {} requests in {} sessions: {} packets, {} bytes of clients' data, {bytes_sent} bytes with headers, in {replay_seconds:.3} s",
         c[Counter::TurnsSent],
         c[Counter::SessionsOpened],
@@ -216,10 +217,10 @@ fn print_summary(figures: &Figures, shown: &Shown, replay_seconds: f64, seconds:
         c[Counter::ReplayBytesDelivered],
     );
     if c[Counter::DatagramsSent] > 0 {
-        eprintln!("and {} datagrams of {} bytes", c[Counter::DatagramsSent], c[Counter::DatagramBytesSent]);
+        say!("and {} datagrams of {} bytes", c[Counter::DatagramsSent], c[Counter::DatagramBytesSent]);
     }
     for (name, value, what) in figures.losses() {
-        eprintln!("  {value} {name}: {what}");
+        say!("  {value} {name}: {what}");
     }
     print_file(&file);
 }
@@ -227,9 +228,10 @@ fn print_summary(figures: &Figures, shown: &Shown, replay_seconds: f64, seconds:
 /// What of the files was not given to the engine, for a person.
 fn print_file(file: &FileFigures) {
     if file.packets_truncated > 0 {
-        eprintln!(
+        say!(
             "  {} packets to the services are cut short, the first is number {}: their requests cannot be replayed; capture with tcpdump -s 0",
-            file.packets_truncated, file.first_truncated
+            file.packets_truncated,
+            file.first_truncated
         );
     }
     for (count, what) in [
@@ -240,7 +242,7 @@ fn print_file(file: &FileFigures) {
         (file.packets_sampled_out, "packets of connections outside the sample"),
     ] {
         if count > 0 {
-            eprintln!("  {count} {what}");
+            say!("  {count} {what}");
         }
     }
 }
@@ -265,7 +267,7 @@ fn conclude(
     let problems = shown.take_problems();
     // The first is what the run ends with.
     for problem in problems.iter().skip(1) {
-        eprintln!("offline: {problem}");
+        say!("offline: {problem}");
     }
     if file.packets_given == 0 && file.packets_sampled_out == 0 && !interrupted {
         bail!("{}", nothing_matched(args, services, file.packets));
