@@ -20,6 +20,7 @@
 //! - [`record`]: writes what is captured to files
 //! - [`inspect`]: what capture files hold
 //! - [`report`]: the figures of a run
+//! - [`metrics`]: the same for Prometheus
 //! - [`diagnosis`]: what is wrong with the set-up, seen in them
 //! - [`clock`], [`privileges`], [`signals`]: what every role needs of the system; `say`: how it speaks to people
 
@@ -32,6 +33,7 @@ pub mod clock;
 pub mod connections;
 pub mod diagnosis;
 pub mod inspect;
+pub mod metrics;
 pub mod moderation;
 pub mod net;
 pub mod netns;

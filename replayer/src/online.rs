@@ -14,6 +14,7 @@ use crate::cli::{OnlineArgs, ServiceArg, StatsFormat, assistant_address};
 use crate::clock;
 use crate::connections::{self, Connection};
 use crate::diagnosis::{self, Diagnosis};
+use crate::metrics::{self, Metrics};
 use crate::net::{Device, Monitor, NetError, Network};
 use crate::placement::{Placement, Workers};
 use crate::privileges::{self, Keep};
@@ -94,6 +95,7 @@ struct Online {
     /// Services whose clients were said to speak TLS.
     tls_said: BTreeSet<usize>,
     ramp: Ramp,
+    metrics: Option<Metrics>,
     workers: Vec<Running>,
 }
 
@@ -137,6 +139,7 @@ impl Online {
                 })?
             }
         };
+        let metrics = Metrics::serve(args.replay.metrics)?;
         let mut channels = connect(
             &args.assistants,
             args.replay.assistant_port,
@@ -212,6 +215,7 @@ impl Online {
             services,
             tls_said: BTreeSet::new(),
             ramp,
+            metrics,
             workers: Vec::new(),
         };
         for (number, (worker, _)) in (0..).zip(&mut made) {
@@ -284,6 +288,10 @@ impl Online {
             self.say_tls();
             let mut figures = self.figures();
             longest_lag_us = longest_lag_us.max(figures.lag_us);
+            if let Some(metrics) = &self.metrics {
+                let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
+                metrics.publish(metrics::of_replay(&figures, self.capture.verdicts(), seconds, cpu));
+            }
             for trouble in diagnosis.look(attached.elapsed(), &figures) {
                 let text = trouble.describe(&self.services, &args.replay, &self.devices[0].name);
                 say!("online: warning: {text}");

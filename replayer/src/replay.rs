@@ -9,6 +9,7 @@ use clap::Args;
 use replayer_common::addr::{is_v4, to_std};
 use replayer_common::packet::Protocol;
 use replayer_engine::config::{Config, Limits, Service};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 /// Flags of both roles.
@@ -89,6 +90,10 @@ pub struct ReplayArgs {
     /// Write all counters to this file as JSON at the end.
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
+
+    /// Serve the figures to Prometheus at this address, as http://IP:PORT/metrics.
+    #[arg(long, value_name = "IP:PORT")]
+    pub metrics: Option<SocketAddr>,
 
     /// Print a line of figures this often, in seconds.
     #[arg(long, value_name = "SECONDS")]

@@ -1,5 +1,5 @@
-//! Behaviours 50, 63, 65 and 67: what is no request of a client, how a role ends that cannot go on, what it says of a wrong set-up, and
-//! what it may do.
+//! Behaviours 50, 63 and 65 to 67: what is no request of a client, how a role ends that cannot go on, what it says of a wrong set-up and of
+//! itself, and what it may do.
 //!
 //! Root only; each test has a lab of its own.
 
@@ -10,12 +10,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use replayer_tests::clients::{Load, Watch};
+use replayer_tests::clients::{Load, Watch, output_of};
 use replayer_tests::lab::{Host, Lab, NIC, Plan};
 use replayer_tests::pairs::StreamPair;
 use replayer_tests::process::Process;
 use replayer_tests::replay::{Replay, Role, service};
 use replayer_tests::servers::tool;
+use replayer_tests::wait::wait_for;
 
 const STREAM: u16 = 9000;
 
@@ -226,5 +227,38 @@ fn b063_a_role_goes_on_when_nobody_reads_what_it_says_or_its_terminal_is_gone() 
     ended?;
     ensure!(status.success(), "{status}");
     ensure!(std::fs::read_to_string(&report)?.contains("\"turns_sent\""), "no report");
+    Ok(())
+}
+
+#[test]
+fn b066_figures_of_both_roles_for_prometheus() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let listen = ["--metrics", "127.0.0.1:9464"];
+    let mut assistant = Role::assistant(&lab, lab.assistant(), &listen)?;
+    let services = [service(STREAM, lab.target().v4(), STREAM)];
+    let mut online = Role::online(&lab, lab.online(), &services, lab.assistant().v4().into(), &listen)?;
+    let load = format!("--connect {}:{STREAM} --connections 5 --requests 100", lab.online().v4());
+    assert_eq!(Load::run(&lab, "load", &load)?.responses, 100);
+    streams.ensure_equal(100)?;
+    let value = |host: &Host, sample: &str| -> Result<f64> {
+        let url = "http://127.0.0.1:9464/metrics";
+        let text = output_of(host.command("curl").args(["--silent", "--fail", "--max-time", "5", url]))?;
+        let line = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
+        Ok(line.with_context(|| format!("no {sample} in\n{text}"))?.parse()?)
+    };
+    wait_for("a hundred turns", Duration::from_secs(3), || {
+        value(lab.online(), "replayer_turns_sent_total").is_ok_and(|count| count == 100.0)
+    })?;
+    let copied = "replayer_kernel_packets_total{program=\"ring\",verdict=\"copied\"}";
+    let captured = value(lab.online(), "replayer_packets_captured_total")?;
+    assert!(captured >= 100.0 && value(lab.online(), copied)? >= captured);
+    assert_eq!(value(lab.online(), "replayer_assistants_connected")?, 1.0);
+    wait_for("the assistant's figures", Duration::from_secs(3), || {
+        value(lab.assistant(), "replayer_assistant_frames_received_total").is_ok_and(|count| count >= 100.0)
+    })?;
+    assert_eq!(value(lab.assistant(), "replayer_assistant_workers")?, 1.0);
+    online.stop_online()?;
+    assistant.stop::<serde_json::Value>()?;
     Ok(())
 }

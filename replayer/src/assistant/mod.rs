@@ -25,6 +25,7 @@ pub mod routing;
 use crate::channel::limits::DEFAULT_PORT;
 use crate::channel::{Server, ServerConfig};
 use crate::clock;
+use crate::metrics::{self, Metrics};
 use crate::moderation::{Moderation, Next};
 use crate::privileges::{self, Keep};
 use crate::say::{say, show};
@@ -40,7 +41,7 @@ use replayer_common::tcp_options;
 use report::{Now, Report};
 use routing::{Route, Routing, TargetChange};
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
@@ -74,6 +75,9 @@ pub struct AssistantArgs {
     /// Write all counters to this file as JSON when the role stops
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
+    /// Serve the figures to Prometheus at this address, as http://IP:PORT/metrics
+    #[arg(long, value_name = "IP:PORT")]
+    pub metrics: Option<SocketAddr>,
     /// Print a line of counters this often, in seconds
     #[arg(long, value_name = "SECONDS")]
     pub stats: Option<u64>,
@@ -97,6 +101,7 @@ pub fn run(args: AssistantArgs) -> Result<()> {
         port: args.port,
         key: args.key.clone().into_bytes(),
     })?;
+    let metrics = Metrics::serve(args.metrics)?;
     let mut blackhole = BlackHole::open(&interface, args.zero_copy)?;
     blackhole.set_local_addresses(&host::local_addresses()?)?;
     // Pauses are a fraction of a millisecond: the default slack of 50 us would stretch them.
@@ -121,7 +126,7 @@ pub fn run(args: AssistantArgs) -> Result<()> {
         last_tick: 0,
         last_look: clock::now(),
     };
-    let ended = assistant.serve(&signals, args.stats);
+    let ended = assistant.serve(&signals, args.stats, metrics.as_ref());
     let report = assistant.report()?;
     show!("{report}");
     if let Some(path) = &args.report {
@@ -165,9 +170,10 @@ struct Assistant {
 
 impl Assistant {
     /// Turns until a signal comes.
-    fn serve(&mut self, signals: &Signals, stats: Option<u64>) -> Result<()> {
+    fn serve(&mut self, signals: &Signals, stats: Option<u64>, metrics: Option<&Metrics>) -> Result<()> {
         let stats = stats.filter(|&seconds| seconds > 0).map(|seconds| seconds * 1_000_000_000);
         let mut next_stats = stats.map_or(u64::MAX, |interval| clock::now() + interval);
+        let mut next_metrics = metrics.map_or(u64::MAX, |_| clock::now());
         let mut more = false;
         let mut ready = Vec::new();
         loop {
@@ -176,7 +182,7 @@ impl Assistant {
                 0
             } else {
                 match self.moderation.next(now, self.routing.is_hurried(now)) {
-                    Next::Wait => self.deadline().min(next_stats).saturating_sub(now),
+                    Next::Wait => self.deadline().min(next_stats).min(next_metrics).saturating_sub(now),
                     Next::Pause(pause) => {
                         clock::sleep(pause);
                         0
@@ -195,6 +201,12 @@ impl Assistant {
             let now = clock::now();
             if broken || now >= self.last_look + HOST_INTERVAL {
                 self.look_at_host(now)?;
+            }
+            if let Some(metrics) = metrics
+                && now >= next_metrics
+            {
+                next_metrics = now + metrics::INTERVAL.as_nanos() as u64;
+                metrics.publish(metrics::of_assistant(&serde_json::to_value(self.report()?)?));
             }
             if let Some(interval) = stats
                 && now >= next_stats

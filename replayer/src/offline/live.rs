@@ -6,6 +6,7 @@ use crate::cli::{ServiceArg, StatsFormat};
 use crate::clock;
 use crate::diagnosis::{self, Diagnosis};
 use crate::inspect::progress_line;
+use crate::metrics::{self, Metrics};
 use crate::net::{Monitor, Network};
 use crate::offline::shown::Shown;
 use crate::online::{connect, output_device};
@@ -35,6 +36,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     privileges::check()?;
     let signals = Signals::install()?;
+    let metrics = Metrics::serve(args.replay.metrics)?;
     let mut network = Network::open()?;
     let output = output_device(&mut network, &args.replay, services)?;
     let mut channels = connect(&args.assistants, args.replay.assistant_port, &args.replay.key, services, 1)?;
@@ -83,7 +85,7 @@ pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     privileges::drop_all_but(Keep::Main);
     say!("offline ready: stop with SIGTERM or Ctrl-C");
 
-    let ended = running.serve(args, services, &signals, &shown, started);
+    let ended = running.serve(args, services, &signals, metrics.as_ref(), &shown, started);
     running.stop()?;
     let figures = running.figures();
     let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
@@ -129,6 +131,7 @@ impl Running {
         args: &OfflineArgs,
         services: &[ServiceArg],
         signals: &Signals,
+        metrics: Option<&Metrics>,
         shown: &Shown,
         started: Instant,
     ) -> Result<bool> {
@@ -148,6 +151,11 @@ impl Running {
                 next_look += diagnosis::INTERVAL;
                 let figures = self.figures();
                 longest_lag_us = longest_lag_us.max(figures.lag_us);
+                if let Some(metrics) = metrics {
+                    let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
+                    let kernel = serde_json::Value::Null;
+                    metrics.publish(metrics::of_replay(&figures, kernel, seconds, cpu));
+                }
                 for trouble in diagnosis.look(started.elapsed(), &figures) {
                     let line = if terminal { "\r\x1b[K" } else { "" };
                     say!("{line}offline: warning: {}", trouble.describe(services, &args.replay, ""));
