@@ -81,7 +81,7 @@ impl ServiceKey {
     }
 }
 
-/// What comes before the packet in a record of a ring. Both are native integers.
+/// What comes before the packet in a record of a ring. All are native integers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct RingHeader {
@@ -89,12 +89,14 @@ pub struct RingHeader {
     pub len: u32,
     /// Payload of the segments that receive offload put together to this packet, bytes; 0: it is one segment.
     pub segment_len: u32,
+    /// When the program had the packet: `bpf_ktime_get_ns()`, which is CLOCK_MONOTONIC, ns.
+    pub captured_ns: u64,
 }
 
 /// Bytes of a [`RingHeader`].
 pub const RING_HEADER_LEN: usize = size_of::<RingHeader>();
-/// The largest packet in a ring: what an IP length field can say, behind an Ethernet header with two VLAN tags, rounded up.
-pub const RING_MAX_PACKET: usize = 65_536 + 32 - RING_HEADER_LEN;
+/// The largest packet in a ring: what an IP length field can say, behind an Ethernet header with two VLAN tags, rounded up to eight bytes.
+pub const RING_MAX_PACKET: usize = (65_535 + 22usize).next_multiple_of(8);
 
 /// What the programs on the capture interface have to know. One writer; the kernel copies it as a whole, but a program may see a torn update: each
 /// field is meaningful by itself.

@@ -7,7 +7,7 @@
 //! and cut to segments again by the reader.
 
 use aya_ebpf::bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
-use aya_ebpf::helpers::bpf_skb_load_bytes;
+use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_skb_load_bytes};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use replayer_common::counters::RingVerdict;
@@ -33,11 +33,11 @@ fn copy(context: &TcContext, shard: u32) -> RingVerdict {
     let Some(ring) = RINGS.get(shard) else { return RingVerdict::NoRing };
     // Sizes of records: small requests, full segments with and without an inner VLAN tag, jumbo frames, offloaded ones.
     match context.len() as usize {
-        0..=120 => copy_into::<120>(context, ring, shard),
-        121..=248 => copy_into::<248>(context, ring, shard),
-        249..=504 => copy_into::<504>(context, ring, shard),
-        505..=1016 => copy_into::<1016>(context, ring, shard),
-        1017..=1528 => copy_into::<1528>(context, ring, shard),
+        0..=112 => copy_into::<112>(context, ring, shard),
+        113..=240 => copy_into::<240>(context, ring, shard),
+        241..=496 => copy_into::<496>(context, ring, shard),
+        497..=1008 => copy_into::<1008>(context, ring, shard),
+        1009..=1528 => copy_into::<1528>(context, ring, shard),
         1529..=4088 => copy_into::<4088>(context, ring, shard),
         4089..=9208 => copy_into::<9208>(context, ring, shard),
         9209..=16_376 => copy_into::<16_376>(context, ring, shard),
@@ -59,7 +59,7 @@ fn copy_into<const SIZE: usize>(context: &TcContext, ring: &Ring, shard: u32) ->
     // passed, and the helper writes `len` bytes, at most `SIZE`, or fails. The verifier checks all of it again.
     let failed = unsafe {
         let len = (*skb).len;
-        let header = RingHeader { len, segment_len: (*skb).gso_size };
+        let header = RingHeader { len, segment_len: (*skb).gso_size, captured_ns: bpf_ktime_get_ns() };
         bytes.cast::<RingHeader>().write(header);
         // Again, where the verifier sees that this very value is bounded.
         len == 0

@@ -9,6 +9,7 @@ use crate::capture::choice::{self, Facts};
 use crate::capture::ring::Reader;
 use crate::capture::{self, Backend, Capture, CaptureArg, Source, span};
 use crate::cli::{PercentArg, online_endpoint, protocol_of};
+use crate::clock;
 use crate::net::{Device, NetError, Network};
 use crate::pcap::writer::NgWriter;
 use crate::privileges::{self, Keep};
@@ -248,10 +249,12 @@ impl Taking {
 
     /// Writes what has come, about a batch at most; how many packets.
     fn take(&mut self, files: &mut RotatingFiles, limit: Option<u64>) -> Result<usize> {
-        let time_ns = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64);
+        let (time_ns, now) =
+            (SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64), clock::now());
         let mut written = Ok(());
         let mut count = 0;
-        let mut write = |bytes: &[u8]| {
+        let mut write = |captured_ns: u64, bytes: &[u8]| {
+            let time_ns = (time_ns + captured_ns).saturating_sub(now);
             count += 1;
             if written.is_ok() && limit.is_none_or(|limit| files.packets < limit) {
                 written = files.packet(time_ns, bytes);
@@ -262,7 +265,8 @@ impl Taking {
                 port.receive(received);
                 for packet in received.drain(..) {
                     let bytes = port.frame(&packet.frame);
-                    write(&bytes[..(packet.len as usize).min(bytes.len())]);
+                    // When it came to the socket nobody has noted.
+                    write(now, &bytes[..(packet.len as usize).min(bytes.len())]);
                     port.release(packet.frame);
                 }
                 port.reclaim();

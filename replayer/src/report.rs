@@ -55,6 +55,7 @@ pub struct Figures {
     pub held_bytes: u64,
     /// The longest delay from capture to transmission since the last look, microseconds.
     pub lag_us: u32,
+    ring_wait: Histogram,
     capture_to_transmit: Histogram,
     target_response: Histogram,
     port: PortCounters,
@@ -85,6 +86,7 @@ impl Figures {
         self.sessions_live += worker.gauges.sessions_live;
         self.held_bytes += worker.gauges.held_bytes;
         self.lag_us = self.lag_us.max(worker.lag_us);
+        self.ring_wait.add(&worker.ring_wait);
         self.capture_to_transmit.add(&worker.capture_to_transmit);
         self.target_response.add(&worker.target_response);
         let (mine, theirs) = (&mut self.port, &worker.port);
@@ -209,6 +211,7 @@ impl Figures {
             "cpu_seconds": cpu_seconds,
             "counters": counters,
             "accounting": identities,
+            "ring_wait_us": histogram(&self.ring_wait),
             "capture_to_transmit_us": histogram(&self.capture_to_transmit),
             "target_response_us": histogram(&self.target_response),
             "kernel": kernel,
@@ -261,7 +264,10 @@ impl Figures {
                 h.max()
             );
         };
-        line(&mut text, "capture to transmission", &self.capture_to_transmit);
+        if self.ring_wait.count() > 0 {
+            line(&mut text, "capture to the worker, at most", &self.ring_wait);
+        }
+        line(&mut text, "the worker to transmission", &self.capture_to_transmit);
         line(&mut text, "target's response begins after", &self.target_response);
         for &counter in Counter::ALL.iter().filter(|&&counter| is_loss(counter) && c[counter] > 0) {
             let _ = write!(text, "\n  {} {}: {}", c[counter], counter.name(), counter.what());

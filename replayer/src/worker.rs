@@ -63,7 +63,9 @@ pub struct Snapshot {
     pub counters: Counters,
     /// Momentary values.
     pub gauges: Gauges,
-    /// Capture to transmission, microseconds.
+    /// At most so long had captured packets waited in the ring when the worker took them, microseconds.
+    pub ring_wait: Histogram,
+    /// From then to transmission, microseconds.
     pub capture_to_transmit: Histogram,
     /// First byte of a turn to first byte of its response, microseconds.
     pub target_response: Histogram,
@@ -104,6 +106,7 @@ pub struct Worker {
     captured: Vec<(Frame, usize)>,
     /// When packets came last.
     captured_at: u64,
+    ring_wait: Histogram,
     headers: Vec<ResponseHeader>,
     renewals: Vec<Option<u32>>,
     network: Watch,
@@ -269,6 +272,7 @@ impl Worker {
             source,
             captured: Vec::with_capacity(Source::MOST),
             captured_at: 0,
+            ring_wait: Histogram::default(),
             headers: Vec::with_capacity(4096),
             network,
             published_at: 0,
@@ -395,6 +399,10 @@ impl Worker {
         let count = source.receive(&mut self.surroundings.port, &mut self.captured);
         if count > 0 {
             self.captured_at = now;
+            if let Some(first) = source.first_captured_ns() {
+                // The others have waited less.
+                self.ring_wait.record_all((now.saturating_sub(first) / 1000) as u32, count as u32);
+            }
             self.engine.on_captured(now, &mut self.captured, &mut self.surroundings);
         }
         count
@@ -520,6 +528,7 @@ impl Worker {
         snapshot.counters = *self.engine.counters();
         snapshot.gauges = self.engine.gauges();
         let (capture_to_transmit, target_response) = self.engine.histograms();
+        snapshot.ring_wait.clone_from(&self.ring_wait);
         snapshot.capture_to_transmit.clone_from(capture_to_transmit);
         snapshot.target_response.clone_from(target_response);
         snapshot.lag_us = snapshot.lag_us.max(std::mem::take(&mut self.pace.longest_us));

@@ -17,6 +17,7 @@ use aya::programs::{SchedClassifier, TcAttachType, TestRun as _, TestRunOptions,
 use aya::{Ebpf, Pod};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
+use nix::time::{ClockId, clock_gettime};
 use replayer_common::addr::{ANY, Ip, from_std};
 use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict, RingVerdict, SpanVerdict};
 use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
@@ -155,6 +156,7 @@ fn b048_what_finds_no_room_in_the_ring_is_counted_and_what_is_there_stays_whole(
         let request = cases().remove("v4-data").expect("the case").frame;
         let mut kernel = Kernel::new();
         let (mut copied, mut full) = (0, 0);
+        let mut time = monotonic_ns();
         while full < 10 {
             let run = kernel.ring(&request);
             assert_eq!(run.returned, TCX_NEXT, "the packet goes on");
@@ -169,10 +171,20 @@ fn b048_what_finds_no_room_in_the_ring_is_counted_and_what_is_there_stays_whole(
         for at in 0..copied {
             let (header, bytes) = kernel.record().expect("a record");
             assert!(header.segment_len == 0 && bytes == request, "record {at}");
+            assert!(
+                (time..=monotonic_ns()).contains(&header.captured_ns),
+                "record {at}: {header:?} after {time}"
+            );
+            time = header.captured_ns;
         }
         assert!(kernel.record().is_none());
         assert_eq!(kernel.ring(&request).verdict(), "copied", "there is room again");
     });
+}
+
+fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("the clock");
+    now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
 }
 
 #[test]
@@ -547,7 +559,8 @@ impl Kernel {
         let record = self.reader.next()?;
         let (header, bytes) = record.split_at(RING_HEADER_LEN);
         let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().expect("four bytes"));
-        let header = RingHeader { len: word(0), segment_len: word(4) };
+        let captured_ns = u64::from_ne_bytes(header[8..].try_into().expect("eight bytes"));
+        let header = RingHeader { len: word(0), segment_len: word(4), captured_ns };
         Some((header, bytes[..header.len as usize].to_vec()))
     }
 

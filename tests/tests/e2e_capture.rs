@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -12,6 +13,7 @@ use aya::programs::{SchedClassifier, TcAttachType};
 use nix::sys::signal::Signal;
 use replayer_common::addr::from_v4;
 use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
+use replayer_tests::capture::Capture;
 use replayer_tests::clients::{Load, output_of};
 use replayer_tests::conversation::Conversation;
 use replayer_tests::lab::{Host, Lab, NIC, Plan};
@@ -337,6 +339,47 @@ fn recordings_of_every_way_hold_the_same_requests() -> Result<()> {
         streams.ensure_equal(200).with_context(|| format!("{way:?}"))?;
     }
     Ok(())
+}
+
+/// A ring is looked at now and then, and many packets at a time: they would have the time of the look.
+#[test]
+fn a_recording_by_ring_says_when_the_kernel_had_each_packet() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let _nginx = NginxPair::start(&lab, HTTP)?;
+    let file = lab.dir().join("recorded");
+    let mut command = lab.online().command(tool("replayer")?);
+    command.args(["record", "-i", NIC, "--capture", "ring", "-x", &HTTP.to_string(), "-w"]).arg(&file);
+    let mut recorder = start(&lab, lab.online(), "record", &mut command)?;
+    recorder.wait_for_message("ready", Duration::from_secs(15))?;
+    let tcpdump = Capture::on_cable(&lab, lab.online(), &format!("tcp dst port {HTTP}"))?;
+    let load = format!(
+        "--connect {}:{HTTP} --protocol http --connections 20 --requests 4000 --rate 4000 --arrivals poisson",
+        lab.online().v4()
+    );
+    assert_all_answered(&Load::run(&lab, "load", &load)?, 4000);
+    // Its last block is at most a second late.
+    std::thread::sleep(Duration::from_millis(1500));
+    let on_the_wire = times_of_requests(&lab, &tcpdump.stop()?)?;
+    ensure!(recorder.stop()?.success(), "{}", recorder.errors());
+    let recorded = times_of_requests(&lab, &lab.dir().join("recorded-00001.pcapng"))?;
+    assert_eq!((on_the_wire.len(), recorded.len()), (4000, 4000));
+    let mut late: Vec<f64> = on_the_wire.iter().zip(&recorded).map(|(wire, ring)| ring - wire).collect();
+    late.sort_by(f64::total_cmp);
+    let median = late[late.len() / 2];
+    assert!((-1e-6..100e-6).contains(&median), "{median} s later than on the wire");
+    Ok(())
+}
+
+/// When each packet of a capture file that ends a request was captured, in seconds, in their order.
+fn times_of_requests(lab: &Lab, file: &Path) -> Result<Vec<f64>> {
+    let mut command = lab.online().command("tcpdump");
+    command
+        .args(["-n", "-tt", "--time-stamp-precision=nano", "-r"])
+        .arg(file)
+        .arg("tcp[tcpflags] & tcp-push != 0");
+    let text = output_of(&mut command)?;
+    let times = text.lines().map(|line| line.split(' ').next().unwrap_or_default().parse());
+    times.collect::<Result<_, _>>().with_context(|| text.clone())
 }
 
 /// Runs `replayer online` on a host with arguments that it must refuse; its message.

@@ -238,6 +238,14 @@ impl Source {
         }
     }
 
+    /// When the kernel had the first of the packets that were received last, ns of CLOCK_MONOTONIC; `None`: only a ring notes it.
+    pub fn first_captured_ns(&self) -> Option<u64> {
+        match self {
+            Source::Port(_) => None,
+            Source::Ring(reader) => Some(reader.first_captured_ns()),
+        }
+    }
+
     /// Becomes readable when there is something, but see [`Source::about_to_sleep`].
     pub fn fd<'a>(&'a self, port: &'a Port) -> Option<BorrowedFd<'a>> {
         match self {

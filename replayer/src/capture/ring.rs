@@ -6,6 +6,7 @@
 //! A reader that is about to sleep says so, and only then the program wakes it: a wake-up costs the serving path more than the copy. While packets
 //! come often it does not say so, but looks by itself.
 
+use std::mem::offset_of;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::{Context, Result};
@@ -34,6 +35,8 @@ pub struct Reader {
     /// Of all rings; its own place says whether it sleeps.
     sleeping: Array<MapData, u64>,
     shard: u32,
+    /// When the program had the first of the packets that were received last, ns.
+    first_captured_ns: u64,
 }
 
 impl Reader {
@@ -43,7 +46,7 @@ impl Reader {
         let (ring, sleeping) = programs
             .add_ring(worker, bytes)
             .with_context(|| format!("make a ring of {} MiB for worker {worker}", bytes >> 20))?;
-        Ok(Reader { ring, sleeping, shard: worker })
+        Ok(Reader { ring, sleeping, shard: worker, first_captured_ns: 0 })
     }
 
     /// Appends packets to `out`, in frames of `port`, until there are [`BATCH`] new ones; how many.
@@ -51,7 +54,11 @@ impl Reader {
         let (before, room) = (out.len(), port.area());
         while out.len() - before < BATCH && has_room(port) {
             let Some(record) = self.ring.next() else { break };
-            for_each_segment(&record, room, |len, write| {
+            let Some((header, packet)) = split(&record) else { continue };
+            if out.len() == before {
+                self.first_captured_ns = header.captured_ns;
+            }
+            for_each_segment(header, packet, room, |len, write| {
                 // There is one: see `has_room`.
                 if let Some(mut frame) = port.allocate() {
                     write(&mut port.frame_mut(&mut frame)[..len]);
@@ -62,13 +69,20 @@ impl Reader {
         out.len() - before
     }
 
-    /// Hands the packets of the next record to `take`, which gets the bytes of one after the other; false when there is none.
-    pub fn next_packets(&mut self, scratch: &mut Vec<u8>, mut take: impl FnMut(&[u8])) -> bool {
+    /// When the program had the first of the packets that were received last, ns of CLOCK_MONOTONIC.
+    pub(super) fn first_captured_ns(&self) -> u64 {
+        self.first_captured_ns
+    }
+
+    /// Hands the packets of the next record to `take`, which gets when the program had it, ns of CLOCK_MONOTONIC, and the bytes of one
+    /// after the other; false when there is none.
+    pub fn next_packets(&mut self, scratch: &mut Vec<u8>, mut take: impl FnMut(u64, &[u8])) -> bool {
         let Some(record) = self.ring.next() else { return false };
-        for_each_segment(&record, usize::MAX, |len, write| {
+        let Some((header, packet)) = split(&record) else { return true };
+        for_each_segment(header, packet, usize::MAX, |len, write| {
             scratch.resize(len, 0);
             write(scratch);
-            take(scratch);
+            take(header.captured_ns, scratch);
         });
         true
     }
@@ -102,11 +116,27 @@ fn has_room(port: &mut Port) -> bool {
     enough(port)
 }
 
-/// Calls `each` for every segment of a record with its length and a function that writes it, `room` bytes at most.
-fn for_each_segment(record: &[u8], room: usize, mut each: impl FnMut(usize, &dyn Fn(&mut [u8]))) {
-    let Some((header, rest)) = record.split_at_checked(RING_HEADER_LEN) else { return };
-    let header = header_of(header);
-    let packet = &rest[..rest.len().min(header.len as usize)];
+/// A record's header and its packet. `None`: it is shorter than a header, which the program never writes.
+fn split(record: &[u8]) -> Option<(RingHeader, &[u8])> {
+    fn field<const N: usize>(record: &[u8], at: usize) -> Option<[u8; N]> {
+        record.get(at..)?.first_chunk().copied()
+    }
+    let header = RingHeader {
+        len: u32::from_ne_bytes(field(record, offset_of!(RingHeader, len))?),
+        segment_len: u32::from_ne_bytes(field(record, offset_of!(RingHeader, segment_len))?),
+        captured_ns: u64::from_ne_bytes(field(record, offset_of!(RingHeader, captured_ns))?),
+    };
+    let rest = record.get(RING_HEADER_LEN..)?;
+    Some((header, &rest[..rest.len().min(header.len as usize)]))
+}
+
+/// Calls `each` for every segment of a packet with its length and a function that writes it, `room` bytes at most.
+fn for_each_segment(
+    header: RingHeader,
+    packet: &[u8],
+    room: usize,
+    mut each: impl FnMut(usize, &dyn Fn(&mut [u8])),
+) {
     if header.segment_len == 0 && packet.len() <= room {
         return each(packet.len(), &|to| to.copy_from_slice(packet));
     }
@@ -131,12 +161,6 @@ fn for_each_segment(record: &[u8], room: usize, mut each: impl FnMut(usize, &dyn
     }
 }
 
-fn header_of(bytes: &[u8]) -> RingHeader {
-    let word =
-        |at: usize| bytes.get(at..at + 4).and_then(|word| word.try_into().ok()).map_or(0, u32::from_ne_bytes);
-    RingHeader { len: word(0), segment_len: word(4) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -145,17 +169,20 @@ mod tests {
     fn a_record_is_the_packet_and_not_what_lies_behind_it() {
         let mut record = vec![0; RING_HEADER_LEN];
         record[..4].copy_from_slice(&5u32.to_ne_bytes());
+        record[8..16].copy_from_slice(&77_000_000_000u64.to_ne_bytes());
         record.extend([1, 2, 3, 4, 5, 99, 99, 99]);
+        let (header, packet) = split(&record).unwrap();
+        assert_eq!((header.segment_len, header.captured_ns), (0, 77_000_000_000));
         let mut seen = Vec::new();
-        for_each_segment(&record, 1500, |len, write| {
+        for_each_segment(header, packet, 1500, |len, write| {
             let mut bytes = vec![0; len];
             write(&mut bytes);
             seen.push(bytes);
         });
         assert_eq!(seen, [[1, 2, 3, 4, 5]]);
         // Shorter than its header, or than it says.
-        for_each_segment(&record[..3], 1500, |_, _| panic!("there is nothing"));
+        assert_eq!(split(&record[..3]), None);
         record[..4].copy_from_slice(&5000u32.to_ne_bytes());
-        for_each_segment(&record, 1500, |len, _| assert_eq!(len, 8));
+        assert_eq!(split(&record).unwrap().1.len(), 8);
     }
 }
