@@ -3,7 +3,7 @@
 
 use crate::traffic::{self, CLIENT_ISN, SMALL, SMALL_FRAME, TARGET_ISN, client, response, write_segment};
 use anyhow::{Context, Result, ensure};
-use replayer::afxdp::{Endpoint as PortEndpoint, Frame, HEADROOM, Port, PortConfig};
+use replayer::afxdp::{Endpoint as PortEndpoint, Frame, HEADROOM, KICK, Port, PortConfig};
 use replayer::capture::mirror::Mirror;
 use replayer::clock;
 use replayer::netns::Namespace;
@@ -79,7 +79,8 @@ pub(crate) fn write_packet(frame: &mut [u8], n: u32, connections: u32) -> usize 
 /// An engine between a port and a target that acknowledges each packet of [`write_packet`], as soon as the batch is done.
 ///
 /// The acknowledgments belong to another host: which they are is known from the packets' numbers, and nothing of what is sent is looked at. Putting
-/// a record together here takes about as long as it takes a worker to read it from its channel.
+/// a record together here takes about as long as it takes a worker to read it from its channel. They come in the order in which the packets
+/// left, as from a target that has one queue.
 pub(crate) struct Replayer {
     engine: Engine,
     connections: u32,
@@ -87,7 +88,7 @@ pub(crate) struct Replayer {
     batch: Vec<(Frame, usize)>,
     /// Packets that were answered.
     answered: u32,
-    /// The identities of connection `i`: from `i * copies` on.
+    /// The identities of connection `i`, in the order in which its copies' packets leave: from `i * copies` on.
     identities: Vec<Endpoint>,
     records: Vec<ResponseHeader>,
 }
@@ -176,8 +177,12 @@ impl Replayer {
                 0 => (flags::SYN | flags::ACK, TARGET_ISN, CLIENT_ISN + 1),
                 round => (flags::ACK, TARGET_ISN + 1, CLIENT_ISN + 1 + round * SMALL.payload as u32),
             };
-            let identities = &out.identities[first..first + self.copies as usize];
+            let identities = &mut out.identities[first..first + self.copies as usize];
             self.records.extend(identities.iter().map(|identity| response(identity, control, seq, ack, 0)));
+            if n < self.connections {
+                // Of data the copy that was opened last is sent first.
+                identities.reverse();
+            }
         }
         self.answered += captured;
         self.engine.on_responses(now, &self.records, &mut out);
@@ -199,11 +204,12 @@ impl Replayer {
     }
 }
 
-/// Packets a second that `port` sends of itself for `duration`: frames as they are, of [`SMALL`].
+/// Packets a second that `port` sends of itself for `duration`: frames as they are, of [`SMALL`], as many at a time as make it fastest (64 and
+/// fewer pay for more system calls, 512 and more for memory that is in no near cache any more).
 pub(crate) fn bare_transmit(port: &mut Port, duration: Duration) -> f64 {
     rate(duration, || {
         let mut sent = 0;
-        for _ in 0..BATCH {
+        for _ in 0..KICK {
             let Some(mut frame) = port.allocate() else { break };
             // A data packet: the second of a single connection.
             write_packet(port.frame_mut(&mut frame), 1, 1);

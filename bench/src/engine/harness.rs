@@ -213,7 +213,7 @@ impl Bench {
                 let answer = u32::from(load.turns);
                 self.streams[i as usize] = (seq + payload, answered + answer);
                 let push = if load.turns { flags::PSH } else { 0 };
-                for copy in 0..self.copies {
+                for copy in (0..self.copies).rev() {
                     let identity = &self.identities[(i * self.copies + copy) as usize];
                     let record =
                         response(identity, flags::ACK | push, ack, CLIENT_ISN + 1 + seq + payload, answer);

@@ -120,6 +120,10 @@ pub struct Engine {
     copies: Copies,
     ports: Ports,
     pub(crate) dirty: Vec<u32>,
+    /// The session that a record of the target's was of last: a place, whatever has become of it; `NONE` before the first.
+    pub(crate) answered_last: u32,
+    /// How many records are looked up together: fewer than a batch where copies are answered in their order.
+    pub(crate) looked_up_together: usize,
     /// What the first pass over a batch found; empty between batches.
     pub(crate) looked: Vec<Looked>,
     lingering: VecDeque<(Tick, u16, Endpoint)>,
@@ -134,7 +138,7 @@ pub struct Engine {
     pub(crate) stopping: Option<Tick>,
     /// Where captured packets come from a file: the file's time.
     pub(crate) capture_time: Option<Tick>,
-    /// Takes no packet as usual: for the comparison of both ways.
+    /// Takes no packet as usual, and no record as the next of a copy: for the comparison of both ways.
     #[cfg(test)]
     pub(crate) step_by_step: bool,
 }
@@ -183,6 +187,8 @@ impl Engine {
             copies: Copies::new(config.copies_millionths, config.worker, config.workers),
             ports: Ports::new(config.seed),
             dirty: Vec::with_capacity(4 * BATCH),
+            answered_last: NONE,
+            looked_up_together: BATCH,
             looked: Vec::with_capacity(BATCH),
             lingering: VecDeque::with_capacity(MAX_LINGERING),
             idle_look: (now, 0),

@@ -11,6 +11,7 @@ use crate::sender::micros;
 use crate::session::{Owes, State, Turn, segment_after, seq_before};
 use crate::slab::NONE;
 use crate::timer::{Due, tick};
+use crate::usual::COPIES_AHEAD;
 use replayer_common::addr::{Endpoint, is_v4};
 use replayer_common::hash::pair_hash;
 use replayer_common::packet::flags;
@@ -22,25 +23,78 @@ pub(crate) const MAX_WINDOW: u32 = 1 << 30;
 /// Window scale shifts above this are treated as this (RFC 7323 section 2.3).
 const MAX_WINDOW_SCALE: u8 = 14;
 
+/// So many records of copies in their order, and only a few are looked up together when the order ends: most likely that is where the copies
+/// of another connection begin.
+const MANY_IN_ORDER: usize = 16;
+const FEW_TOGETHER: usize = 8;
+
 impl Engine {
     /// Handles header records of the target's segments, in the order in which they came.
     pub fn on_responses<O: Output>(&mut self, now_ns: u64, records: &[ResponseHeader], out: &mut O) {
         for batch in records.chunks(BATCH) {
-            // Read ahead as captured packets are: see `on_captured`.
-            let mut hashes = [0u32; BATCH];
-            for (hash, record) in hashes.iter_mut().zip(batch) {
-                if let Some(service) = self.services.get(usize::from(record.service)) {
-                    let target = service.target;
-                    *hash = pair_hash(self.config.seed, &record.addr, record.port, &target.ip, target.port);
-                    self.by_identity.read_ahead(*hash);
+            let mut rest = batch;
+            while !rest.is_empty() {
+                let in_order = self.on_copies_in_order(now_ns, rest, out);
+                rest = &rest[in_order..];
+                if in_order >= MANY_IN_ORDER {
+                    self.looked_up_together = FEW_TOGETHER;
                 }
-            }
-            self.read_ahead_for(&hashes[..batch.len()], batch);
-            for (&hash, record) in hashes.iter().zip(batch) {
-                self.on_response(now_ns, hash, record, out);
+                let (together, later) = rest.split_at(rest.len().min(self.looked_up_together));
+                self.on_looked_up(now_ns, together, out);
+                rest = later;
             }
             self.finish_batch(now_ns, out);
             self.ask_waiting(now_ns, out);
+        }
+    }
+
+    /// Handles records as long as each is of the copy that comes after the one before: a target answers copies in the order in which they came
+    /// to it, and their sessions lie side by side, so that nothing has to be looked up. Returns how many those were.
+    fn on_copies_in_order<O: Output>(
+        &mut self,
+        now_ns: u64,
+        records: &[ResponseHeader],
+        out: &mut O,
+    ) -> usize {
+        #[cfg(test)]
+        if self.step_by_step {
+            return 0;
+        }
+        for (count, record) in records.iter().enumerate() {
+            if self.answered_last == NONE {
+                return count;
+            }
+            let s = self.sessions[self.answered_last].next_copy;
+            if s == NONE || !self.is_live_and_of(s, record) {
+                return count;
+            }
+            if s >= COPIES_AHEAD {
+                self.sessions[s - COPIES_AHEAD].read_ahead();
+                self.sessions[s - COPIES_AHEAD].read_ahead_acknowledgment();
+            }
+            self.on_response_of(now_ns, s, record, out);
+        }
+        records.len()
+    }
+
+    /// Handles records after looking all of their sessions up.
+    fn on_looked_up<O: Output>(&mut self, now_ns: u64, records: &[ResponseHeader], out: &mut O) {
+        if records.is_empty() {
+            return;
+        }
+        self.looked_up_together = (2 * self.looked_up_together).min(BATCH);
+        // Read ahead as captured packets are: see `on_captured`.
+        let mut hashes = [0u32; BATCH];
+        for (hash, record) in hashes.iter_mut().zip(records) {
+            if let Some(service) = self.services.get(usize::from(record.service)) {
+                let target = service.target;
+                *hash = pair_hash(self.config.seed, &record.addr, record.port, &target.ip, target.port);
+                self.by_identity.read_ahead(*hash);
+            }
+        }
+        self.read_ahead_for(&hashes[..records.len()], records);
+        for (&hash, record) in hashes.iter().zip(records) {
+            self.on_response(now_ns, hash, record, out);
         }
     }
 
@@ -92,40 +146,61 @@ impl Engine {
     }
 
     fn on_response<O: Output>(&mut self, now_ns: u64, hash: u32, record: &ResponseHeader, out: &mut O) {
-        self.counters[Counter::ResponsesReceived] += 1;
         if usize::from(record.service) >= self.services.len() {
+            self.counters[Counter::ResponsesReceived] += 1;
             return self.on_datagram_response(now_ns, record);
         }
+        match self.by_identity.find(hash, |s| self.is_of(s, record)) {
+            Some(s) => self.on_response_of(now_ns, s, record, out),
+            None => {
+                self.counters[Counter::ResponsesReceived] += 1;
+                self.counters[Counter::ResponsesUnknown] += 1;
+                self.answer_stray(record, Endpoint { ip: record.addr, port: record.port }, out);
+            }
+        }
+    }
+
+    /// Whether a record is of the session, which is a live one's place.
+    #[inline(always)]
+    fn is_of(&self, s: u32, record: &ResponseHeader) -> bool {
+        let Some(service) = self.services.get(usize::from(record.service)) else { return false };
+        let session = &self.sessions[s];
         let identity = Endpoint { ip: record.addr, port: record.port };
-        let found = self.services.get(usize::from(record.service)).and_then(|service| {
-            let v4 = is_v4(&service.target.ip);
-            self.by_identity.find(hash, |index| {
-                let session = &self.sessions[index];
-                let is_it = if v4 {
-                    session.has_identity_v4(&identity)
-                } else {
-                    self.sessions.identity(index) == identity
-                };
-                // Services may share a target.
-                let of_service = session.service == record.service
-                    || self.services[usize::from(session.service)].target == service.target;
-                is_it && of_service
-            })
-        });
-        let Some(s) = found else {
-            self.counters[Counter::ResponsesUnknown] += 1;
-            self.answer_stray(record, identity, out);
-            return;
+        let is_it = if is_v4(&service.target.ip) {
+            session.has_identity_v4(&identity)
+        } else {
+            self.sessions.identity(s) == identity
         };
+        // Services may share a target.
+        is_it
+            && (session.service == record.service
+                || self.services[usize::from(session.service)].target == service.target)
+    }
+
+    /// The same of any place: it is what a search would find.
+    #[inline(always)]
+    fn is_live_and_of(&self, s: u32, record: &ResponseHeader) -> bool {
+        self.sessions[s].state != State::Closed && self.is_of(s, record)
+    }
+
+    /// Handles a record of the session.
+    #[inline(always)]
+    fn on_response_of<O: Output>(&mut self, now_ns: u64, s: u32, record: &ResponseHeader, out: &mut O) {
+        self.counters[Counter::ResponsesReceived] += 1;
+        self.answered_last = s;
         let service = &mut self.services[usize::from(record.service)];
         service.unanswered_since = None;
         service.heard_at = tick(now_ns);
         if record.flags & flags::RST == 0 {
             service.down = false;
         }
-        if self.on_usual_acknowledgment(now_ns, s, record) {
-            return;
+        if !self.on_usual_acknowledgment(now_ns, s, record) {
+            self.on_unusual_response(now_ns, s, record, out);
         }
+    }
+
+    #[inline(never)]
+    fn on_unusual_response<O: Output>(&mut self, now_ns: u64, s: u32, record: &ResponseHeader, out: &mut O) {
         if !self.sessions[s].dirty {
             self.sessions[s].dirty = true;
             self.dirty.push(s);

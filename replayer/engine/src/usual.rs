@@ -20,7 +20,7 @@ use replayer_common::packet::flags;
 use replayer_common::response::{ResponseHeader, present};
 
 /// The copies of a connection are opened together and lie side by side, the last first: so far ahead they are read.
-pub(crate) const COPIES_AHEAD: u32 = 8;
+pub(crate) const COPIES_AHEAD: u32 = 16;
 
 impl Engine {
     /// Takes captured data if it is the usual; otherwise nothing was done, and the frame comes back.
@@ -538,6 +538,10 @@ mod tests {
                         ..Default::default()
                     });
                 }
+                // As if copies were answered in the order in which they were sent.
+                if random(3) > 0 {
+                    records.reverse();
+                }
                 let sent = engines.each_mut().map(|engine| {
                     let mut out = Kept::default();
                     engine.on_captured(now, &mut batch.clone(), &mut out);
@@ -571,5 +575,45 @@ mod tests {
             assert_eq!((engine.store.held_bytes(), engine.store.places_held()), (0, 0));
             assert_eq!(engine.next_deadline_ns(now), None);
         }
+    }
+
+    #[test]
+    fn a_record_for_a_copy_that_has_ended_is_for_nobody() {
+        let (way, now) = (Way::PLAIN, 1_000_000_000);
+        let (mut engine, mut out) = (engine(3_000_000, 1, way, now), Kept::default());
+        let template = Template::new(&way.link(way.captured_in), &way.online(), 500);
+        let syn = Header {
+            source: way.end([10, 7, 0, 1], 40_000),
+            seq: 7,
+            ack: 0,
+            flags: flags::SYN,
+            timestamps: None,
+            syn: Some(SynOptions { mss: 1460, window_scale: None, sack_permitted: false }),
+            ip_id: 0,
+        };
+        let mut frame = vec![0; 4096];
+        syn.write(&template, &mut frame, 0, 0);
+        engine.on_captured(now, &mut vec![(frame, syn.len(&template))], &mut out);
+        let record = |identity: Endpoint, control| ResponseHeader {
+            addr: identity.ip,
+            port: identity.port,
+            flags: control | flags::ACK,
+            seq: 100,
+            ack: 8,
+            window: 1000,
+            ..Default::default()
+        };
+        let mut copies: Vec<_> = engine.identities(0).map(|(_, _, identity)| identity).collect();
+        copies.reverse();
+        let accepted: Vec<_> = copies.iter().map(|&copy| record(copy, flags::SYN)).collect();
+        engine.on_responses(now, &accepted, &mut out);
+        // The first copy ends by a record, the others without one.
+        engine.on_responses(now, &[ResponseHeader { seq: 101, ..record(copies[0], flags::RST) }], &mut out);
+        engine.stop(now, &mut out);
+        engine.on_timers(now + 1_000_000_000, &mut out);
+        assert!(engine.stopped());
+        let unknown = engine.counters()[Counter::ResponsesUnknown];
+        engine.on_responses(now, &[record(copies[1], 0)], &mut out);
+        assert_eq!(engine.counters()[Counter::ResponsesUnknown], unknown + 1);
     }
 }
