@@ -59,6 +59,11 @@ pub struct OnlineArgs {
     #[arg(display_order = 2, short = 'i', long = "interface", value_name = "IFACE")]
     pub interface: Option<String>,
 
+    /// Only check whether everything is there: interfaces, route, target, assistants, queues, rights. Nothing is attached to the interface, and
+    /// nothing is replayed.
+    #[arg(long)]
+    pub check: bool,
+
     /// How requests are taken off the wire.
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub capture: CaptureArg,

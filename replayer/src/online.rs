@@ -35,7 +35,8 @@ use replayer_engine::Engine;
 use replayer_engine::config::Limits;
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::net::SocketAddr;
+use std::io::ErrorKind;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -43,6 +44,8 @@ use std::time::{Duration, Instant};
 
 /// How long a next hop may take to tell its address at the start.
 const NEXT_HOP_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a target may take to accept a connection of `--check`.
+const TARGET_PATIENCE: Duration = Duration::from_secs(2);
 /// After so long connections that were in the middle of a request are looked at once more: the kernel's times of their sockets have moved on
 /// by a tick (4 ms at 250 Hz). Also how long a look may take to be worth another one, for captured packets wait meanwhile.
 const MOMENT: Duration = Duration::from_millis(5);
@@ -63,7 +66,7 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
     privileges::check()?;
     let signals = Signals::install()?;
     let started = Instant::now();
-    let mut online = Online::start(args)?;
+    let Some(mut online) = Online::start(args)? else { return Ok(()) };
     privileges::drop_all_but(Keep::Main);
     let ended = online.serve(args, &signals, started);
     // After an error too: the sessions end cleanly, and what was done until then is told.
@@ -108,7 +111,8 @@ struct Running {
 }
 
 impl Online {
-    fn start(args: &OnlineArgs) -> Result<Online> {
+    /// `None`: everything was found to be there, and that is all that was asked for.
+    fn start(args: &OnlineArgs) -> Result<Option<Online>> {
         args.replay.check()?;
         if args.spread > 60_000 {
             bail!("--spread {}: give at most 60000 milliseconds", args.spread);
@@ -195,6 +199,15 @@ impl Online {
             made.push((worker, shared));
         }
 
+        if args.check {
+            check_targets(&services)?;
+            say!("online: {backend} on {}, sending on {}: {why}", device.name, output.name);
+            say!(
+                "online: everything is there; on the target, `ip route get CLIENT` has to lead to an assistant"
+            );
+            return Ok(None);
+        }
+
         // Everything stands: now the production interface. What its open connections are at is looked up before and after.
         let of_tcp = services.iter().filter(|service| service.protocol == Protocol::Tcp);
         let ports: BTreeSet<u16> = of_tcp.map(|service| service.service.online.port).collect();
@@ -252,7 +265,7 @@ impl Online {
             );
         }
         say!("online ready: stop with SIGTERM or Ctrl-C");
-        Ok(online)
+        Ok(Some(online))
     }
 
     /// A device that is down may come up again; one that is gone took programs and sockets along.
@@ -576,6 +589,26 @@ pub(crate) fn output_device(
         chosen = Some(device);
     }
     chosen.context("-x names no service")
+}
+
+/// Whether something listens where copies of TCP go.
+fn check_targets(services: &[ServiceArg]) -> Result<()> {
+    for service in services.iter().filter(|service| service.protocol == Protocol::Tcp) {
+        let target = service.service.target.to_std();
+        match TcpStream::connect_timeout(&target, TARGET_PATIENCE) {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                bail!(
+                    "nothing listens on {target}: start the server under test, or name another target with -x"
+                )
+            }
+            Err(error) => say!(
+                "online: warning: {target} does not answer this host itself ({error}): where it sends everything to an assistant, that is as it \
+                 should be; else it is down, or a firewall is on the path"
+            ),
+        }
+    }
+    Ok(())
 }
 
 fn capture_device(network: &mut Network, args: &OnlineArgs, services: &[ServiceArg]) -> Result<Device> {

@@ -262,3 +262,28 @@ fn b066_figures_of_both_roles_for_prometheus() -> Result<()> {
     assistant.stop::<serde_json::Value>()?;
     Ok(())
 }
+
+#[test]
+fn b065_a_check_names_what_is_missing_and_replays_nothing() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let (target, assistant) = (lab.target().v4(), lab.assistant().v4());
+    let check = |name: &str| -> Result<(bool, String)> {
+        let service = service(STREAM, target, STREAM);
+        let mut command = lab.online().command(tool("replayer")?);
+        command.args(["online", "--check", "-x", &service, "-s", &assistant.to_string(), "-i", NIC]);
+        let mut process = Process::start(&mut command, name, &lab.dir())?;
+        let status = process.wait(Duration::from_secs(10))?;
+        Ok((status.success(), process.errors()))
+    };
+    let (good, said) = check("without-assistant")?;
+    assert!(!good && said.contains("replayer assistant"), "{said}");
+    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    let (good, said) = check("without-server")?;
+    assert!(!good && said.contains(&format!("nothing listens on {target}:{STREAM}")), "{said}");
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let tap = Watch::arriving(lab.target(), &[("syns", "tcp flags & (syn | ack) == syn")])?;
+    let (good, said) = check("complete")?;
+    assert!(good && said.contains("everything is there") && !said.contains("online ready"), "{said}");
+    assert_eq!((tap.packets()?["syns"], streams.target.record()?.requests()), (1, 0));
+    Ok(())
+}
