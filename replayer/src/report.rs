@@ -53,7 +53,7 @@ pub struct Figures {
     pub sessions_live: u64,
     /// Client bytes held.
     pub held_bytes: u64,
-    /// The longest delay from capture to transmission since the last look, microseconds.
+    /// The longest delay since the last look, in the ring or from there to transmission, microseconds.
     pub lag_us: u32,
     ring_wait: Histogram,
     capture_to_transmit: Histogram,

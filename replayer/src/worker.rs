@@ -69,7 +69,7 @@ pub struct Snapshot {
     pub capture_to_transmit: Histogram,
     /// First byte of a turn to first byte of its response, microseconds.
     pub target_response: Histogram,
-    /// The longest delay from capture to transmission since the last look, microseconds.
+    /// The longest delay since the last look, in the ring or from there to transmission, microseconds.
     pub lag_us: u32,
     /// What the port counted.
     pub port: PortCounters,
@@ -216,7 +216,7 @@ impl Output for Surroundings {
 struct Pace {
     since: u64,
     window: Option<u32>,
-    /// The longest delay since the last published figures, microseconds.
+    /// The longest delay since the last published figures, in the ring or in the engine, microseconds.
     longest_us: u32,
     /// Until when it counts as behind.
     behind_until: u64,
@@ -401,7 +401,9 @@ impl Worker {
             self.captured_at = now;
             if let Some(first) = source.first_captured_ns() {
                 // The others have waited less.
-                self.ring_wait.record_all((now.saturating_sub(first) / 1000) as u32, count as u32);
+                let waited_us = (now.saturating_sub(first) / 1000) as u32;
+                self.ring_wait.record_all(waited_us, count as u32);
+                self.pace.longest_us = self.pace.longest_us.max(waited_us);
             }
             self.engine.on_captured(now, &mut self.captured, &mut self.surroundings);
         }
