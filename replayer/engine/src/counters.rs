@@ -43,7 +43,7 @@ counters! {
     PacketsNotService "packets_not_service" "not replayed: not for a service",
     PacketsSampledOut "packets_sampled_out" "not replayed: the connection is outside the sample",
     PacketsMidstream "packets_midstream" "not replayed: of a connection that was open before, not yet at the start of a turn, or left out by -O",
-    PacketsNoConnection "packets_no_connection" "not replayed: FIN, RST or ACK of an unknown connection",
+    PacketsNoConnection "packets_no_connection" "FIN, RST or ACK of a connection that is unknown or over: there is nothing in it to replay",
     PacketsAfterEnd "packets_after_end" "not replayed: after the connection's FIN or RST",
     PacketsTls "packets_tls" "not replayed: of a TLS connection, which no other server can decrypt",
     PacketsOutOfWindow "packets_out_of_window" "not replayed: sequence number far from the stream",
