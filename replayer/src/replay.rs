@@ -83,8 +83,15 @@ pub struct ReplayArgs {
     #[arg(long, value_name = "MIB", default_value_t = 512)]
     pub max_held: usize,
 
-    /// The key that the assistants were started with.
-    #[arg(long, value_name = "KEY", default_value = "", hide_default_value = true)]
+    /// The key that the assistants were started with. From the environment it does not show in the list of processes.
+    #[arg(
+        long,
+        value_name = "KEY",
+        env = "REPLAYER_KEY",
+        hide_env_values = true,
+        default_value = "",
+        hide_default_value = true
+    )]
     pub key: String,
 
     /// Write all counters to this file as JSON at the end.

@@ -1,4 +1,4 @@
-//! Behaviours 50, 63 and 65 to 67: what is no request of a client, how a role ends that cannot go on, what it says of a wrong set-up and of
+//! Behaviours 50, 55, 63 and 65 to 67: what is no request of a client, how a role ends that cannot go on, what it says of a wrong set-up and of
 //! itself, and what it may do.
 //!
 //! Root only; each test has a lab of its own.
@@ -285,5 +285,32 @@ fn b065_a_check_names_what_is_missing_and_replays_nothing() -> Result<()> {
     let (good, said) = check("complete")?;
     assert!(good && said.contains("everything is there") && !said.contains("online ready"), "{said}");
     assert_eq!((tap.packets()?["syns"], streams.target.record()?.requests()), (1, 0));
+    Ok(())
+}
+
+#[test]
+fn b055_the_key_may_come_from_the_environment_and_a_worker_without_it_is_refused() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let start = |host: &Host, name: &str, key: Option<&str>, arguments: &str| -> Result<Process> {
+        let mut command = host.command(tool("replayer")?);
+        command.args(arguments.split_whitespace()).envs(key.map(|key| ("REPLAYER_KEY", key)));
+        Process::start(&mut command, name, &lab.dir())
+    };
+    let mut assistant = start(lab.assistant(), "assistant", Some("a key"), &format!("assistant -i {NIC}"))?;
+    assistant.wait_for_message("ready", Duration::from_secs(10))?;
+    ensure!(!assistant.errors().contains("without a key"), "{}", assistant.errors());
+    let service = service(STREAM, lab.target().v4(), STREAM);
+    let arguments = format!("online -x {service} -s {} -i {NIC}", lab.assistant().v4());
+    for (name, key) in [("none", None), ("another", Some("a kez"))] {
+        let mut refused = start(lab.online(), name, key, &arguments)?;
+        let status = refused.wait(Duration::from_secs(10))?;
+        ensure!(!status.success() && refused.errors().contains("key"), "{status}: {}", refused.errors());
+    }
+    let mut online = start(lab.online(), "online", Some("a key"), &arguments)?;
+    online.wait_for_message("online ready", Duration::from_secs(10))?;
+    let load = format!("--connect {}:{STREAM} --requests 10", lab.online().v4());
+    assert_eq!(Load::run(&lab, "load", &load)?.responses, 10);
+    streams.ensure_equal(10)?;
     Ok(())
 }

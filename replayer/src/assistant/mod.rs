@@ -63,8 +63,8 @@ pub struct AssistantArgs {
     /// The local address to listen on [default: all]
     #[arg(long, value_name = "IP")]
     pub listen: Option<IpAddr>,
-    /// A shared key: only online roles that were given the same one are served
-    #[arg(long, default_value = "", hide_default_value = true)]
+    /// A shared key: only online roles that were given the same one are served. From the environment it does not show in the list of processes
+    #[arg(long, env = "REPLAYER_KEY", hide_env_values = true, default_value = "", hide_default_value = true)]
     pub key: String,
     /// Start even though this host forwards IP packets
     #[arg(long)]
