@@ -23,21 +23,21 @@ pub(crate) const MAX_WINDOW: u32 = 1 << 30;
 /// Window scale shifts above this are treated as this (RFC 7323 section 2.3).
 const MAX_WINDOW_SCALE: u8 = 14;
 
-/// So many records of copies in their order, and only a few are looked up together when the order ends: most likely that is where the copies
-/// of another connection begin.
+/// After so many records of copies in their order only one is looked up when the order ends: most likely the copies of another connection begin
+/// there. If not, twice as many are next.
 const MANY_IN_ORDER: usize = 16;
-const FEW_TOGETHER: usize = 8;
 
 impl Engine {
     /// Handles header records of the target's segments, in the order in which they came.
     pub fn on_responses<O: Output>(&mut self, now_ns: u64, records: &[ResponseHeader], out: &mut O) {
+        self.counters[Counter::ResponsesReceived] += records.len() as u64;
         for batch in records.chunks(BATCH) {
             let mut rest = batch;
             while !rest.is_empty() {
                 let in_order = self.on_copies_in_order(now_ns, rest, out);
                 rest = &rest[in_order..];
                 if in_order >= MANY_IN_ORDER {
-                    self.looked_up_together = FEW_TOGETHER;
+                    self.looked_up_together = 1;
                 }
                 let (together, later) = rest.split_at(rest.len().min(self.looked_up_together));
                 self.on_looked_up(now_ns, together, out);
@@ -60,21 +60,26 @@ impl Engine {
         if self.step_by_step {
             return 0;
         }
-        for (count, record) in records.iter().enumerate() {
-            if self.answered_last == NONE {
-                return count;
-            }
-            let s = self.sessions[self.answered_last].next_copy;
+        let mut last = self.answered_last;
+        if last == NONE {
+            return 0;
+        }
+        let mut count = 0;
+        for record in records {
+            let s = self.sessions[last].next_copy;
             if s == NONE || !self.is_live_and_of(s, record) {
-                return count;
+                break;
             }
             if s >= COPIES_AHEAD {
                 self.sessions[s - COPIES_AHEAD].read_ahead();
                 self.sessions[s - COPIES_AHEAD].read_ahead_acknowledgment();
             }
             self.on_response_of(now_ns, s, record, out);
+            last = s;
+            count += 1;
         }
-        records.len()
+        self.answered_last = last;
+        count
     }
 
     /// Handles records after looking all of their sessions up.
@@ -95,6 +100,19 @@ impl Engine {
         self.read_ahead_for(&hashes[..records.len()], records);
         for (&hash, record) in hashes.iter().zip(records) {
             self.on_response(now_ns, hash, record, out);
+        }
+        self.copies_ahead();
+    }
+
+    /// Asks for the sessions of the copies that come after the last one that was looked up.
+    #[inline]
+    fn copies_ahead(&self) {
+        let last = self.answered_last;
+        if last != NONE && self.sessions[last].next_copy != NONE {
+            for copy in 1..=COPIES_AHEAD.min(last) {
+                self.sessions[last - copy].read_ahead();
+                self.sessions[last - copy].read_ahead_acknowledgment();
+            }
         }
     }
 
@@ -147,13 +165,14 @@ impl Engine {
 
     fn on_response<O: Output>(&mut self, now_ns: u64, hash: u32, record: &ResponseHeader, out: &mut O) {
         if usize::from(record.service) >= self.services.len() {
-            self.counters[Counter::ResponsesReceived] += 1;
             return self.on_datagram_response(now_ns, record);
         }
         match self.by_identity.find(hash, |s| self.is_of(s, record)) {
-            Some(s) => self.on_response_of(now_ns, s, record, out),
+            Some(s) => {
+                self.answered_last = s;
+                self.on_response_of(now_ns, s, record, out);
+            }
             None => {
-                self.counters[Counter::ResponsesReceived] += 1;
                 self.counters[Counter::ResponsesUnknown] += 1;
                 self.answer_stray(record, Endpoint { ip: record.addr, port: record.port }, out);
             }
@@ -186,8 +205,6 @@ impl Engine {
     /// Handles a record of the session.
     #[inline(always)]
     fn on_response_of<O: Output>(&mut self, now_ns: u64, s: u32, record: &ResponseHeader, out: &mut O) {
-        self.counters[Counter::ResponsesReceived] += 1;
-        self.answered_last = s;
         let service = &mut self.services[usize::from(record.service)];
         service.unanswered_since = None;
         service.heard_at = tick(now_ns);

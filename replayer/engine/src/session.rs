@@ -184,6 +184,7 @@ pub(crate) struct Trouble {
 
 /// The unit of [`Session::rto`], ticks: 1.05 ms.
 const RTO_TICKS: u32 = 16;
+const RTO_MIN: u16 = rto_units(timing::RTO_MIN_US);
 
 // Whoever needs more has to look for what is not needed any more: a million of them are read at random.
 const _: () = assert!(size_of::<Session>() == 128 && core::mem::offset_of!(Session, connection) == 64);
@@ -311,6 +312,7 @@ impl Session {
         u32::from(self.rto) * RTO_TICKS
     }
 
+    #[inline]
     fn first_rto_us(&self) -> u32 {
         if self.srtt_us == 0 {
             return timing::SYN_TIMEOUT_US;
@@ -328,6 +330,7 @@ impl Session {
     }
 
     /// Takes a round-trip time into the estimate (RFC 6298 section 2).
+    #[inline]
     pub(crate) fn round_trip(&mut self, rtt_us: u32) {
         let rtt = rtt_us.clamp(1, 60_000_000);
         if self.srtt_us == 0 {
@@ -339,7 +342,9 @@ impl Session {
             self.rttvar_us = (3 * self.rttvar_us + self.srtt_us.abs_diff(rtt)) / 4;
             self.srtt_us = ((7 * u64::from(self.srtt_us) + u64::from(rtt)) / 8) as u32;
         }
-        self.rto = rto_units(self.first_rto_us());
+        let rto_us = self.first_rto_us();
+        // Most often the shortest, which is known.
+        self.rto = if rto_us == timing::RTO_MIN_US { RTO_MIN } else { rto_units(rto_us) };
     }
 
     /// Bytes sent and not acknowledged (SYN and FIN count one each).
@@ -416,8 +421,8 @@ impl Session {
 }
 
 /// In units of [`RTO_TICKS`], rounded up.
-fn rto_units(us: u32) -> u16 {
-    (ticks(u64::from(us) * 1000).div_ceil(RTO_TICKS)) as u16
+const fn rto_units(us: u32) -> u16 {
+    (ticks(us as u64 * 1000).div_ceil(RTO_TICKS)) as u16
 }
 
 /// The sessions, by place: each in its first two cache lines, and what it has besides in places that no other touches.
