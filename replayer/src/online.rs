@@ -66,7 +66,7 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
     privileges::check()?;
     let signals = Signals::install()?;
     let started = Instant::now();
-    let Some(mut online) = Online::start(args)? else { return Ok(()) };
+    let Some(mut online) = Online::start(args, &signals)? else { return Ok(()) };
     privileges::drop_all_but(Keep::Main);
     let ended = online.serve(args, &signals, started);
     // After an error too: the sessions end cleanly, and what was done until then is told.
@@ -111,8 +111,8 @@ struct Running {
 }
 
 impl Online {
-    /// `None`: everything was found to be there, and that is all that was asked for.
-    fn start(args: &OnlineArgs) -> Result<Option<Online>> {
+    /// `None`: everything was found to be there, and that is all that was asked for, or a signal came.
+    fn start(args: &OnlineArgs, signals: &Signals) -> Result<Option<Online>> {
         args.replay.check()?;
         if args.spread > 60_000 {
             bail!("--spread {}: give at most 60000 milliseconds", args.spread);
@@ -216,6 +216,10 @@ impl Online {
         let look = !args.replay.new_connections_only && backend != Backend::Span;
         let earlier = open_connections(look, &ports);
         say_shortfalls(&args.replay, workers, &config.limits, &earlier);
+        if signals.wait_until(Instant::now())? {
+            say!("online: stopped before anything was attached");
+            return Ok(None);
+        }
         capture.attach()?;
         let attached = Instant::now();
         let later = open_connections(look, &ports);

@@ -24,12 +24,12 @@ impl Signals {
             [SIGTERM, SIGINT, SIGHUP].into_iter().filter(|&signal| signal != SIGHUP || !ignored(signal))
         {
             let armed = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-            // In this order: the first signal finds the flag unset, and sets it.
+            // In this order: none that comes now is lost, and the first one finds the flag unset, and sets it.
+            signal_hook::low_level::pipe::register(signal, writer.try_clone().context("make a pipe")?)
+                .context("register a signal")?;
             signal_hook::flag::register_conditional_default(signal, armed.clone())
                 .context("register a signal")?;
             signal_hook::flag::register(signal, armed).context("register a signal")?;
-            signal_hook::low_level::pipe::register(signal, writer.try_clone().context("make a pipe")?)
-                .context("register a signal")?;
         }
         Ok(Signals { pipe })
     }
