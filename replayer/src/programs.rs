@@ -178,7 +178,7 @@ impl fmt::Debug for Programs {
 }
 
 impl Programs {
-    /// Makes the maps. Programs are loaded when they are attached.
+    /// Makes the maps. A program is loaded when it is attached, or before that by [`Programs::verify`].
     pub fn load() -> Result<Programs, ProgramsError> {
         crate::afxdp::raise_memlock();
         let ebpf = Ebpf::load(OBJECT).map_err(|error| ProgramsError::Load(Box::new(error)))?;
@@ -278,12 +278,22 @@ impl Programs {
         sockets.set(queue, socket, 0).map_err(map_error(names::XSKS))
     }
 
+    /// Hands a program to the kernel, whose verifier may refuse it, and attaches it to nothing yet.
+    pub fn verify(&mut self, which: Program) -> Result<(), ProgramsError> {
+        let name = which.name();
+        match self.ebpf.program_mut(name) {
+            Some(aya::programs::Program::SchedClassifier(classifier)) => loaded(classifier.load(), name),
+            Some(aya::programs::Program::Xdp(xdp)) => loaded(xdp.load(), name),
+            _ => Err(program_error(name)(ProgramError::UnexpectedProgramType)),
+        }
+    }
+
     /// Attaches [`Program::Mirror`] or [`Program::Ring`] to the ingress side of `device`, in front of what is there already: they
     /// let everything pass. Kernels without tcx get a clsact filter instead.
     pub fn attach_ingress(&mut self, which: Program, device: &str) -> Result<Attachment, ProgramsError> {
         let name = which.name();
         let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
-        program.load().map_err(program_error(name))?;
+        loaded(program.load(), name)?;
         let attach_error =
             |source| ProgramsError::Attach { name, device: device.to_owned(), source: Box::new(source) };
         let order = TcAttachOptions::TcxOrder(LinkOrder::first());
@@ -423,7 +433,7 @@ fn attach_xdp(
     device: &str,
     modes: &[Attachment],
 ) -> Result<(FdLink, Attachment), ProgramsError> {
-    program.load().map_err(program_error(name))?;
+    loaded(program.load(), name)?;
     let mut refusal = None;
     for &mode in modes {
         let flag = if mode == Attachment::Native { XdpMode::Driver } else { XdpMode::Skb };
@@ -447,6 +457,14 @@ fn attach_xdp(
     }
     let source = Box::new(refusal.unwrap_or(ProgramError::NotAttached));
     Err(ProgramsError::Attach { name, device: device.to_owned(), source })
+}
+
+/// What came of loading a program, which may have been loaded before.
+fn loaded(result: Result<(), ProgramError>, name: &'static str) -> Result<(), ProgramsError> {
+    match result {
+        Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(()),
+        Err(error) => Err(program_error(name)(error)),
+    }
 }
 
 fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, ProgramsError>

@@ -14,6 +14,7 @@ use crate::net::{Device, NetError, Network};
 use crate::pcap::writer::NgWriter;
 use crate::privileges::{self, Keep};
 use crate::report;
+use crate::say::say;
 use crate::signals::Signals;
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -142,9 +143,9 @@ pub fn run(args: &RecordArgs) -> Result<()> {
     capture.configure(1, sample_threshold(args.sample.0))?;
     capture.attach()?;
     privileges::drop_all_but(Keep::Main);
-    eprintln!("record: capturing on {capture}, writing {}", files.name(files.number + 1).display());
-    eprintln!("record: {backend}: {why}");
-    eprintln!("record ready: stop with SIGTERM or Ctrl-C");
+    say!("record: capturing on {capture}, writing {}", files.name(files.number + 1).display());
+    say!("record: {backend}: {why}");
+    say!("record ready: stop with SIGTERM or Ctrl-C");
 
     let ended = record(args, &signals, &mut taking, &mut files);
     capture.detach();
@@ -153,7 +154,7 @@ pub fn run(args: &RecordArgs) -> Result<()> {
     let finished = files.finish();
     let verdicts = capture.verdicts();
     let lost = capture::lost(&verdicts) + taking.lost();
-    eprintln!("record: {} packets, {} bytes in {} files", files.packets, files.bytes, files.made);
+    say!("record: {} packets, {} bytes in {} files", files.packets, files.bytes, files.made);
     if let Some(path) = &args.report {
         let report = json!({
             "role": "record",

@@ -90,7 +90,9 @@ impl Capture {
                 Parts::Span(None)
             }
         };
-        Ok(Capture { programs, parts, device: device.clone(), config, how })
+        let mut capture = Capture { programs, parts, device: device.clone(), config, how };
+        capture.programs.verify(capture.program())?;
+        Ok(capture)
     }
 
     /// Where the port of a worker receives; `None`: it has no receiving side.
