@@ -305,11 +305,13 @@ impl Online {
             self.say_tls();
             let mut figures = self.figures();
             longest_lag_us = longest_lag_us.max(figures.lag_us);
+            let verdicts = self.capture.verdicts();
+            let left_out = capture::left_out(&verdicts) + capture::lost(&verdicts);
             if let Some(metrics) = &self.metrics {
                 let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
-                metrics.publish(metrics::of_replay(&figures, self.capture.verdicts(), seconds, cpu));
+                metrics.publish(metrics::of_replay(&figures, verdicts, seconds, cpu));
             }
-            for trouble in diagnosis.look(attached.elapsed(), &figures) {
+            for trouble in diagnosis.look(attached.elapsed(), &figures, left_out) {
                 let text = trouble.describe(&self.services, &args.replay, &self.devices[0].name);
                 say!("online: warning: {text}");
             }

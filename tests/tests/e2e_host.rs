@@ -5,7 +5,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
@@ -116,6 +116,24 @@ fn b065_a_capture_that_sees_nothing_says_so_within_ten_seconds() -> Result<()> {
     replay.online.process.wait_for_message("nothing was captured on eth0", Duration::from_secs(10))?;
     ensure!(replay.online.process.errors().contains("port 9000"), "{}", replay.online.process.errors());
     replay.stop()?;
+    Ok(())
+}
+
+#[test]
+fn b065_clients_outside_the_sample_are_not_said_to_be_missing() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let _streams = StreamPair::start(&lab, STREAM)?;
+    // Within the first seconds of a day nobody is in it.
+    let replay = Replay::start(&lab, &[STREAM], &["-g", "86400"])?;
+    let started = Instant::now();
+    let load = format!("--connect {}:{STREAM} --requests 3", lab.online().v4());
+    assert_eq!(Load::run(&lab, "load", &load)?.responses, 3);
+    // When it would be said, and a look more.
+    std::thread::sleep(Duration::from_secs(10).saturating_sub(started.elapsed()));
+    let said = replay.online.process.errors();
+    ensure!(!said.contains("nothing was captured"), "{said}");
+    let (report, _) = replay.stop()?;
+    assert_eq!(report.counter("packets_captured"), 0);
     Ok(())
 }
 

@@ -209,6 +209,12 @@ pub fn lost(verdicts: &Value) -> u64 {
     lost.chain([&verdicts["mirror_device_dropped"]]).filter_map(Value::as_u64).sum()
 }
 
+/// Of the same: clients' packets to services that were not to be captured, for they are outside the sample or say nothing.
+pub fn left_out(verdicts: &Value) -> u64 {
+    let of_program = |program: &'static str| ["not_sampled", "pure_ack"].map(|name| &verdicts[program][name]);
+    ["mirror", "ring", "span"].into_iter().flat_map(of_program).filter_map(Value::as_u64).sum()
+}
+
 /// One line for people: where it captures, and how.
 impl fmt::Display for Capture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

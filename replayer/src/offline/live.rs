@@ -156,7 +156,7 @@ impl Running {
                     let kernel = serde_json::Value::Null;
                     metrics.publish(metrics::of_replay(&figures, kernel, seconds, cpu));
                 }
-                for trouble in diagnosis.look(started.elapsed(), &figures) {
+                for trouble in diagnosis.look(started.elapsed(), &figures, 0) {
                     let line = if terminal { "\r\x1b[K" } else { "" };
                     say!("{line}offline: warning: {}", trouble.describe(services, &args.replay, ""));
                 }
