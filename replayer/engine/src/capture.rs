@@ -825,7 +825,7 @@ impl Engine {
         let (mut previous, steps) = self.out_of_order_before(c, seq);
         if self.connections.out_of_order(c) == NONE {
             self.connections.forget_walk(c);
-        } else if steps > 0 && self.connections.walk(c, steps, FREE_STEPS) > MOST_STEPS {
+        } else if steps > 0 && self.connections.walk(c, steps, previous, FREE_STEPS) > MOST_STEPS {
             return self.over_limit(now_ns, c, end, ack, out);
         }
         while !left.is_empty() {
@@ -885,6 +885,11 @@ impl Engine {
         // After a loss all that follows comes in order: it goes to the end, without a walk.
         if next != NONE && !seq_before(seq, self.store[last].seq) {
             return (last, 0);
+        }
+        // What is sent again comes in order too: from the place of the one before on.
+        let walked_to = self.connections.walked_to(c);
+        if walked_to != NONE && !seq_before(seq, self.store[walked_to].seq) {
+            next = walked_to;
         }
         let (mut previous, mut steps) = (NONE, 0);
         while next != NONE && !seq_before(seq, self.store[next].seq) {

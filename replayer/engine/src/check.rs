@@ -31,7 +31,7 @@ impl Engine {
             }
             assert_eq!(last, connection.tail, "the tail is the end of the list");
             let mut segment = self.connections.out_of_order(c);
-            let mut previous_end = None;
+            let (mut previous_end, mut walked_to) = (None, self.connections.walked_to(c));
             while segment != NONE {
                 let stored = &self.store[segment];
                 assert_eq!(stored.references, 0, "no session has what waits for order");
@@ -40,10 +40,14 @@ impl Engine {
                     "sorted"
                 );
                 previous_end = Some(stored.end());
+                if walked_to == segment {
+                    walked_to = NONE;
+                }
                 in_connection += stored.len;
                 last = segment;
                 segment = stored.next;
             }
+            assert_eq!(walked_to, NONE, "a walk leads to what is held");
             if self.connections.out_of_order(c) != NONE {
                 assert_eq!(last, self.connections.out_of_order_tail(c));
             }

@@ -138,6 +138,8 @@ struct Rarity {
     gap_since: Tick,
     /// Steps through the held segments behind it that are not made up for yet.
     walked: u32,
+    /// The held segment to which the last of these walks led, or `NONE`.
+    walked_to: u32,
     /// Where its number is `UNKNOWN`.
     server: Endpoint,
 }
@@ -390,6 +392,7 @@ impl Connections {
                 early_fin: None,
                 gap_since: 0,
                 walked: 0,
+                walked_to: NONE,
                 server: connection.client,
             };
             origin.rarity = self.rarities.insert(rarity).unwrap_or(NONE);
@@ -477,7 +480,8 @@ impl Connections {
 
     pub(crate) fn set_out_of_order(&mut self, c: u32, first: u32) {
         if self.out_of_order(c) != first {
-            self.change(c, |rarity| rarity.out_of_order = first);
+            // Whatever is held no longer was the first before.
+            self.change(c, |rarity| (rarity.out_of_order, rarity.walked_to) = (first, NONE));
         }
     }
 
@@ -492,9 +496,18 @@ impl Connections {
         }
     }
 
-    /// Takes note of `steps` through the held segments for the sake of one, which makes up for `free` of them; how many were too many so far.
-    pub(crate) fn walk(&mut self, c: u32, steps: u32, free: u32) -> u32 {
-        self.change(c, |rarity| rarity.walked = (rarity.walked + steps).saturating_sub(free));
+    /// The held segment to which the last walk led, or `NONE`: none yet, or not since the first one is another.
+    pub(crate) fn walked_to(&self, c: u32) -> u32 {
+        self.interruption(c).map_or(NONE, |rarity| rarity.walked_to)
+    }
+
+    /// Takes note of `steps` through the held segments, which led `to` one of them, for the sake of a segment that makes up for `free` steps;
+    /// how many were too many so far.
+    pub(crate) fn walk(&mut self, c: u32, steps: u32, to: u32, free: u32) -> u32 {
+        self.change(c, |rarity| {
+            rarity.walked = (rarity.walked + steps).saturating_sub(free);
+            rarity.walked_to = to;
+        });
         self.rarity(c).map_or(0, |rarity| rarity.walked)
     }
 

@@ -316,3 +316,25 @@ fn b031_a_network_that_reorders_without_end_is_no_such_client() {
     assert_eq!((lab.count(Counter::PacketsLimit), lab.count(Counter::SessionsLimit)), (0, 0));
     assert_eq!(lab.count(Counter::ReplayBytesDelivered), u64::from(40 * rounds));
 }
+
+/// Where thousands of segments are on their way and some are lost, all of those are sent again, and the first of them may be lost once more.
+#[test]
+fn b031_many_losses_at_once_are_no_such_client() {
+    let mut config = config();
+    config.limits.held_bytes = 16 << 20;
+    let mut lab = Lab::with(config);
+    lab.handshake();
+    let segment = |number: u32| format!("A {}+10 ack 1", 1 + 10 * number);
+    let sent = 10_000;
+    let (again, held): (Vec<u32>, Vec<u32>) = (1..sent).partition(|number| number % 20 == 0);
+    for numbers in [held, again] {
+        for numbers in numbers.chunks(256) {
+            let texts: Vec<String> = numbers.iter().copied().map(segment).collect();
+            lab.client_segments(&texts.iter().map(String::as_str).collect::<Vec<_>>());
+        }
+    }
+    lab.client(&segment(0));
+    assert_eq!((lab.count(Counter::PacketsLimit), lab.count(Counter::SessionsLimit)), (0, 0));
+    assert_eq!(lab.count(Counter::BytesAccepted), u64::from(10 * sent));
+    assert_eq!(lab.engine.pending().out_of_order_bytes, 0);
+}
