@@ -9,14 +9,14 @@ use anyhow::{Context, Result};
 use replayer_engine::counters::Counter;
 use serde_json::Value;
 use std::fmt::Write as _;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How often a role renders its figures.
 pub const INTERVAL: Duration = Duration::from_secs(1);
-/// How long a reader may take for its request, and for each part of the answer.
+/// How long a reader may take for its request, and how long for the answer.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// A request that is longer is none.
 const LONGEST_REQUEST: usize = 8192;
@@ -67,7 +67,6 @@ fn answer_all(listener: &TcpListener, text: &Mutex<String>) {
 }
 
 fn answer(stream: &mut TcpStream, text: &Mutex<String>) -> std::io::Result<()> {
-    stream.set_write_timeout(Some(PATIENCE))?;
     let request = read_request(stream)?;
     let (status, body) = if request.starts_with(b"GET /metrics ") || request.starts_with(b"GET / ") {
         ("200 OK", text.lock().unwrap_or_else(PoisonError::into_inner).clone())
@@ -78,8 +77,23 @@ fn answer(stream: &mut TcpStream, text: &Mutex<String>) -> std::io::Result<()> {
         "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
         body.len()
     );
-    stream.write_all(head.as_bytes())?;
-    stream.write_all(body.as_bytes())
+    write_all(stream, &[head, body].concat())
+}
+
+/// Writes it in time, or what the reader takes of it.
+fn write_all(stream: &mut TcpStream, text: &str) -> std::io::Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut rest = text.as_bytes();
+    while !rest.is_empty() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        stream.set_write_timeout(Some(left))?;
+        let count = stream.write(rest)?;
+        rest = &rest[count..];
+    }
+    Ok(())
 }
 
 /// A request up to its empty line, or what came of it in time.
@@ -328,5 +342,24 @@ mod tests {
         assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("\r\n\r\nreplayer_x 1\n"), "{answer}");
         let error = Metrics::serve(Some(port)).unwrap_err().to_string();
         assert!(error.contains("--metrics 127.0.0.1:") && error.contains("choose"), "{error}");
+    }
+
+    #[test]
+    fn a_reader_that_takes_little_at_a_time_gets_no_more_than_the_time_allows() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let mut reader = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut stream, _) = listener.accept().unwrap();
+        // More than the buffers of both sockets hold.
+        let text = Mutex::new("replayer_x 1\n".repeat(4 << 20));
+        let all = text.lock().unwrap().len();
+        let answered = std::thread::spawn(move || answer(&mut stream, &text));
+        reader.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+        let (mut piece, mut taken) = ([0; 65_536], 0);
+        while !answered.is_finished() && taken < all {
+            taken += reader.read(&mut piece).unwrap();
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        answered.join().unwrap().unwrap_err();
+        assert!(taken < all);
     }
 }
