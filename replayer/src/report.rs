@@ -9,21 +9,26 @@ use replayer_engine::histogram::Histogram;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
+use std::fs::OpenOptions;
+use std::io::ErrorKind;
 use std::path::Path;
 
 /// Makes sure of the place of a report before a role starts: at its end, after hours perhaps, would be late to hear of it. What is in
-/// the file stays until then.
+/// the file stays until then, and where there is none, none is left.
 ///
 /// # Errors
 /// When the file cannot be written.
 pub fn check_writable(path: Option<&Path>) -> Result<()> {
     let Some(path) = path else { return Ok(()) };
-    std::fs::OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open(path)
-        .map(drop)
-        .with_context(|| unwritable(path))
+    let mut options = OpenOptions::new();
+    match options.append(true).create_new(true).open(path) {
+        Ok(_) => std::fs::remove_file(path),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            options.create_new(false).create(true).open(path).map(drop)
+        }
+        Err(error) => Err(error),
+    }
+    .with_context(|| unwritable(path))
 }
 
 /// Writes a role's report where `--report` says.
@@ -317,4 +322,24 @@ fn socket(s: &SocketStatistics) -> Value {
         "tx_invalid_descriptors": s.tx_invalid_descs,
         "tx_ring_empty": s.tx_ring_empty,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn to_look_whether_a_report_can_be_written_leaves_everything_as_it_was() {
+        let dir = std::env::temp_dir().join(format!("replayer-report-{}", std::process::id()));
+        let path = dir.join("report.json");
+        let error = check_writable(Some(&path)).unwrap_err().to_string();
+        assert!(error.contains("writable path") && error.contains("report.json"), "{error}");
+        std::fs::create_dir(&dir).unwrap();
+        check_writable(Some(&path)).unwrap();
+        assert!(!path.exists());
+        std::fs::write(&path, "of the run before").unwrap();
+        check_writable(Some(&path)).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "of the run before");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
 }
