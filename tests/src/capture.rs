@@ -37,7 +37,18 @@ impl Capture {
     /// Captures what passes the switch's end of the host's cable, both ways, with nanoseconds: there a packet has left the host, by
     /// whatever way. Only the first 256 bytes of each, in blocks, so that it costs little.
     pub fn on_cable(lab: &Lab, host: &Host, filter: &str) -> Result<Self> {
-        let mut command = lab.switch().command("tcpdump");
+        Self::on_cable_by(lab, host, filter, lab.switch().command("tcpdump"))
+    }
+
+    /// The same by a tcpdump that runs only on a core which nobody else wants (SCHED_IDLE), for measurements: what has gathered in a second
+    /// it writes in one go, and everything else that is to run on that core would wait up to 3 ms for it.
+    pub fn on_cable_at_leisure(lab: &Lab, host: &Host, filter: &str) -> Result<Self> {
+        let mut command = lab.switch().command("chrt");
+        command.args(["--idle", "0", "tcpdump"]);
+        Self::on_cable_by(lab, host, filter, command)
+    }
+
+    fn on_cable_by(lab: &Lab, host: &Host, filter: &str, mut command: Command) -> Result<Self> {
         command.args(["-i", host.name(), "-s", "256", "--time-stamp-precision=nano"]);
         Self::run(lab, host, command, filter, &lab.dir().join(format!("cable-{}.pcap", host.name())))
     }

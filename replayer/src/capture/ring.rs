@@ -27,7 +27,7 @@ const LEAST_BYTES: u32 = 8 << 20;
 /// they come more rarely, four looks in vain cost this host more than that.
 const OFTEN_NS: u64 = 300_000;
 /// How often it does. A request is late by half of it on average.
-const LOOK_NS: u64 = 75_000;
+const LOOK_NS: u64 = 50_000;
 
 /// A ring's reading end.
 pub struct Reader {
