@@ -13,6 +13,11 @@ use replayer_engine::config::Service;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::str::FromStr;
 
+/// What is below the help of a role that runs until it is stopped.
+const SIGNALS: &str = "Signals:
+  SIGTERM and SIGINT end it cleanly, SIGHUP does not: it has the report written as it is then (record: completes the file), and ends
+  only a role whose terminal is gone.";
+
 /// Replays the live requests of a production server, TCP and UDP, to a target server.
 #[derive(Debug, Parser)]
 #[command(name = "replayer", version, about, disable_help_subcommand = true)]
@@ -26,12 +31,16 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Role {
     /// On the production server: capture requests and replay them to the target.
+    #[command(after_help = SIGNALS)]
     Online(Box<OnlineArgs>),
     /// On a spare host of the target's segment: take the target's responses off the wire, and return their headers.
+    #[command(after_help = SIGNALS)]
     Assistant(crate::assistant::AssistantArgs),
     /// Replay capture files to the target.
+    #[command(after_help = SIGNALS)]
     Offline(Box<crate::offline::OfflineArgs>),
     /// Write the requests that arrive at this host to capture files, to be replayed later.
+    #[command(after_help = SIGNALS)]
     Record(crate::record::RecordArgs),
     /// Say what capture files hold, and how much of it can be replayed.
     Inspect(crate::inspect::InspectArgs),

@@ -21,7 +21,7 @@ use crate::privileges::{self, Keep};
 use crate::replay::ReplayArgs;
 use crate::report::{self, Figures};
 use crate::say::say;
-use crate::signals::Signals;
+use crate::signals::{Asked, Signals};
 use crate::sizing::{self, Demand, Supply};
 use crate::worker::{MAX_CHANNELS, Shared, Snapshot, Worker};
 use anyhow::{Context, Result, bail};
@@ -57,7 +57,7 @@ const FRAMES_MIN: u32 = 16_384;
 /// An Ethernet header with two VLAN tags.
 const ETHERNET_HEADER: u32 = 22;
 
-/// Runs the role until SIGTERM or SIGINT.
+/// Runs the role until SIGTERM or SIGINT. SIGHUP has the report written as it is then.
 ///
 /// # Errors
 /// When the role cannot start, with the cause and the remedy; when a worker dies or an interface is removed; when the report cannot
@@ -73,7 +73,7 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
     online.stop();
     online.say_tls();
     let figures = online.figures();
-    let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
+    let (seconds, cpu) = spent(started);
     say!("online: {}", figures.summary(seconds, cpu));
     let lost = capture::lost(&online.verdicts);
     if lost > 0 {
@@ -84,6 +84,11 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
         return ended.and(written);
     }
     ended
+}
+
+/// Seconds since the start, and of processor time.
+pub(crate) fn spent(started: Instant) -> (f64, f64) {
+    (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9)
 }
 
 /// The running role. Dropping it detaches everything.
@@ -216,7 +221,7 @@ impl Online {
         let look = !args.replay.new_connections_only && backend != Backend::Span;
         let earlier = open_connections(look, &ports);
         say_shortfalls(&args.replay, workers, &config.limits, &earlier);
-        if signals.wait_until(Instant::now())? {
+        if signals.take() == Some(Asked::Stop) {
             say!("online: stopped before anything was attached");
             return Ok(None);
         }
@@ -292,7 +297,18 @@ impl Online {
         let mut next_look = attached + diagnosis::INTERVAL;
         let mut diagnosis = Diagnosis::new(true);
         let mut longest_lag_us = 0;
-        while !signals.wait_until(self.next_step().map_or(next_look, |step| step.min(next_look)))? {
+        loop {
+            match signals.wait_until(self.next_step().map_or(next_look, |step| step.min(next_look)))? {
+                Some(Asked::Stop) => return Ok(()),
+                Some(Asked::Reload) => {
+                    let figures = self.figures();
+                    longest_lag_us = longest_lag_us.max(figures.lag_us);
+                    let (seconds, cpu) = spent(started);
+                    let report = figures.report(self.capture.verdicts(), seconds, cpu);
+                    report::write_interim(args.replay.report.as_deref(), "online", report);
+                }
+                None => {}
+            }
             self.take_step(attached)?;
             if Instant::now() < next_look {
                 continue;
@@ -308,7 +324,7 @@ impl Online {
             let verdicts = self.capture.verdicts();
             let left_out = capture::left_out(&verdicts) + capture::lost(&verdicts);
             if let Some(metrics) = &self.metrics {
-                let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
+                let (seconds, cpu) = spent(started);
                 metrics.publish(metrics::of_replay(&figures, verdicts, seconds, cpu));
             }
             for trouble in diagnosis.look(attached.elapsed(), &figures, left_out) {
@@ -325,7 +341,6 @@ impl Online {
                 before = figures;
             }
         }
-        Ok(())
     }
 
     /// When the share of connections grows next; `None`: it does not any more.

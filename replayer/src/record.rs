@@ -15,7 +15,7 @@ use crate::pcap::writer::NgWriter;
 use crate::privileges::{self, Keep};
 use crate::report;
 use crate::say::say;
-use crate::signals::Signals;
+use crate::signals::{Asked, Signals};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -119,7 +119,7 @@ impl FromStr for RecordedArg {
     }
 }
 
-/// Records until a limit is reached, or SIGTERM or SIGINT.
+/// Records until a limit is reached, or SIGTERM or SIGINT. SIGHUP completes the file that is being written; the next packet begins another.
 ///
 /// # Errors
 /// When it cannot start, with the cause and the remedy; when a file cannot be written; when packets were lost.
@@ -197,8 +197,13 @@ fn record(
         if count >= BATCH {
             continue;
         }
-        if signals.wait_until(Instant::now())? {
-            return Ok(());
+        match signals.take() {
+            Some(Asked::Stop) => return Ok(()),
+            Some(Asked::Reload) => {
+                files.finish()?;
+                say!("record: SIGHUP: {} files are complete", files.made);
+            }
+            None => {}
         }
         let now = Instant::now();
         if count > 0 {

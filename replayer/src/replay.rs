@@ -94,7 +94,7 @@ pub struct ReplayArgs {
     )]
     pub key: String,
 
-    /// Write all counters to this file as JSON at the end.
+    /// Write all counters to this file as JSON at the end, and on SIGHUP.
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
 

@@ -2,6 +2,7 @@
 
 use crate::afxdp::{PortCounters, SocketStatistics, Statistics};
 use crate::channel::client::ClientCounters;
+use crate::say::say;
 use crate::worker::Snapshot;
 use anyhow::{Context, Result};
 use replayer_engine::counters::{Counter, Counters, Pending};
@@ -37,6 +38,23 @@ pub fn check_writable(path: Option<&Path>) -> Result<()> {
 /// When the file cannot be written.
 pub fn write(path: &Path, report: &Value) -> Result<()> {
     std::fs::write(path, format!("{report:#}\n")).with_context(|| unwritable(path))
+}
+
+/// Writes the report of a role that goes on, and says so. `running` in it tells it from a final one. The accounts are not in it: that they
+/// add up can be seen when everything stands still.
+pub(crate) fn write_interim(path: Option<&Path>, role: &str, mut report: Value) {
+    let Some(path) = path else {
+        say!("{role}: SIGHUP: there is no report to write (--report FILE)");
+        return;
+    };
+    if let Some(report) = report.as_object_mut() {
+        report.remove("accounting");
+        report.insert("running".into(), true.into());
+    }
+    match write(path, &report) {
+        Ok(()) => say!("{role}: SIGHUP: the report until now is in {}", path.display()),
+        Err(error) => say!("{role}: warning: {error:#}"),
+    }
 }
 
 fn unwritable(path: &Path) -> String {

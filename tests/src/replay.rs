@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -153,6 +153,11 @@ impl Role {
         let output = self.process.output();
         let end = output.rfind('\n')?;
         serde_json::from_str(output[..end].lines().next_back()?).ok()
+    }
+
+    /// Where its report goes, at its end and on SIGHUP.
+    pub fn report_path(&self) -> &Path {
+        &self.report
     }
 
     /// Stops it by SIGTERM: it must end by itself with exit code 0 and leave its report.

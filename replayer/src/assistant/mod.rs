@@ -29,7 +29,7 @@ use crate::metrics::{self, Metrics};
 use crate::moderation::{Moderation, Next};
 use crate::privileges::{self, Keep};
 use crate::say::{say, show};
-use crate::signals::Signals;
+use crate::signals::{Asked, Signals};
 use anyhow::{Context, Result, bail};
 use blackhole::BlackHole;
 use nix::net::if_::if_nametoindex;
@@ -44,6 +44,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::thread::JoinHandle;
 
 /// Between two looks at this host's addresses, and at the interface, ns.
 const HOST_INTERVAL: u64 = 10_000_000_000;
@@ -72,7 +73,7 @@ pub struct AssistantArgs {
     /// Use zero-copy sockets, where the driver supports them
     #[arg(long)]
     pub zero_copy: bool,
-    /// Write all counters to this file as JSON when the role stops
+    /// Write all counters to this file as JSON when the role stops, and on SIGHUP
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
     /// Serve the figures to Prometheus at this address, as http://IP:PORT/metrics
@@ -83,7 +84,7 @@ pub struct AssistantArgs {
     pub stats: Option<u64>,
 }
 
-/// Runs the role until SIGTERM or SIGINT.
+/// Runs the role until SIGTERM or SIGINT. SIGHUP has the report written as it is then, and this host's addresses looked up anew.
 ///
 /// # Errors
 /// With cause and remedy: what keeps it from starting (interface, forwarding, permission, port), or from going on (the
@@ -126,7 +127,9 @@ pub fn run(args: AssistantArgs) -> Result<()> {
         last_tick: 0,
         last_look: clock::now(),
     };
-    let ended = assistant.serve(&signals, args.stats, metrics.as_ref());
+    let mut writer = InterimWriter::default();
+    let ended = assistant.serve(&args, &signals, metrics.as_ref(), &mut writer);
+    writer.wait();
     let report = assistant.report()?;
     show!("{report}");
     if let Some(path) = &args.report {
@@ -170,8 +173,14 @@ struct Assistant {
 
 impl Assistant {
     /// Turns until a signal comes.
-    fn serve(&mut self, signals: &Signals, stats: Option<u64>, metrics: Option<&Metrics>) -> Result<()> {
-        let stats = stats.filter(|&seconds| seconds > 0).map(|seconds| seconds * 1_000_000_000);
+    fn serve(
+        &mut self,
+        args: &AssistantArgs,
+        signals: &Signals,
+        metrics: Option<&Metrics>,
+        writer: &mut InterimWriter,
+    ) -> Result<()> {
+        let stats = args.stats.filter(|&seconds| seconds > 0).map(|seconds| seconds * 1_000_000_000);
         let mut next_stats = stats.map_or(u64::MAX, |interval| clock::now() + interval);
         let mut next_metrics = metrics.map_or(u64::MAX, |_| clock::now());
         let mut more = false;
@@ -193,14 +202,18 @@ impl Assistant {
                     }
                 }
             };
-            let Ready { stop, broken } = self.wait(signals, wait, &mut ready)?;
-            if stop {
+            let Ready { signal, broken } = self.wait(signals, wait, &mut ready)?;
+            let asked = if signal { signals.take() } else { None };
+            if asked == Some(Asked::Stop) {
                 return Ok(());
             }
             more = self.turn(&ready)?;
             let now = clock::now();
-            if broken || now >= self.last_look + HOST_INTERVAL {
+            if broken || asked == Some(Asked::Reload) || now >= self.last_look + HOST_INTERVAL {
                 self.look_at_host(now)?;
+            }
+            if asked == Some(Asked::Reload) {
+                writer.write(args.report.clone(), serde_json::to_value(self.report()?)?);
             }
             if let Some(metrics) = metrics
                 && now >= next_metrics
@@ -239,14 +252,14 @@ impl Assistant {
         match poll(&mut fds, timeout) {
             Ok(_) => {}
             // If the signal was ours, the next call finds its byte in the pipe.
-            Err(nix::errno::Errno::EINTR) => return Ok(Ready { stop: false, broken: false }),
+            Err(nix::errno::Errno::EINTR) => return Ok(Ready { signal: false, broken: false }),
             Err(error) => return Err(error).context("cannot wait for packets and peers"),
         }
         let flags = |fd: &PollFd<'_>| fd.revents().unwrap_or(PollFlags::empty());
         ready.extend(fds[peers..].iter().map(flags));
         let broken = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
         Ok(Ready {
-            stop: !flags(&fds[0]).is_empty(),
+            signal: !flags(&fds[0]).is_empty(),
             broken: fds[1..peers].iter().any(|fd| flags(fd).intersects(broken)),
         })
     }
@@ -339,9 +352,37 @@ impl Assistant {
     }
 }
 
+/// Writes reports of a role that goes on, in a thread of its own: responses do not wait for a disk.
+#[derive(Default)]
+struct InterimWriter {
+    thread: Option<JoinHandle<()>>,
+}
+
+impl InterimWriter {
+    fn write(&mut self, path: Option<PathBuf>, report: serde_json::Value) {
+        if self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            say!("assistant: SIGHUP: the report of the one before is still being written");
+            return;
+        }
+        let write = move || crate::report::write_interim(path.as_deref(), "assistant", report);
+        match std::thread::Builder::new().name("report".into()).spawn(write) {
+            Ok(thread) => self.thread = Some(thread),
+            Err(error) => say!("assistant: warning: no thread to write the report with: {error}"),
+        }
+    }
+
+    /// So that the last report is the last one.
+    fn wait(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // It has no way to panic.
+            let _ = thread.join();
+        }
+    }
+}
+
 /// What a wait found.
 struct Ready {
-    stop: bool,
+    signal: bool,
     /// A ring's socket reports an error: the interface may be gone.
     broken: bool,
 }

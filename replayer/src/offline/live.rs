@@ -1,6 +1,6 @@
 //! The offline role with a network: a worker whose packets come from files, a port that only transmits, the assistants' channels.
 
-use super::{LAST_RESPONSE_NS, OfflineArgs, conclude, engine_config, print_file, start_feed};
+use super::{LAST_RESPONSE_NS, OfflineArgs, conclude, engine_config, print_file, report_of, start_feed};
 use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
 use crate::cli::{ServiceArg, StatsFormat};
 use crate::clock;
@@ -9,11 +9,11 @@ use crate::inspect::progress_line;
 use crate::metrics::{self, Metrics};
 use crate::net::{Monitor, Network};
 use crate::offline::shown::Shown;
-use crate::online::{connect, output_device};
+use crate::online::{connect, output_device, spent};
 use crate::privileges::{self, Keep};
 use crate::report::{self, Figures};
 use crate::say::{say, show};
-use crate::signals::Signals;
+use crate::signals::{Asked, Signals};
 use crate::worker::{Shared, Snapshot, Worker};
 use anyhow::{Context, Result, bail};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -88,7 +88,7 @@ pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     let ended = running.serve(args, services, &signals, metrics.as_ref(), &shown, started);
     running.stop()?;
     let figures = running.figures();
-    let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
+    let (seconds, cpu) = spent(started);
     say!("offline: {}", figures.summary(seconds, cpu));
     let file = shown.figures();
     say!("  of {} packets in the files, {} went to the services", file.packets, file.packets_given);
@@ -135,24 +135,33 @@ impl Running {
         shown: &Shown,
         started: Instant,
     ) -> Result<bool> {
-        let mut signalled = false;
         let terminal = std::io::stderr().is_terminal() && args.replay.stats_format == StatsFormat::Text;
         let interval = Duration::from_secs(u64::from(args.replay.stats.unwrap_or(1).max(1)));
         let mut next = Instant::now() + interval;
         let mut before = Figures::default();
         let mut diagnosis = Diagnosis::new(false);
         let (mut next_look, mut longest_lag_us) = (started + diagnosis::INTERVAL, 0);
+        let mut signalled = false;
         while !self.worker.as_ref().is_none_or(JoinHandle::is_finished) {
-            signalled = signals.wait_until(Instant::now() + LOOK_INTERVAL)?;
-            if signalled {
-                break;
+            match signals.wait_until(Instant::now() + LOOK_INTERVAL)? {
+                Some(Asked::Stop) => {
+                    signalled = true;
+                    break;
+                }
+                Some(Asked::Reload) => {
+                    let figures = self.figures();
+                    longest_lag_us = longest_lag_us.max(figures.lag_us);
+                    let report = report_of(&figures, shown, spent(started))?;
+                    report::write_interim(args.replay.report.as_deref(), "offline", report);
+                }
+                None => {}
             }
             if Instant::now() >= next_look {
                 next_look += diagnosis::INTERVAL;
                 let figures = self.figures();
                 longest_lag_us = longest_lag_us.max(figures.lag_us);
                 if let Some(metrics) = metrics {
-                    let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
+                    let (seconds, cpu) = spent(started);
                     let kernel = serde_json::Value::Null;
                     metrics.publish(metrics::of_replay(&figures, kernel, seconds, cpu));
                 }

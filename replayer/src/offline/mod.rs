@@ -29,7 +29,7 @@ use crate::placement::Workers;
 use crate::replay::nanoseconds;
 use crate::report::{self, Figures, histogram};
 use crate::say::{say, show};
-use crate::signals::Signals;
+use crate::signals::{Asked, Signals};
 use crate::worker::Snapshot;
 use anyhow::{Context, Result, bail};
 pub use args::OfflineArgs;
@@ -40,6 +40,7 @@ use replayer_common::hash::sample_threshold;
 use replayer_engine::Engine;
 use replayer_engine::config::Config;
 use replayer_engine::counters::Counter;
+use serde_json::Value;
 use shown::{FileFigures, Shown};
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -50,7 +51,7 @@ const LAST_RESPONSE_NS: u64 = 1_000_000_000;
 /// How often progress is shown.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Runs the role until the files are replayed, or SIGTERM or SIGINT.
+/// Runs the role until the files are replayed, or SIGTERM or SIGINT. SIGHUP has the report written as it is then.
 ///
 /// # Errors
 /// When the role cannot start, with the cause and the remedy; when a file cannot be read to its end, after what was before that was
@@ -161,7 +162,7 @@ fn run_dry(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
             return;
         }
         show_at = Instant::now() + PROGRESS_INTERVAL;
-        signalled |= signals.wait_until(Instant::now()).unwrap_or(false);
+        signalled = signals.take() == Some(Asked::Stop);
         stop.store(signalled, Ordering::Relaxed);
         if terminal || args.replay.stats.is_some() {
             show(&shown, engine, started, terminal);
@@ -258,11 +259,7 @@ fn conclude(
 ) -> Result<()> {
     let file = shown.figures();
     if let Some(path) = &args.replay.report {
-        let mut report = figures.report(serde_json::Value::Null, seconds, cpu);
-        report["role"] = "offline".into();
-        report["file"] = serde_json::to_value(file)?;
-        report["late_us"] = histogram(&shown.lateness());
-        report::write(path, &report)?;
+        report::write(path, &report_of(figures, shown, (seconds, cpu))?)?;
     }
     let problems = shown.take_problems();
     // The first is what the run ends with.
@@ -276,6 +273,15 @@ fn conclude(
         bail!("{first}");
     }
     Ok(())
+}
+
+/// For `--report`.
+fn report_of(figures: &Figures, shown: &Shown, (seconds, cpu): (f64, f64)) -> Result<Value> {
+    let mut report = figures.report(Value::Null, seconds, cpu);
+    report["role"] = "offline".into();
+    report["file"] = serde_json::to_value(shown.figures())?;
+    report["late_us"] = histogram(&shown.lateness());
+    Ok(report)
 }
 
 /// No packet was for a service: which services the files have instead.
