@@ -4,6 +4,7 @@ use crate::capture::CaptureArg;
 use crate::net::VlanTag;
 use crate::placement::{CpuList, Workers};
 use crate::replay::ReplayArgs;
+use crate::say::LogFormat;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use replayer_common::addr::{ANY, Endpoint, Ip, from_std};
@@ -25,6 +26,10 @@ pub struct Cli {
     /// The role of this host.
     #[command(subcommand)]
     pub role: Role,
+
+    /// How messages on standard error look: lines for people, or one JSON object a line.
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
 }
 
 /// The roles.
@@ -44,6 +49,19 @@ pub enum Role {
     Record(crate::record::RecordArgs),
     /// Say what capture files hold, and how much of it can be replayed.
     Inspect(crate::inspect::InspectArgs),
+}
+
+impl Role {
+    /// As it is typed.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Role::Online(_) => "online",
+            Role::Assistant(_) => "assistant",
+            Role::Offline(_) => "offline",
+            Role::Record(_) => "record",
+            Role::Inspect(_) => "inspect",
+        }
+    }
 }
 
 /// Arguments of the online role.

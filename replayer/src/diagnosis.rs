@@ -128,6 +128,16 @@ impl Diagnosis {
 }
 
 impl Trouble {
+    /// Its name, for programs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Trouble::NothingCaptured => "nothing_captured",
+            Trouble::NoResponse => "no_response",
+            Trouble::Refused => "refused",
+            Trouble::NoLink => "no_link",
+        }
+    }
+
     /// The cause and the remedy, for people. `interface`: where packets are captured.
     pub fn describe(self, services: &[ServiceArg], replay: &ReplayArgs, interface: &str) -> String {
         let list = |names: Vec<String>| {

@@ -9,13 +9,13 @@ use crate::pcap::{Files, Order, Packet};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::say::show;
+use crate::say::{show, to_terminal};
 use replayer_common::addr::Endpoint;
 use replayer_common::packet::{PROTOCOL_UDP, Reject, TcpSegment, UdpDatagram, flags, locate};
 use serde::Serialize;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write;
-use std::io::{ErrorKind, IsTerminal, Write as _};
+use std::io::{ErrorKind, Write as _};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -57,7 +57,7 @@ pub struct InspectArgs {
 pub fn run(args: &InspectArgs) -> Result<()> {
     let order = if args.sequential { Order::Sequential } else { Order::Merged };
     let mut files = Files::open(&args.files, order)?;
-    let report = inspect(&mut files, std::io::stderr().is_terminal());
+    let report = inspect(&mut files, to_terminal());
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.text() };
     match std::io::stdout().write_all(text.as_bytes()) {
         // Whoever reads it, `head` for one, has seen enough.

@@ -22,7 +22,7 @@
 //! - [`report`]: the figures of a run
 //! - [`metrics`]: the same for Prometheus
 //! - [`diagnosis`]: what is wrong with the set-up, seen in them
-//! - [`clock`], [`privileges`], [`signals`]: what every role needs of the system; `say`: how it speaks to people
+//! - [`clock`], [`privileges`], [`signals`]: what every role needs of the system; [`say`]: how it speaks to people
 
 pub mod afxdp;
 pub mod assistant;
@@ -46,7 +46,7 @@ pub mod programs;
 pub mod record;
 pub mod replay;
 pub mod report;
-mod say;
+pub mod say;
 pub mod signals;
 pub mod sizing;
 pub mod worker;

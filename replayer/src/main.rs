@@ -2,8 +2,8 @@
 
 use clap::Parser;
 use replayer::cli::{Cli, Role};
+use replayer::say;
 use replayer_huge_pages::HugePages;
-use std::io::Write;
 use std::process::ExitCode;
 
 /// A worker's tables are hundreds of megabytes, read at random.
@@ -11,11 +11,9 @@ use std::process::ExitCode;
 static ALLOCATOR: HugePages = HugePages;
 
 fn main() -> ExitCode {
-    // `RUST_LOG=debug` shows more, `RUST_LOG=error` less.
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
-        .format_target(false)
-        .init();
-    let result = match Cli::parse().role {
+    let cli = Cli::parse();
+    say::begin(cli.role.name(), cli.log_format);
+    let result = match cli.role {
         Role::Online(args) => replayer::online::run(&args),
         Role::Assistant(args) => replayer::assistant::run(args),
         Role::Offline(args) => replayer::offline::run(&args),
@@ -25,8 +23,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Nobody may be listening.
-            let _ = writeln!(std::io::stderr(), "replayer: {error:#}");
+            say::fatal(&error);
             ExitCode::FAILURE
         }
     }

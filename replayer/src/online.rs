@@ -20,7 +20,7 @@ use crate::placement::{Placement, Workers};
 use crate::privileges::{self, Keep};
 use crate::replay::ReplayArgs;
 use crate::report::{self, Figures};
-use crate::say::say;
+use crate::say::{self, caution, plain, say};
 use crate::signals::{Asked, Signals};
 use crate::sizing::{self, Demand, Supply};
 use crate::worker::{MAX_CHANNELS, Shared, Snapshot, Worker};
@@ -33,7 +33,7 @@ use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
 use replayer_common::packet::Protocol;
 use replayer_engine::Engine;
 use replayer_engine::config::Limits;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream};
@@ -74,11 +74,12 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
     online.say_tls();
     let figures = online.figures();
     let (seconds, cpu) = spent(started);
-    say!("online: {}", figures.summary(seconds, cpu));
+    let mut summary = figures.summary(seconds, cpu);
     let lost = capture::lost(&online.verdicts);
     if lost > 0 {
-        say!("  {lost} packets were lost in the capture: the kernel had no room for them");
+        summary += &format!("\n  {lost} packets were lost in the capture: the kernel had no room for them");
     }
+    say!("{summary}");
     if let Some(path) = &args.replay.report {
         let written = report::write(path, &figures.report(online.verdicts.clone(), seconds, cpu));
         return ended.and(written);
@@ -206,10 +207,8 @@ impl Online {
 
         if args.check {
             check_targets(&services)?;
-            say!("online: {backend} on {}, sending on {}: {why}", device.name, output.name);
-            say!(
-                "online: everything is there; on the target, `ip route get CLIENT` has to lead to an assistant"
-            );
+            say!("{backend} on {}, sending on {}: {why}", device.name, output.name);
+            say!("everything is there; on the target, `ip route get CLIENT` has to lead to an assistant");
             return Ok(None);
         }
 
@@ -222,7 +221,7 @@ impl Online {
         let earlier = open_connections(look, &ports);
         say_shortfalls(&args.replay, workers, &config.limits, &earlier);
         if signals.take() == Some(Asked::Stop) {
-            say!("online: stopped before anything was attached");
+            say!("stopped before anything was attached");
             return Ok(None);
         }
         capture.attach()?;
@@ -257,23 +256,23 @@ impl Online {
             online.workers.push(Running::start(number, placement.cpu(number), worker, shared)?);
         }
 
-        say!("online: capturing on {}, sending on {}", online.capture, online.devices[1].name);
-        say!("online: {backend}: {why}");
+        say!("capturing on {}, sending on {}", online.capture, online.devices[1].name);
+        say!("{backend}: {why}");
         for (number, (mode, worker)) in port_modes.iter().zip(&online.workers).enumerate() {
             let cpu = worker.cpu.map_or_else(String::new, |cpu| format!(" on CPU {cpu}"));
-            say!("online: worker {number}{cpu}: {mode}");
+            say!("worker {number}{cpu}: {mode}");
         }
         for service in &online.services {
-            say!("online: {} is copied to {}", service.online_name(), service.service.target);
+            say!("{} is copied to {}", service.online_name(), service.service.target);
         }
         if !later.is_empty() {
             say!(
-                "online: {} connections are open already, {} of them between two requests",
+                "{} connections are open already, {} of them between two requests",
                 later.len(),
                 quiet.len() + others.len() + settled.len()
             );
         }
-        say!("online ready: stop with SIGTERM or Ctrl-C");
+        say::ready(format_args!("stop with SIGTERM or Ctrl-C"));
         Ok(Some(online))
     }
 
@@ -305,7 +304,7 @@ impl Online {
                     longest_lag_us = longest_lag_us.max(figures.lag_us);
                     let (seconds, cpu) = spent(started);
                     let report = figures.report(self.capture.verdicts(), seconds, cpu);
-                    report::write_interim(args.replay.report.as_deref(), "online", report);
+                    report::write_interim(args.replay.report.as_deref(), report);
                 }
                 None => {}
             }
@@ -329,14 +328,17 @@ impl Online {
             }
             for trouble in diagnosis.look(attached.elapsed(), &figures, left_out) {
                 let text = trouble.describe(&self.services, &args.replay, &self.devices[0].name);
-                say!("online: warning: {text}");
+                caution!(json!({"trouble": trouble.name()}); "{text}");
             }
             if args.replay.stats.is_some() && Instant::now() >= next_line {
                 next_line += interval;
                 figures.lag_us = std::mem::take(&mut longest_lag_us);
                 match args.replay.stats_format {
                     StatsFormat::Json => report::print(&figures.line_json(started.elapsed().as_secs_f64())),
-                    StatsFormat::Text => say!("{}", figures.line_text(&before, interval.as_secs_f64())),
+                    StatsFormat::Text => {
+                        let fields = json!({"figures": figures.line_json(started.elapsed().as_secs_f64())});
+                        plain!(fields; "{}", figures.line_text(&before, interval.as_secs_f64()));
+                    }
                 }
                 before = figures;
             }
@@ -369,8 +371,8 @@ impl Online {
         };
         for (index, service) in self.services.iter().enumerate() {
             if is_tls(index) && self.tls_said.insert(index) {
-                say!(
-                    "online: clients of {} speak TLS, which cannot be replayed: only the production server has the keys. \
+                caution!(
+                    "clients of {} speak TLS, which cannot be replayed: only the production server has the keys. \
                      These connections are counted (packets_tls) and left out; to replay them, capture behind the TLS endpoint",
                     service.online_name()
                 );
@@ -402,7 +404,7 @@ impl Online {
             if let Some(thread) = worker.thread.take()
                 && thread.join().is_err()
             {
-                say!("online: a worker died while stopping; some sessions may be open at the target");
+                caution!("a worker died while stopping; some sessions may be open at the target");
             }
         }
     }
@@ -473,7 +475,7 @@ fn say_shortfalls(args: &ReplayArgs, workers: u32, limits: &Limits, open: &[Conn
     let accepted = sizing::accepted().zip(before).map_or(0, |(after, before)| after - before);
     let demand = Demand::of(open, accepted as f64 / LOOK.as_secs_f64());
     for shortfall in supply.shortfalls(&demand) {
-        say!("online: warning: {shortfall}");
+        caution!("{shortfall}");
     }
 }
 
@@ -508,7 +510,7 @@ fn open_ports(
             && config.zero_copy
         {
             say!(
-                "online: no zero-copy between {} and {} ({source}): packets are copied instead",
+                "no zero-copy between {} and {} ({source}): packets are copied instead",
                 device.name,
                 output.name
             );
@@ -529,9 +531,7 @@ fn open_ports(
                         "--workers {wanted}: {name} has free TX queues for {worker} of them; {remedy}, or use fewer workers"
                     );
                 }
-                say!(
-                    "online: {worker} workers instead of {wanted}, one for each free TX queue of {name}; {remedy}"
-                );
+                say!("{worker} workers instead of {wanted}, one for each free TX queue of {name}; {remedy}");
                 break;
             }
             Err(error) => return Err(error.into()),
@@ -590,9 +590,7 @@ pub(crate) fn output_device(
         let device = match link.and_then(|link| link.tagged(replay.tags())) {
             Ok(link) => network.device_by_index(link.ifindex)?,
             Err(error @ NetError::Unresolved { .. }) => {
-                say!(
-                    "online: warning: {error}; going on, packets to it are counted as segments_no_link until then"
-                );
+                caution!("{error}; going on, packets to it are counted as segments_no_link until then");
                 let NetError::Unresolved { device, .. } = error else { continue };
                 network.device(&device)?
             }
@@ -623,8 +621,8 @@ fn check_targets(services: &[ServiceArg]) -> Result<()> {
                     "nothing listens on {target}: start the server under test, or name another target with -x"
                 )
             }
-            Err(error) => say!(
-                "online: warning: {target} does not answer this host itself ({error}): where it sends everything to an assistant, that is as it \
+            Err(error) => caution!(
+                "{target} does not answer this host itself ({error}): where it sends everything to an assistant, that is as it \
                  should be; else it is down, or a firewall is on the path"
             ),
         }
@@ -699,8 +697,8 @@ fn open_connections(look: bool, ports: &[u16]) -> Vec<Connection> {
         return Vec::new();
     }
     connections::established(ports).unwrap_or_else(|error| {
-        say!(
-            "online: warning: the open connections cannot be looked up ({error}); each is joined at its second request from now on"
+        caution!(
+            "the open connections cannot be looked up ({error}); each is joined at its second request from now on"
         );
         Vec::new()
     })

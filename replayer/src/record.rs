@@ -14,7 +14,7 @@ use crate::net::{Device, NetError, Network};
 use crate::pcap::writer::NgWriter;
 use crate::privileges::{self, Keep};
 use crate::report;
-use crate::say::say;
+use crate::say::{self, say};
 use crate::signals::{Asked, Signals};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -143,9 +143,9 @@ pub fn run(args: &RecordArgs) -> Result<()> {
     capture.configure(1, sample_threshold(args.sample.0))?;
     capture.attach()?;
     privileges::drop_all_but(Keep::Main);
-    say!("record: capturing on {capture}, writing {}", files.name(files.number + 1).display());
-    say!("record: {backend}: {why}");
-    say!("record ready: stop with SIGTERM or Ctrl-C");
+    say!("capturing on {capture}, writing {}", files.name(files.number + 1).display());
+    say!("{backend}: {why}");
+    say::ready(format_args!("stop with SIGTERM or Ctrl-C"));
 
     let ended = record(args, &signals, &mut taking, &mut files);
     capture.detach();
@@ -154,7 +154,7 @@ pub fn run(args: &RecordArgs) -> Result<()> {
     let finished = files.finish();
     let verdicts = capture.verdicts();
     let lost = capture::lost(&verdicts) + taking.lost();
-    say!("record: {} packets, {} bytes in {} files", files.packets, files.bytes, files.made);
+    say!("{} packets, {} bytes in {} files", files.packets, files.bytes, files.made);
     if let Some(path) = &args.report {
         let report = json!({
             "role": "record",
@@ -201,7 +201,7 @@ fn record(
             Some(Asked::Stop) => return Ok(()),
             Some(Asked::Reload) => {
                 files.finish()?;
-                say!("record: SIGHUP: {} files are complete", files.made);
+                say!("SIGHUP: {} files are complete", files.made);
             }
             None => {}
         }

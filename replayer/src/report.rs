@@ -2,7 +2,7 @@
 
 use crate::afxdp::{PortCounters, SocketStatistics, Statistics};
 use crate::channel::client::ClientCounters;
-use crate::say::say;
+use crate::say::{caution, say};
 use crate::worker::Snapshot;
 use anyhow::{Context, Result};
 use replayer_engine::counters::{Counter, Counters, Pending};
@@ -42,9 +42,9 @@ pub fn write(path: &Path, report: &Value) -> Result<()> {
 
 /// Writes the report of a role that goes on, and says so. `running` in it tells it from a final one. The accounts are not in it: that they
 /// add up can be seen when everything stands still.
-pub(crate) fn write_interim(path: Option<&Path>, role: &str, mut report: Value) {
+pub(crate) fn write_interim(path: Option<&Path>, mut report: Value) {
     let Some(path) = path else {
-        say!("{role}: SIGHUP: there is no report to write (--report FILE)");
+        say!("SIGHUP: there is no report to write (--report FILE)");
         return;
     };
     if let Some(report) = report.as_object_mut() {
@@ -52,8 +52,8 @@ pub(crate) fn write_interim(path: Option<&Path>, role: &str, mut report: Value) 
         report.insert("running".into(), true.into());
     }
     match write(path, &report) {
-        Ok(()) => say!("{role}: SIGHUP: the report until now is in {}", path.display()),
-        Err(error) => say!("{role}: warning: {error:#}"),
+        Ok(()) => say!("SIGHUP: the report until now is in {}", path.display()),
+        Err(error) => caution!("{error:#}"),
     }
 }
 

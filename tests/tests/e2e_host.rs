@@ -17,6 +17,7 @@ use replayer_tests::process::Process;
 use replayer_tests::replay::{Replay, Role, service};
 use replayer_tests::servers::tool;
 use replayer_tests::wait::wait_for;
+use serde_json::Value;
 
 const STREAM: u16 = 9000;
 
@@ -278,6 +279,65 @@ fn b066_figures_of_both_roles_for_prometheus() -> Result<()> {
     assert_eq!(value(lab.assistant(), "replayer_assistant_workers")?, 1.0);
     online.stop_online()?;
     assistant.stop::<serde_json::Value>()?;
+    Ok(())
+}
+
+/// What a process has said, each line an object.
+fn said_as_json(process: &Process) -> Result<Vec<Value>> {
+    let text = process.errors();
+    let parsed = |line: &str| serde_json::from_str::<Value>(line).with_context(|| line.to_owned());
+    let lines: Vec<Value> = text.lines().map(parsed).collect::<Result<_>>()?;
+    for line in &lines {
+        for field in ["time", "level", "role", "message"] {
+            ensure!(line[field].as_str().is_some_and(|it| !it.is_empty()), "no {field} in {line}");
+        }
+        let time = line["time"].as_str().unwrap_or_default();
+        ensure!(time.len() == "2026-01-31T23:59:59.999Z".len() && time.ends_with('Z'), "{time}");
+    }
+    Ok(lines)
+}
+
+#[test]
+fn b066_logs_are_one_json_object_a_line_when_asked_for() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let json = ["--log-format", "json"];
+    let mut assistant = Role::assistant(&lab, lab.assistant(), &json)?;
+    let services = service(STREAM, lab.target().v4(), STREAM);
+    let mut command = lab.online().command(tool("replayer")?);
+    command.args(["online", "-x", &services, "-s", &lab.assistant().v4().to_string(), "-i", NIC]);
+    let mut online = Process::start(command.args(["--stats", "1"]).args(json), "online", &lab.dir())?;
+    online.wait_for_message("nothing was captured", Duration::from_secs(15))?;
+    let load = format!("--connect {}:{STREAM} --requests 10", lab.online().v4());
+    assert_eq!(Load::run(&lab, "load", &load)?.responses, 10);
+    streams.ensure_equal(10)?;
+    let counted = |lines: &[Value]| {
+        lines.iter().filter_map(|line| line["figures"]["turns_sent"].as_u64()).next_back() == Some(10)
+    };
+    wait_for("a line of figures", Duration::from_secs(5), || {
+        said_as_json(&online).is_ok_and(|lines| counted(&lines))
+    })?;
+    ensure!(online.stop()?.success(), "{}", online.errors());
+    let lines = said_as_json(&online)?;
+    let about = |lines: &[Value], text: &str| {
+        let has = |line: &&Value| line["message"].as_str().is_some_and(|message| message.contains(text));
+        lines.iter().find(has).cloned().with_context(|| format!("nothing about \"{text}\": {lines:#?}"))
+    };
+    let warning = about(&lines, "nothing was captured")?;
+    assert_eq!((&warning["level"], &warning["trouble"]), (&"warn".into(), &"nothing_captured".into()));
+    let last = about(&lines, "replayed 10 requests")?;
+    assert_eq!((&last["level"], &last["role"]), (&"info".into(), &"online".into()));
+    assistant.stop::<Value>()?;
+    let lines = said_as_json(&assistant.process)?;
+    assert_eq!(about(&lines, "taking the responses of")?["role"], "assistant");
+    about(&lines, "frames received")?;
+
+    // What it ends with, too.
+    let mut command = lab.online().command(tool("replayer")?);
+    command.args(["online", "-x", &services, "-s", &lab.assistant().v4().to_string(), "-i", "none0"]);
+    let mut wrong = Process::start(command.args(json), "wrong", &lab.dir())?;
+    ensure!(!wrong.wait(Duration::from_secs(10))?.success(), "it started at none0");
+    assert_eq!(about(&said_as_json(&wrong)?, "none0")?["level"], "error");
     Ok(())
 }
 

@@ -28,7 +28,7 @@ use crate::clock;
 use crate::metrics::{self, Metrics};
 use crate::moderation::{Moderation, Next};
 use crate::privileges::{self, Keep};
-use crate::say::{say, show};
+use crate::say::{self, caution, plain, say};
 use crate::signals::{Asked, Signals};
 use anyhow::{Context, Result, bail};
 use blackhole::BlackHole;
@@ -110,11 +110,11 @@ pub fn run(args: AssistantArgs) -> Result<()> {
 
     privileges::drop_all_but(if args.report.is_some() { Keep::Writing } else { Keep::Nothing });
     let listening = server.local_addr().context("cannot read the address that it listens on")?;
-    say!(
-        "assistant ready: takes responses at {interface}, {}; listens on {listening}{}",
+    say::ready(format_args!(
+        "takes responses at {interface}, {}; listens on {listening}{}",
         blackhole.mode(),
         if args.key.is_empty() { ", without a key" } else { "" }
-    );
+    ));
     let mut assistant = Assistant {
         interface,
         ifindex,
@@ -131,7 +131,7 @@ pub fn run(args: AssistantArgs) -> Result<()> {
     let ended = assistant.serve(&args, &signals, metrics.as_ref(), &mut writer);
     writer.wait();
     let report = assistant.report()?;
-    show!("{report}");
+    plain!("{}", report.to_string().trim_end());
     if let Some(path) = &args.report {
         crate::report::write(path, &serde_json::to_value(&report)?)?;
     }
@@ -361,13 +361,13 @@ struct InterimWriter {
 impl InterimWriter {
     fn write(&mut self, path: Option<PathBuf>, report: serde_json::Value) {
         if self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
-            say!("assistant: SIGHUP: the report of the one before is still being written");
+            say!("SIGHUP: the report of the one before is still being written");
             return;
         }
-        let write = move || crate::report::write_interim(path.as_deref(), "assistant", report);
+        let write = move || crate::report::write_interim(path.as_deref(), report);
         match std::thread::Builder::new().name("report".into()).spawn(write) {
             Ok(thread) => self.thread = Some(thread),
-            Err(error) => say!("assistant: warning: no thread to write the report with: {error}"),
+            Err(error) => caution!("no thread to write the report with: {error}"),
         }
     }
 

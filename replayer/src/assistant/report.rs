@@ -68,7 +68,7 @@ impl Report {
     /// One line for a person who watches.
     pub fn line(&self) -> String {
         format!(
-            "assistant: {} workers, {} registrations, {} frames received, {} records returned, {} unregistered, \
+            "{} workers, {} registrations, {} frames received, {} records returned, {} unregistered, \
              {} dropped (slow peer), {} dropped (kernel)",
             self.now.workers,
             self.now.registrations,

@@ -1,6 +1,6 @@
 //! The offline role with a network: a worker whose packets come from files, a port that only transmits, the assistants' channels.
 
-use super::{LAST_RESPONSE_NS, OfflineArgs, conclude, engine_config, print_file, report_of, start_feed};
+use super::{LAST_RESPONSE_NS, OfflineArgs, conclude, engine_config, not_given, report_of, start_feed};
 use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
 use crate::cli::{ServiceArg, StatsFormat};
 use crate::clock;
@@ -12,7 +12,7 @@ use crate::offline::shown::Shown;
 use crate::online::{connect, output_device, spent};
 use crate::privileges::{self, Keep};
 use crate::report::{self, Figures};
-use crate::say::{say, show};
+use crate::say::{self, caution, plain, say, show, to_terminal};
 use crate::signals::{Asked, Signals};
 use crate::worker::{Shared, Snapshot, Worker};
 use anyhow::{Context, Result, bail};
@@ -20,7 +20,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use replayer_common::addr::to_std;
 use replayer_engine::Engine;
 use replayer_engine::counters::Counter;
-use std::io::IsTerminal;
+use serde_json::json;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -69,9 +69,9 @@ pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     let engine = Engine::new(engine_config(args, room as u16)?, clock::now());
     let mut worker = Worker::new(engine, port, None, channels, monitor.watch(), shared.clone());
     worker.feed(feed, args.replay.hold_limit_ns()? + LAST_RESPONSE_NS);
-    say!("offline: sending on {}: {port_mode}", output.name);
+    say!("sending on {}: {port_mode}", output.name);
     for service in services {
-        say!("offline: {} is copied to {}", service.online_name(), service.service.target);
+        say!("{} is copied to {}", service.online_name(), service.service.target);
     }
     let started = Instant::now();
     let worker = std::thread::Builder::new()
@@ -83,24 +83,26 @@ pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
         .context("start a thread")?;
     let mut running = Running { shared, worker: Some(worker) };
     privileges::drop_all_but(Keep::Main);
-    say!("offline ready: stop with SIGTERM or Ctrl-C");
+    say::ready(format_args!("stop with SIGTERM or Ctrl-C"));
 
     let ended = running.serve(args, services, &signals, metrics.as_ref(), &shown, started);
     running.stop()?;
     let figures = running.figures();
     let (seconds, cpu) = spent(started);
-    say!("offline: {}", figures.summary(seconds, cpu));
     let file = shown.figures();
-    say!("  of {} packets in the files, {} went to the services", file.packets, file.packets_given);
+    let mut summary = figures.summary(seconds, cpu);
+    summary +=
+        &format!("\n  of {} packets in the files, {} went to the services", file.packets, file.packets_given);
     let late = shown.lateness();
     if late.count() > 0 {
-        let (median, p99) = (late.quantile(0.5), late.quantile(0.99));
-        say!(
-            "  given to the engine after they were due: median {median} us, p99 {p99} us, max {} us",
+        summary += &format!(
+            "\n  given to the engine after they were due: median {} us, p99 {} us, max {} us",
+            late.quantile(0.5),
+            late.quantile(0.99),
             late.max()
         );
     }
-    print_file(&file);
+    say!("{summary}{}", not_given(&file));
     let interrupted = *ended.as_ref().unwrap_or(&false);
     conclude(args, services, &figures, &shown, (seconds, cpu), interrupted)?;
     ended?;
@@ -135,7 +137,7 @@ impl Running {
         shown: &Shown,
         started: Instant,
     ) -> Result<bool> {
-        let terminal = std::io::stderr().is_terminal() && args.replay.stats_format == StatsFormat::Text;
+        let terminal = to_terminal() && args.replay.stats_format == StatsFormat::Text;
         let interval = Duration::from_secs(u64::from(args.replay.stats.unwrap_or(1).max(1)));
         let mut next = Instant::now() + interval;
         let mut before = Figures::default();
@@ -152,7 +154,7 @@ impl Running {
                     let figures = self.figures();
                     longest_lag_us = longest_lag_us.max(figures.lag_us);
                     let report = report_of(&figures, shown, spent(started))?;
-                    report::write_interim(args.replay.report.as_deref(), "offline", report);
+                    report::write_interim(args.replay.report.as_deref(), report);
                 }
                 None => {}
             }
@@ -166,8 +168,11 @@ impl Running {
                     metrics.publish(metrics::of_replay(&figures, kernel, seconds, cpu));
                 }
                 for trouble in diagnosis.look(started.elapsed(), &figures, 0) {
-                    let line = if terminal { "\r\x1b[K" } else { "" };
-                    say!("{line}offline: warning: {}", trouble.describe(services, &args.replay, ""));
+                    if terminal {
+                        show!("\r\x1b[K");
+                    }
+                    let text = trouble.describe(services, &args.replay, "");
+                    caution!(json!({"trouble": trouble.name()}); "{text}");
                 }
             }
             if Instant::now() < next {
@@ -182,16 +187,14 @@ impl Running {
             let line = figures.line_text(&before, interval.as_secs_f64());
             let (done, size) = shown.progress();
             let progress = progress_line(done, size, shown.packets_replayed(), started);
+            let mut fields = figures.line_json(started.elapsed().as_secs_f64());
+            fields["file"] = serde_json::to_value(shown.figures())?;
+            fields["file_bytes_replayed"] = done.into();
+            fields["file_bytes"] = size.into();
             match args.replay.stats_format {
-                StatsFormat::Json => {
-                    let mut line = figures.line_json(started.elapsed().as_secs_f64());
-                    line["file"] = serde_json::to_value(shown.figures())?;
-                    line["file_bytes_replayed"] = done.into();
-                    line["file_bytes"] = size.into();
-                    report::print(&line);
-                }
+                StatsFormat::Json => report::print(&fields),
                 StatsFormat::Text if terminal => show!("\r\x1b[K{progress}; {line}"),
-                StatsFormat::Text => say!("{progress}; {line}"),
+                StatsFormat::Text => plain!(json!({"figures": fields}); "{progress}; {line}"),
             }
             before = figures;
         }

@@ -28,7 +28,7 @@ use crate::pcap::{Files, Order};
 use crate::placement::Workers;
 use crate::replay::nanoseconds;
 use crate::report::{self, Figures, histogram};
-use crate::say::{say, show};
+use crate::say::{caution, plain, say, show, to_terminal};
 use crate::signals::{Asked, Signals};
 use crate::worker::Snapshot;
 use anyhow::{Context, Result, bail};
@@ -42,7 +42,6 @@ use replayer_engine::config::Config;
 use replayer_engine::counters::Counter;
 use serde_json::Value;
 use shown::{FileFigures, Shown};
-use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -154,7 +153,7 @@ fn run_dry(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     let signals = Signals::install()?;
     let stop = AtomicBool::new(false);
     let patience_ns = args.replay.hold_limit_ns()? + LAST_RESPONSE_NS;
-    let terminal = std::io::stderr().is_terminal();
+    let terminal = to_terminal();
     let mut show_at = Instant::now() + PROGRESS_INTERVAL;
     let mut signalled = false;
     let now = dry_run::run(&mut engine, &mut feed, &mut out, patience_ns, &stop, |engine| {
@@ -181,10 +180,12 @@ fn run_dry(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     let mut figures = Figures::default();
     figures.add(&snapshot, None);
     let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
-    print_summary(&figures, &shown, (now - dry_run::START_NS) as f64 / 1e9, seconds, out.bytes_sent());
+    let replay_seconds = (now - dry_run::START_NS) as f64 / 1e9;
+    let mut text = summary(&figures, &shown, replay_seconds, seconds, out.bytes_sent());
     if let Some(path) = &args.write {
-        say!("  written to {}", path.display());
+        text += &format!("\n  written to {}", path.display());
     }
+    say!("{text}");
     conclude(args, services, &figures, &shown, (seconds, cpu), signalled)
 }
 
@@ -198,41 +199,44 @@ fn show(shown: &Shown, engine: &Engine, started: Instant, terminal: bool) {
         counters[Counter::SessionsOpened],
         engine.gauges().sessions_live
     );
-    if terminal { show!("\r\x1b[K{line}") } else { say!("{line}") }
+    if terminal { show!("\r\x1b[K{line}") } else { plain!("{line}") }
 }
 
-fn print_summary(figures: &Figures, shown: &Shown, replay_seconds: f64, seconds: f64, bytes_sent: u64) {
+/// What a dry run found, for a person.
+fn summary(figures: &Figures, shown: &Shown, replay_seconds: f64, seconds: f64, bytes_sent: u64) -> String {
     let file = shown.figures();
     let c = &figures.counters;
-    say!(
-        "offline: read {} packets in {seconds:.2} s ({:.0}/s), {} of them to the services",
+    let mut text = format!(
+        "read {} packets in {seconds:.2} s ({:.0}/s), {} of them to the services\n\
+         would send {} requests in {} sessions: {} packets, {} bytes of clients' data, {bytes_sent} bytes with headers, in {replay_seconds:.3} s",
         file.packets,
         file.packets as f64 / seconds.max(1e-9),
-        file.packets_given
-    );
-    say!(
-        "would send {} requests in {} sessions: {} packets, {} bytes of clients' data, {bytes_sent} bytes with headers, in {replay_seconds:.3} s",
+        file.packets_given,
         c[Counter::TurnsSent],
         c[Counter::SessionsOpened],
         c[Counter::SegmentsSent],
         c[Counter::ReplayBytesDelivered],
     );
     if c[Counter::DatagramsSent] > 0 {
-        say!("and {} datagrams of {} bytes", c[Counter::DatagramsSent], c[Counter::DatagramBytesSent]);
+        text += &format!(
+            "\nand {} datagrams of {} bytes",
+            c[Counter::DatagramsSent],
+            c[Counter::DatagramBytesSent]
+        );
     }
     for (name, value, what) in figures.losses() {
-        say!("  {value} {name}: {what}");
+        text += &format!("\n  {value} {name}: {what}");
     }
-    print_file(&file);
+    text + &not_given(&file)
 }
 
-/// What of the files was not given to the engine, for a person.
-fn print_file(file: &FileFigures) {
+/// What of the files was not given to the engine, for a person: lines with their beginnings.
+fn not_given(file: &FileFigures) -> String {
+    let mut text = String::new();
     if file.packets_truncated > 0 {
-        say!(
-            "  {} packets to the services are cut short, the first is number {}: their requests cannot be replayed; capture with tcpdump -s 0",
-            file.packets_truncated,
-            file.first_truncated
+        text += &format!(
+            "\n  {} packets to the services are cut short, the first is number {}: their requests cannot be replayed; capture with tcpdump -s 0",
+            file.packets_truncated, file.first_truncated
         );
     }
     for (count, what) in [
@@ -243,9 +247,10 @@ fn print_file(file: &FileFigures) {
         (file.packets_sampled_out, "packets of connections outside the sample"),
     ] {
         if count > 0 {
-            say!("  {count} {what}");
+            text += &format!("\n  {count} {what}");
         }
     }
+    text
 }
 
 /// The report, and whether the run did what was asked.
@@ -264,7 +269,7 @@ fn conclude(
     let problems = shown.take_problems();
     // The first is what the run ends with.
     for problem in problems.iter().skip(1) {
-        say!("offline: {problem}");
+        caution!("{problem}");
     }
     if file.packets_given == 0 && file.packets_sampled_out == 0 && !interrupted {
         bail!("{}", nothing_matched(args, services, file.packets));
@@ -292,7 +297,7 @@ fn nothing_matched(args: &OfflineArgs, services: &[ServiceArg], packets: u64) ->
         return text + "; `replayer inspect` says what is in a file";
     }
     let Ok(mut files) = Files::open(&args.files, order(args)) else { return text };
-    let report = inspect(&mut files, std::io::stderr().is_terminal());
+    let report = inspect(&mut files, to_terminal());
     if report.services.is_empty() && report.udp.is_empty() {
         return text + ", and nothing of TCP or UDP is in the files";
     }
