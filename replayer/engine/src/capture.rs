@@ -1,7 +1,7 @@
 //! What captured packets do: find their connection, put the stream in order, find its turns, give it to the sessions.
 
 use crate::config::timing;
-use crate::connection::{End, NewConnection, Origin, Phase, PlainEnds};
+use crate::connection::{EarlyEnd, End, NewConnection, Origin, Phase, Place, PlainEnds, Syn};
 use crate::counters::{Counter, EndReason};
 use crate::engine::{BATCH, Engine, ServiceState};
 use crate::gate::Ahead;
@@ -11,7 +11,7 @@ use crate::sender::micros;
 use crate::session::{State, seq_before};
 use crate::slab::NONE;
 use crate::store::Segment;
-use crate::timer::{before, tick};
+use crate::timer::{Tick, before, tick};
 use crate::usual::COPIES_AHEAD;
 use alloc::vec::Vec;
 use replayer_common::addr::{Endpoint, from_v4};
@@ -200,8 +200,22 @@ impl Engine {
     }
 
     fn find_connection(&self, hash: u32, client: &Endpoint, server: &Endpoint) -> Option<u32> {
+        self.find_placed(hash, client, server, Place::Current)
+    }
+
+    /// The connection between these ends that has this place; each of those in the table is there once at most.
+    pub(crate) fn find_placed(
+        &self,
+        hash: u32,
+        client: &Endpoint,
+        server: &Endpoint,
+        place: Place,
+    ) -> Option<u32> {
         self.by_client.find(hash, |index| {
-            self.connections[index].client == *client && self.connections.server(index) == server
+            let connection = &self.connections[index];
+            connection.client == *client
+                && self.connections.server(index) == server
+                && connection.place == place
         })
     }
 
@@ -307,8 +321,13 @@ impl Engine {
         let options = &Self::options(segment, out, in_hand);
         if segment.is_opening() {
             let connection = NewConnection::new(client, server, Phase::Following, tick(now_ns));
-            return self.on_client_syn(now_ns, found, connection, segment, options, in_hand, out);
+            return self.on_client_syn(now_ns, hash, found, connection, segment, options, in_hand, out);
         }
+        let found = if self.earlier == 0 && found.is_none_or(|c| self.connections[c].is_uninterrupted()) {
+            found
+        } else {
+            self.whose(now_ns, hash, found, (&client, &server), segment, out)?
+        };
         let Some(c) = found else {
             return self.on_unknown(
                 now_ns,
@@ -360,6 +379,7 @@ impl Engine {
     fn on_client_syn<O: Output>(
         &mut self,
         now_ns: u64,
+        hash: u32,
         found: Option<u32>,
         mut new: NewConnection,
         segment: &TcpSegment,
@@ -367,8 +387,7 @@ impl Engine {
         in_hand: &mut Option<InHand<O::Frame>>,
         out: &mut O,
     ) -> Fate {
-        // Data in a SYN (Fast Open, RFC 7413) comes after the SYN's own number; the target gets it after the handshake.
-        let data_seq = segment.seq.wrapping_add(1);
+        let syn = Syn::new(segment.seq, options, now_ns);
         if let Some(c) = found {
             if self.connections.origin(c).isn() == Some(segment.seq) {
                 if segment.payload_len > 0 && self.connections.end(c) == End::Open {
@@ -377,14 +396,18 @@ impl Engine {
                 self.counters[Counter::BytesDuplicate] += u64::from(segment.payload_len);
                 return Ok(Counter::PacketsSynRepeated);
             }
+            if self.connections.end(c) == End::Open && self.connections[c].is_known() {
+                if segment.payload_len == 0 {
+                    self.connections.set_syn_inside(c, Some(syn));
+                    return Ok(Counter::PacketsDoubtful);
+                }
+                // Its data would have to be kept until it is known whose it is.
+                let c = self.open_inside(now_ns, hash, c, &syn, out)?;
+                return self.on_syn_data(now_ns, c, segment, in_hand, out);
+            }
             self.replace(now_ns, c, out);
         }
-        new.set_syn(segment.seq, options.sack_permitted);
-        let connection = &mut new.connection;
-        connection.next_seq = data_seq;
-        connection.mss = options.mss.unwrap_or(536);
-        connection.set_window_scale(options.window_scale.map(|shift| shift.min(14)));
-        connection.set_timestamps(options, now_ns);
+        new.set_syn(&syn);
         let Some(c) = self.new_connection(new, tick(now_ns)) else {
             return Err((Counter::PacketsLimit, Counter::BytesLimit));
         };
@@ -396,7 +419,8 @@ impl Engine {
         Ok(Counter::PacketsSyn)
     }
 
-    /// Data in a SYN. Its ACK field means nothing: what the client has read is first said by a later segment.
+    /// Data in a SYN (Fast Open, RFC 7413) comes after the SYN's own number; the target gets it after the handshake. The ACK field means
+    /// nothing: what the client has read is first said by a later segment.
     fn on_syn_data<O: Output>(
         &mut self,
         now_ns: u64,
@@ -416,7 +440,8 @@ impl Engine {
     /// The client uses the same port for a new connection: what the old one has is still delivered, then it closes.
     pub(crate) fn replace<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
         self.drop_out_of_order(c, Counter::BytesGap);
-        self.connections.set_early_fin(c, None);
+        self.connections.set_early_end(c, None);
+        self.connections.set_syn_inside(c, None);
         if self.connections.end(c) == End::Open {
             let need = u32::from(self.connections[c].any_data);
             self.connections.set_end(c, End::Fin { need });
@@ -524,10 +549,7 @@ impl Engine {
         self.counters[Counter::ConnectionsTls] += 1;
         self.drop_out_of_order(c, Counter::BytesTls);
         self.connections[c].phase = Phase::Encrypted;
-        if self.connections.early_fin(c).is_some() {
-            self.connections.set_early_fin(c, None);
-            self.connections.set_end(c, End::Fin { need: 0 });
-        }
+        self.end_behind_hole(c);
         let mut s = self.connections[c].first_session;
         while s != NONE {
             let next = self.sessions[s].next_copy;
@@ -560,24 +582,32 @@ impl Engine {
         if connection.phase == Phase::Following && distance.unsigned_abs() > MAX_DISTANCE {
             return Err((Counter::PacketsOutOfWindow, Counter::BytesOutOfWindow));
         }
-        self.counters[Counter::BytesAfterEnd] += u64::from(segment.payload_len);
+        let acknowledged = (segment.flags & flags::ACK != 0).then_some(segment.ack);
         if self.connections.end(c) == End::Open {
-            let connection = &self.connections[c];
-            // The session ends after the pending turn: when as much of its response has come as the client had read.
-            let read = if segment.flags & flags::ACK != 0 && connection.ack_advances(segment.ack) {
-                segment.ack.wrapping_sub(connection.last_ack)
-            } else {
-                u32::from(connection.any_data)
-            };
-            self.connections.set_end(c, End::Reset { need: read });
-            self.connections.set_early_fin(c, None);
-            self.drop_out_of_order(c, Counter::BytesGap);
-            self.output_all(now_ns, c, out);
-            if !self.connections[c].detached {
-                self.forget_if_over(c);
+            if !self.is_reset_believed(c, segment.seq) {
+                self.on_doubtful_reset(now_ns, c, segment.seq, acknowledged);
+                return Err((Counter::PacketsDoubtful, Counter::BytesOutOfWindow));
             }
+            self.reset_stream(now_ns, c, acknowledged, out);
         }
+        self.counters[Counter::BytesAfterEnd] += u64::from(segment.payload_len);
         Ok(Counter::PacketsEnd)
+    }
+
+    /// The client resets its connection, and had read up to `acknowledged`, if it says so.
+    fn reset_stream<O: Output>(&mut self, now_ns: u64, c: u32, acknowledged: Option<u32>, out: &mut O) {
+        let connection = &self.connections[c];
+        // The session ends after the pending turn: when as much of its response has come as the client had read.
+        let need = acknowledged
+            .filter(|&ack| connection.ack_advances(ack))
+            .map_or(u32::from(connection.any_data), |ack| ack.wrapping_sub(connection.last_ack));
+        self.connections.set_end(c, End::Reset { need });
+        self.connections.set_early_end(c, None);
+        self.drop_out_of_order(c, Counter::BytesGap);
+        self.output_all(now_ns, c, out);
+        if !self.connections[c].is_detached() {
+            self.forget_if_over(c);
+        }
     }
 
     /// A segment of a stream that is followed. `seq` is that of its first payload byte.
@@ -628,6 +658,10 @@ impl Engine {
         let mut fate = Ok(if fin { Counter::PacketsEnd } else { Counter::PacketsDuplicate });
         let seen = if ahead < 0 { ahead.unsigned_abs().min(len) } else { 0 };
         if seen < len {
+            self.stream_goes_on(c, seq.wrapping_add(len));
+        }
+        let had_hole = self.connections.has_hole(c);
+        if seen < len {
             self.counters[Counter::BytesDuplicate] += u64::from(seen);
             if let Some(hand) = in_hand {
                 hand.payload_offset += seen as usize;
@@ -645,7 +679,7 @@ impl Engine {
                 self.counters[bytes] += u64::from(len - seen);
                 fate = Ok(packets);
             }
-            if self.connections[c].detached {
+            if self.connections[c].is_detached() {
                 return fate;
             }
             self.take_in_order(now_ns, c, out);
@@ -653,9 +687,13 @@ impl Engine {
             self.counters[Counter::BytesDuplicate] += u64::from(len);
         }
         if fin && self.connections.end(c) == End::Open {
-            self.connections.set_early_fin(c, Some((seq.wrapping_add(len), segment.ack)));
+            let end = EarlyEnd { seq: seq.wrapping_add(len), ack: segment.ack, is_reset: false };
+            self.connections.set_early_end(c, Some(end));
         }
         self.end_stream(now_ns, c, out);
+        if !had_hole && self.connections.has_hole(c) {
+            self.open_hole(c, tick(now_ns));
+        }
         fate
     }
 
@@ -708,7 +746,7 @@ impl Engine {
         connection.phase = Phase::Watching;
         connection.next_seq = end;
         (connection.last_ack, connection.ack_known) = (ack, true);
-        self.connections.set_early_fin(c, None);
+        self.connections.set_early_end(c, None);
         Err((Counter::PacketsLimit, Counter::BytesLimit))
     }
 
@@ -819,7 +857,6 @@ impl Engine {
     ) -> Fate {
         let mut left = Self::payload(out, in_hand);
         let end = seq.wrapping_add(left.len() as u32);
-        let had_hole = self.connections.has_hole(c);
         let mut kept = 0;
         let mut duplicate = 0;
         let (mut previous, steps) = self.out_of_order_before(c, seq);
@@ -873,9 +910,6 @@ impl Engine {
         if kept == 0 {
             return Ok(Counter::PacketsDuplicate);
         }
-        if !had_hole {
-            self.open_hole(c, tick(now_ns));
-        }
         Ok(Counter::PacketsData)
     }
 
@@ -913,7 +947,8 @@ impl Engine {
         }
     }
 
-    fn open_hole(&mut self, c: u32, now: crate::timer::Tick) {
+    /// The connection has a hole that it did not have before.
+    pub(crate) fn open_hole(&mut self, c: u32, now: Tick) {
         let hole = self.connections.open_hole(c, self.capture_time.unwrap_or(now));
         let wait = if self.capture_time.is_some() { timing::CAPTURE_CLOCK } else { self.gap_timeout };
         self.arm_hole(hole, now.wrapping_add(wait));
@@ -952,21 +987,21 @@ impl Engine {
         }
     }
 
-    /// Ends the stream when its FIN is the next in order.
+    /// Ends the stream when its end is the next in order.
     fn end_stream<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
-        let Some((seq, ack)) = self.connections.early_fin(c) else { return };
+        let Some(EarlyEnd { seq, ack, is_reset }) = self.connections.early_end(c) else { return };
         let connection = &self.connections[c];
         if connection.next_seq != seq {
-            if self.connections.out_of_order(c) == NONE {
-                self.open_hole(c, tick(now_ns));
-            }
             return;
+        }
+        if is_reset {
+            return self.reset_stream(now_ns, c, Some(ack), out);
         }
         let need = if connection.ack_advances(ack) { ack.wrapping_sub(connection.last_ack) } else { 0 };
         self.connections.set_end(c, End::Fin { need });
-        self.connections.set_early_fin(c, None);
+        self.connections.set_early_end(c, None);
         self.output_all(now_ns, c, out);
-        if !self.connections[c].detached {
+        if !self.connections[c].is_detached() {
             self.forget_if_over(c);
         }
     }

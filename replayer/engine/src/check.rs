@@ -1,6 +1,6 @@
 //! The invariants of the engine's state, walked in full: for tests of debug builds. Nothing here changes anything.
 
-use crate::connection::Phase;
+use crate::connection::{Phase, Place};
 use crate::engine::Engine;
 use crate::session::{State, segment_after};
 use crate::slab::NONE;
@@ -12,7 +12,7 @@ impl Engine {
     pub fn check(&self) {
         let mut references: Vec<u32> = Vec::new();
         let mut held = 0;
-        let (mut sessions, mut rare) = (0, 0);
+        let (mut sessions, mut rare, mut earlier) = (0, 0, 0);
         for c in 0..self.connections.high_water() {
             let connection = &self.connections[c];
             if connection.phase == Phase::Forgotten {
@@ -29,6 +29,7 @@ impl Engine {
                 last = segment;
                 segment = stored.next;
             }
+            earlier += u32::from(connection.place == Place::Earlier);
             assert_eq!(last, connection.tail, "the tail is the end of the list");
             let mut segment = self.connections.out_of_order(c);
             let (mut previous_end, mut walked_to) = (None, self.connections.walked_to(c));
@@ -79,11 +80,12 @@ impl Engine {
             }
             assert_eq!(
                 self.by_client.find(self.connections.hash(c, self.config.seed), |index| index == c).is_some(),
-                !connection.detached,
+                !connection.is_detached(),
                 "a connection is in the client table unless detached"
             );
         }
         assert_eq!(held, self.store.held_bytes(), "every held segment is in a list");
+        assert_eq!(earlier, self.earlier, "connections whose addresses others have as well");
         assert_eq!(rare, self.connections.rare(), "what is rare is a connection's");
         assert_eq!(sessions, self.sessions.len(), "every session is in its connection's list");
         self.sessions.check(self.live_sessions());

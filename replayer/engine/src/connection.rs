@@ -36,6 +36,59 @@ pub(crate) enum Phase {
     Forgotten,
 }
 
+/// Whose the packets of its addresses are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Its own.
+    Current,
+    /// Those of another connection, whose SYN came inside this one; but a segment with the next bytes of this stream would show that the
+    /// SYN was not its client's.
+    Earlier,
+    /// Others': it is not in the client table any more, only its sessions still need it.
+    Detached,
+}
+
+/// What ends the stream behind a hole, if nothing else comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct EarlyEnd {
+    /// Its sequence number.
+    pub(crate) seq: u32,
+    pub(crate) ack: u32,
+    /// RST, not FIN: a server believes it only if it has what is missing here (RFC 5961 section 3.2).
+    pub(crate) is_reset: bool,
+}
+
+/// What a client's SYN says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Syn {
+    pub(crate) isn: u32,
+    mss: u16,
+    window_scale: u8,
+    sack_permitted: bool,
+    timestamps: bool,
+    ts_offset: u32,
+}
+
+impl Syn {
+    pub(crate) fn new(isn: u32, options: &TcpOptions, now_ns: u64) -> Syn {
+        let (timestamps, ts_offset) = clock(options, now_ns);
+        Syn {
+            isn,
+            mss: options.mss.unwrap_or(536),
+            window_scale: options.window_scale.map_or(NO_SCALE, |shift| shift.min(14)),
+            sack_permitted: options.sack_permitted,
+            timestamps,
+            ts_offset,
+        }
+    }
+}
+
+/// Whether the client sends timestamps, and what makes a TSval of our milliseconds.
+fn clock(options: &TcpOptions, now_ns: u64) -> (bool, u32) {
+    let offset = options.timestamps.map(|(value, _)| value.wrapping_sub(crate::sender::millis(now_ns)));
+    (offset.is_some(), offset.unwrap_or(0))
+}
+
 /// One cache line: all that a packet with the next data of its stream reads and changes, and an acknowledgment of it. What else there is of
 /// a connection is in its [`Origin`] and its [`Rarity`].
 #[derive(Clone, Copy, Debug)]
@@ -47,11 +100,10 @@ pub(crate) struct Connection {
     pub(crate) ack_known: bool,
     // These four side by side: see `goes_on`.
     pub(crate) phase: Phase,
-    /// A new SYN took its place in the table: only its sessions still need it.
-    pub(crate) detached: bool,
+    pub(crate) place: Place,
     /// Data was appended.
     pub(crate) any_data: bool,
-    /// Its stream has a hole or an end.
+    /// Its stream has a hole, an end, or a SYN inside it.
     interrupted: bool,
     /// The client sends timestamps.
     pub(crate) timestamps: bool,
@@ -123,7 +175,7 @@ impl Origin {
     }
 }
 
-/// What few connections have: a hole in the stream, an end, or a server that is not among those known. There only while one of them is so.
+/// What few connections have: a hole in the stream, an end, a SYN inside it, or a server that is not among those known. There only while one of them is so.
 #[derive(Clone, Copy, Debug)]
 struct Rarity {
     /// Whose it is; `NONE`: nobody's, the place is free.
@@ -132,8 +184,9 @@ struct Rarity {
     /// Held segments behind a hole, sorted: the first and the last.
     out_of_order: u32,
     out_of_order_tail: u32,
-    /// A FIN behind a hole: its sequence number and ACK number.
-    early_fin: Option<(u32, u32)>,
+    early_end: Option<EarlyEnd>,
+    /// A SYN of another number than its own, which its client may not have sent.
+    syn_inside: Option<Syn>,
     /// Since when there is a hole.
     gap_since: Tick,
     /// Steps through the held segments behind it that are not made up for yet.
@@ -203,7 +256,7 @@ impl NewConnection {
             known_server: UNKNOWN,
             interrupted: false,
             phase,
-            detached: false,
+            place: Place::Current,
             any_data: false,
             next_seq: 0,
             last_ack: 0,
@@ -225,10 +278,14 @@ impl NewConnection {
     }
 
     /// It begins with this SYN.
-    pub(crate) fn set_syn(&mut self, isn: u32, sack_permitted: bool) {
-        self.origin.isn = isn;
+    pub(crate) fn set_syn(&mut self, syn: &Syn) {
+        self.origin.isn = syn.isn;
         self.origin.set(Origin::BEGAN_WITH_SYN, true);
-        self.origin.set(Origin::SACK_REFUSED, !sack_permitted);
+        self.origin.set(Origin::SACK_REFUSED, !syn.sack_permitted);
+        let connection = &mut self.connection;
+        connection.next_seq = syn.isn.wrapping_add(1);
+        (connection.mss, connection.window_scale) = (syn.mss, syn.window_scale);
+        (connection.timestamps, connection.ts_offset) = (syn.timestamps, syn.ts_offset);
     }
 
     /// How many copies it wants of each of so many services.
@@ -241,9 +298,7 @@ impl NewConnection {
 impl Connection {
     /// Takes the client's clock over, if it sends timestamps.
     pub(crate) fn set_timestamps(&mut self, options: &TcpOptions, now_ns: u64) {
-        self.timestamps = options.timestamps.is_some();
-        self.ts_offset =
-            options.timestamps.map_or(0, |(value, _)| value.wrapping_sub(crate::sender::millis(now_ns)));
+        (self.timestamps, self.ts_offset) = clock(options, now_ns);
     }
 
     /// The TSval of its sessions.
@@ -264,11 +319,6 @@ impl Connection {
         (self.window_scale != NO_SCALE).then_some(self.window_scale)
     }
 
-    /// Its SYN offered this one.
-    pub(crate) fn set_window_scale(&mut self, shift: Option<u8>) {
-        self.window_scale = shift.unwrap_or(NO_SCALE);
-    }
-
     /// How far beyond the last acknowledgment a session's target may send, bytes: what every segment of ours says (RFC 7323 section 2.3).
     pub(crate) fn receive_window(&self) -> u32 {
         u32::from(crate::sender::WINDOW) << self.window_scale().unwrap_or(0)
@@ -280,15 +330,25 @@ impl Connection {
         u32::from(self.wanted)
     }
 
-    /// Whether its stream is followed, has begun, and has neither a hole nor an end; nor has a new SYN taken its place.
+    /// Whether its stream is followed, has begun, and nothing interrupts it; nor has a new SYN taken its place.
     #[inline(always)]
     pub(crate) fn goes_on(&self) -> bool {
         // One comparison of four bytes.
-        let so = [self.phase as u8, self.detached as u8, self.any_data as u8, self.interrupted as u8];
-        u32::from_ne_bytes(so) == u32::from_ne_bytes([Phase::Following as u8, 0, 1, 0])
+        let so = [self.phase as u8, self.place as u8, self.any_data as u8, self.interrupted as u8];
+        u32::from_ne_bytes(so) == u32::from_ne_bytes([Phase::Following as u8, Place::Current as u8, 1, 0])
     }
 
-    /// Whether its stream has neither a hole nor an end.
+    /// Whether packets of its addresses are others' for good.
+    pub(crate) fn is_detached(&self) -> bool {
+        self.place == Place::Detached
+    }
+
+    /// Whether the client has been heard of since the SYN with which it began.
+    pub(crate) fn is_known(&self) -> bool {
+        self.any_data || self.ack_known || self.phase != Phase::Following
+    }
+
+    /// Whether its stream has neither a hole nor an end, nor a SYN inside it.
     #[inline]
     pub(crate) fn is_uninterrupted(&self) -> bool {
         !self.interrupted
@@ -298,7 +358,7 @@ impl Connection {
     pub(crate) fn idle_limit(&self) -> u32 {
         match self.phase {
             Phase::Watching | Phase::Encrypted if self.first_session == NONE => timing::WATCHED_IDLE,
-            Phase::Following if !self.ack_known && !self.any_data => timing::HALF_OPEN_IDLE,
+            _ if !self.is_known() => timing::HALF_OPEN_IDLE,
             _ => timing::CONNECTION_IDLE,
         }
     }
@@ -389,7 +449,8 @@ impl Connections {
                 end: End::Open,
                 out_of_order: NONE,
                 out_of_order_tail: NONE,
-                early_fin: None,
+                early_end: None,
+                syn_inside: None,
                 gap_since: 0,
                 walked: 0,
                 walked_to: NONE,
@@ -399,8 +460,10 @@ impl Connections {
         }
         let rarity = &mut self.rarities[origin.rarity];
         change(rarity);
-        connection.interrupted =
-            rarity.end != End::Open || rarity.out_of_order != NONE || rarity.early_fin.is_some();
+        connection.interrupted = rarity.end != End::Open
+            || rarity.out_of_order != NONE
+            || rarity.early_end.is_some()
+            || rarity.syn_inside.is_some();
         if !connection.interrupted && connection.known_server != UNKNOWN {
             self.drop_rarity(c);
         }
@@ -431,7 +494,7 @@ impl Connections {
         connection.client.ip == segment.src
             && server.ip == segment.dst
             && (connection.client.port, server.port) == (segment.src_port, segment.dst_port)
-            && !connection.detached
+            && connection.place == Place::Current
     }
 
     /// The same of a segment over IPv4, but for whether the connection is in the table: [`Connection::goes_on`] says so.
@@ -450,7 +513,7 @@ impl Connections {
 
     /// Whether it waits for a hole to be filled.
     pub(crate) fn has_hole(&self, c: u32) -> bool {
-        self.interruption(c).is_some_and(|rare| rare.out_of_order != NONE || rare.early_fin.is_some())
+        self.interruption(c).is_some_and(|rare| rare.out_of_order != NONE || rare.early_end.is_some())
     }
 
     /// How its stream ended.
@@ -469,9 +532,20 @@ impl Connections {
         self.interruption(c).map_or(NONE, |rarity| rarity.out_of_order_tail)
     }
 
-    /// A FIN behind a hole: its sequence number and ACK number.
-    pub(crate) fn early_fin(&self, c: u32) -> Option<(u32, u32)> {
-        self.interruption(c)?.early_fin
+    /// What ends the stream behind a hole.
+    pub(crate) fn early_end(&self, c: u32) -> Option<EarlyEnd> {
+        self.interruption(c)?.early_end
+    }
+
+    /// A SYN inside the stream.
+    pub(crate) fn syn_inside(&self, c: u32) -> Option<Syn> {
+        self.interruption(c)?.syn_inside
+    }
+
+    pub(crate) fn set_syn_inside(&mut self, c: u32, syn: Option<Syn>) {
+        if self.syn_inside(c) != syn {
+            self.change(c, |rarity| rarity.syn_inside = syn);
+        }
     }
 
     pub(crate) fn set_end(&mut self, c: u32, end: End) {
@@ -490,9 +564,9 @@ impl Connections {
         self.change(c, |rarity| rarity.out_of_order_tail = last);
     }
 
-    pub(crate) fn set_early_fin(&mut self, c: u32, fin: Option<(u32, u32)>) {
-        if self.early_fin(c) != fin {
-            self.change(c, |rarity| rarity.early_fin = fin);
+    pub(crate) fn set_early_end(&mut self, c: u32, end: Option<EarlyEnd>) {
+        if self.early_end(c) != end {
+            self.change(c, |rarity| rarity.early_end = end);
         }
     }
 

@@ -47,6 +47,7 @@ counters! {
     PacketsAfterEnd "packets_after_end" "not replayed: after the connection's FIN or RST",
     PacketsTls "packets_tls" "not replayed: of a TLS connection, which no other server can decrypt",
     PacketsOutOfWindow "packets_out_of_window" "not replayed: sequence number far from the stream",
+    PacketsDoubtful "packets_doubtful" "SYNs and RSTs inside an open connection, such as a server answers by a challenge ACK (RFC 5961): what its client sends next shows whether they were its own",
     PacketsLimit "packets_limit" "not replayed: a limit on connections or held bytes was reached",
     PacketsNoSession "packets_no_session" "not replayed: the rest of a turn whose sessions had ended",
     PacketsStopping "packets_stopping" "not replayed: captured after the stop began",

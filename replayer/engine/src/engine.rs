@@ -1,14 +1,14 @@
 //! The engine's state, its entry points, and what concerns sessions and connections as a whole: opening, ending, timers, limits.
 //!
 //! Invariants:
-//! - A session is in the identity table from its SYN to its end; a connection is in the client table unless `detached`.
+//! - A session is in the identity table from its SYN to its end; a connection is in the client table unless detached.
 //! - A stored segment's `references` are the sessions whose `una_segment`..tail range holds it; the head of a connection's list is
 //!   freed when its references are zero.
 //! - Every deadline of a session is at or after the time its timer stands at in the wheel.
 
 use crate::capture::Looked;
 use crate::config::{Config, timing};
-use crate::connection::{Connection, Connections, End, NewConnection, Origin, Phase};
+use crate::connection::{Connection, Connections, End, NewConnection, Origin, Phase, Place};
 use crate::counters::{Counter, Counters, EndReason, Pending};
 use crate::gate::{Ahead, Turns};
 use crate::histogram::Histogram;
@@ -111,6 +111,8 @@ pub struct Engine {
     pub(crate) connections: Connections,
     pub(crate) sessions: Sessions,
     pub(crate) by_client: Table,
+    /// Connections in it whose place is [`Place::Earlier`].
+    pub(crate) earlier: u32,
     pub(crate) by_identity: Table,
     pub(crate) store: Store,
     pub(crate) wheel: Wheel,
@@ -178,6 +180,7 @@ impl Engine {
             connections: Connections::new(limits.connections),
             sessions: Sessions::new(limits.sessions),
             by_client: Table::new(limits.connections),
+            earlier: 0,
             by_identity: Table::new(limits.sessions),
             store: Store::new(limits.held_bytes),
             wheel: Wheel::new(limits.sessions + limits.connections, now),
@@ -617,7 +620,7 @@ impl Engine {
         let connection = &self.connections[c];
         if connection.phase != Phase::Forgotten
             && connection.first_session == NONE
-            && (connection.detached || self.connections.end(c) != End::Open)
+            && (connection.place != Place::Current || self.connections.end(c) != End::Open)
         {
             self.forget(c);
         }
@@ -632,8 +635,9 @@ impl Engine {
 
     /// Takes the connection out of the client table.
     pub(crate) fn detach(&mut self, c: u32) {
-        if !self.connections[c].detached {
-            self.connections[c].detached = true;
+        let place = core::mem::replace(&mut self.connections[c].place, Place::Detached);
+        if place != Place::Detached {
+            self.earlier -= u32::from(place == Place::Earlier);
             let hash = self.connections.hash(c, self.config.seed);
             self.by_client.remove(hash, c);
         }
@@ -811,10 +815,7 @@ impl Engine {
         }
         self.drop_out_of_order(c, Counter::BytesGap);
         self.connections[c].phase = Phase::Watching;
-        if self.connections.early_fin(c).is_some() {
-            self.connections.set_early_fin(c, None);
-            self.connections.set_end(c, End::Fin { need: 0 });
-        }
+        self.end_behind_hole(c);
         let mut s = self.connections[c].first_session;
         while s != NONE {
             let next = self.sessions[s].next_copy;
@@ -824,8 +825,18 @@ impl Engine {
             }
             s = next;
         }
-        if !self.connections[c].detached {
+        if !self.connections[c].is_detached() {
             self.forget_if_over(c);
+        }
+    }
+
+    /// Nothing is waited for any more: a FIN behind a hole is the end all the same. A reset there is not: its client may go on.
+    pub(crate) fn end_behind_hole(&mut self, c: u32) {
+        if let Some(end) = self.connections.early_end(c) {
+            self.connections.set_early_end(c, None);
+            if !end.is_reset {
+                self.connections.set_end(c, End::Fin { need: 0 });
+            }
         }
     }
 
@@ -841,14 +852,14 @@ impl Engine {
     /// they have, and forgotten, so that packets of the same addresses that come later are of new connections.
     pub fn end_of_capture<O: Output>(&mut self, now_ns: u64, out: &mut O) {
         for c in 0..self.connections.high_water() {
-            if self.connections[c].phase == Phase::Forgotten || self.connections[c].detached {
+            if self.connections[c].phase == Phase::Forgotten || self.connections[c].is_detached() {
                 continue;
             }
             if self.connections.has_hole(c) {
                 self.give_up_hole(now_ns, c, out);
             }
             let connection = &self.connections[c];
-            if connection.phase != Phase::Forgotten && !connection.detached {
+            if connection.phase != Phase::Forgotten && !connection.is_detached() {
                 self.replace(now_ns, c, out);
             }
         }

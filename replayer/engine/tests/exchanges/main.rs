@@ -3,6 +3,7 @@
 #[path = "../lab/mod.rs"]
 mod lab;
 
+mod doubt;
 mod ends;
 mod files;
 mod frames;
