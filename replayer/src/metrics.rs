@@ -1,16 +1,20 @@
 //! The figures of a role in the text format of Prometheus (version 0.0.4), by HTTP: `--metrics IP:PORT`.
 //!
-//! The role renders them once a second; a thread of its own hands them out, to one reader after the other. It holds no lock for longer than a
-//! copy, and a slow or hostile reader can keep nothing but the next reader waiting.
+//! The role renders them once a second; a thread of its own hands them out. It holds no lock for longer than a copy, and a slow or hostile reader
+//! keeps nobody waiting: neither the role nor other readers.
 
+use crate::capture;
 use crate::privileges::{self, Keep};
 use crate::report::Figures;
 use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use replayer_engine::counters::Counter;
 use serde_json::Value;
+use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,6 +22,8 @@ use std::time::{Duration, Instant};
 pub const INTERVAL: Duration = Duration::from_secs(1);
 /// How long a reader may take for its request, and how long for the answer.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// Readers at once: for one more the oldest has to go.
+const MOST_READERS: usize = 16;
 /// A request that is longer is none.
 const LONGEST_REQUEST: usize = 8192;
 
@@ -37,6 +43,7 @@ impl Metrics {
         let listener = TcpListener::bind(address).with_context(|| {
             format!("--metrics {address}: cannot listen there; choose another address or port")
         })?;
+        listener.set_nonblocking(true).context("--metrics")?;
         let text = Arc::new(Mutex::new(String::new()));
         let shared = text.clone();
         std::thread::Builder::new()
@@ -55,63 +62,116 @@ impl Metrics {
     }
 }
 
+/// Answers whoever comes. One thread for all, and nobody waits for anybody.
 fn answer_all(listener: &TcpListener, text: &Mutex<String>) {
-    for stream in listener.incoming() {
-        match stream {
-            // Who does not wait for the answer needs none.
-            Ok(mut stream) => drop(answer(&mut stream, text)),
-            // No descriptors, most likely.
-            Err(_) => std::thread::sleep(PATIENCE),
+    // The oldest first.
+    let mut readers: VecDeque<Reader> = VecDeque::new();
+    loop {
+        wait(listener, &readers);
+        let now = Instant::now();
+        readers.retain_mut(|reader| now < reader.until && reader.go_on(text).unwrap_or(false));
+        for _ in 0..MOST_READERS {
+            let accepted = listener.accept().and_then(|(stream, _)| Reader::new(stream));
+            let mut reader = match accepted {
+                Ok(reader) => reader,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
+                Err(_) => {
+                    // No descriptors, most likely: trying again at once would keep a core busy.
+                    std::thread::sleep(PATIENCE);
+                    break;
+                }
+            };
+            // Most have asked by now.
+            if reader.go_on(text).unwrap_or(false) {
+                if readers.len() == MOST_READERS {
+                    readers.pop_front();
+                }
+                readers.push_back(reader);
+            }
         }
     }
 }
 
-fn answer(stream: &mut TcpStream, text: &Mutex<String>) -> std::io::Result<()> {
-    let request = read_request(stream)?;
+/// Waits until somebody comes, asks, or takes more of its answer; or is out of time.
+fn wait(listener: &TcpListener, readers: &VecDeque<Reader>) {
+    let mut fds = vec![PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+    fds.extend(readers.iter().map(|reader| {
+        let interest = if reader.answer.is_empty() { PollFlags::POLLIN } else { PollFlags::POLLOUT };
+        PollFd::new(reader.stream.as_fd(), interest)
+    }));
+    let until = readers.iter().map(|reader| reader.until).min();
+    let timeout = until.map_or(PollTimeout::NONE, |until| {
+        let left = until.saturating_duration_since(Instant::now());
+        PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX)
+    });
+    // An error is one of the descriptors', and found there.
+    let _ = poll(&mut fds, timeout);
+}
+
+/// Somebody who asks, then reads.
+struct Reader {
+    stream: TcpStream,
+    /// When it is out of time for what it does now.
+    until: Instant,
+    request: Vec<u8>,
+    /// Empty until it has asked.
+    answer: Vec<u8>,
+    /// How much of it is sent.
+    sent: usize,
+}
+
+impl Reader {
+    fn new(stream: TcpStream) -> std::io::Result<Reader> {
+        stream.set_nonblocking(true)?;
+        let until = Instant::now() + PATIENCE;
+        Ok(Reader { stream, until, request: Vec::new(), answer: Vec::new(), sent: 0 })
+    }
+
+    /// Goes as far as it goes without waiting; false when that was all. Who does not wait for the answer needs none.
+    fn go_on(&mut self, text: &Mutex<String>) -> std::io::Result<bool> {
+        match self.ask(text).and_then(|()| self.send()) {
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(true),
+            Err(error) => Err(error),
+            Ok(()) => Ok(false),
+        }
+    }
+
+    /// Reads the request up to its empty line, or to the end.
+    fn ask(&mut self, text: &Mutex<String>) -> std::io::Result<()> {
+        if !self.answer.is_empty() {
+            return Ok(());
+        }
+        let mut piece = [0; 1024];
+        while self.request.len() < LONGEST_REQUEST && !self.request.windows(4).any(|end| end == b"\r\n\r\n") {
+            match self.stream.read(&mut piece)? {
+                0 => break,
+                count => self.request.extend_from_slice(&piece[..count]),
+            }
+        }
+        self.answer = answer(&self.request, text).into_bytes();
+        self.until = Instant::now() + PATIENCE;
+        Ok(())
+    }
+
+    fn send(&mut self) -> std::io::Result<()> {
+        while self.sent < self.answer.len() {
+            self.sent += self.stream.write(&self.answer[self.sent..])?;
+        }
+        Ok(())
+    }
+}
+
+fn answer(request: &[u8], text: &Mutex<String>) -> String {
     let (status, body) = if request.starts_with(b"GET /metrics ") || request.starts_with(b"GET / ") {
         ("200 OK", text.lock().unwrap_or_else(PoisonError::into_inner).clone())
     } else {
         ("404 Not Found", "GET /metrics\n".to_owned())
     };
-    let head = format!(
-        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+    format!(
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
         body.len()
-    );
-    write_all(stream, &[head, body].concat())
-}
-
-/// Writes it in time, or what the reader takes of it.
-fn write_all(stream: &mut TcpStream, text: &str) -> std::io::Result<()> {
-    let deadline = Instant::now() + PATIENCE;
-    let mut rest = text.as_bytes();
-    while !rest.is_empty() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(ErrorKind::TimedOut.into());
-        }
-        stream.set_write_timeout(Some(left))?;
-        let count = stream.write(rest)?;
-        rest = &rest[count..];
-    }
-    Ok(())
-}
-
-/// A request up to its empty line, or what came of it in time.
-fn read_request(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
-    let deadline = Instant::now() + PATIENCE;
-    let (mut request, mut piece) = (Vec::new(), [0; 1024]);
-    while request.len() < LONGEST_REQUEST && !request.windows(4).any(|end| end == b"\r\n\r\n") {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            break;
-        }
-        stream.set_read_timeout(Some(left))?;
-        match stream.read(&mut piece)? {
-            0 => break,
-            count => request.extend_from_slice(&piece[..count]),
-        }
-    }
-    Ok(request)
+    )
 }
 
 /// The figures of a role that replays; `kernel` are the programs' verdicts.
@@ -126,6 +186,18 @@ pub fn of_replay(figures: &Figures, kernel: Value, seconds: f64, cpu_seconds: f6
         "client bytes that wait, or that no target has acknowledged yet",
         figures.held_bytes,
     );
+    text.family(
+        "lag_seconds",
+        "gauge",
+        "longest time of a packet from its capture to its transmission, within the last second",
+    );
+    text.sample("lag_seconds", &[], f64::from(figures.lag_us) / 1e6);
+    text.counter(
+        "packets_lost_in_capture",
+        "packets that the kernel had no room for; they are not among those captured",
+        capture::lost(&kernel),
+    );
+    text.running(seconds);
     let (up, all) = figures.assistants();
     text.gauge("assistants", "assistants that were named", all as u64);
     text.gauge("assistants_connected", "of these, those that every worker is connected to", up as u64);
@@ -157,6 +229,7 @@ pub fn of_assistant(report: &Value) -> String {
         "frames for which a ring had no room",
         whole(&report["dropped_by_kernel"]),
     );
+    text.running(report["seconds"].as_f64().unwrap_or_default());
     text.gauge("records_waiting", "records that wait for their registration", whole(&report["waiting"]));
     text.by_label(
         "frames_total",
@@ -208,6 +281,11 @@ impl Text {
     fn gauge(&mut self, name: &str, help: &str, value: u64) {
         self.family(name, "gauge", help);
         self.sample(name, &[], value as f64);
+    }
+
+    fn running(&mut self, seconds: f64) {
+        self.family("running_seconds", "gauge", "since the role was started");
+        self.sample("running_seconds", &[], seconds);
     }
 
     /// Quantiles over the whole run, given in microseconds.
@@ -323,43 +401,67 @@ mod tests {
         }
     }
 
-    #[test]
-    fn readers_that_say_nothing_or_something_else_keep_nobody_out() {
+    fn served() -> (SocketAddr, Metrics) {
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
         let port = TcpListener::bind(address).unwrap().local_addr().unwrap();
-        let metrics = Metrics::serve(Some(port)).unwrap().unwrap();
+        (port, Metrics::serve(Some(port)).unwrap().unwrap())
+    }
+
+    fn ask(port: SocketAddr, request: &str) -> String {
+        let mut stream = TcpStream::connect(port).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    const GET: &str = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
+
+    #[test]
+    fn readers_that_say_nothing_or_something_else_keep_nobody_waiting() {
+        let (port, metrics) = served();
         metrics.publish("replayer_x 1\n".into());
-        let ask = |request: &str| {
-            let mut stream = TcpStream::connect(port).unwrap();
-            stream.write_all(request.as_bytes()).unwrap();
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).unwrap();
-            answer
-        };
-        let _silent = TcpStream::connect(port).unwrap();
-        assert!(ask("POST / HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 404"));
-        let answer = ask("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
-        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("\r\n\r\nreplayer_x 1\n"), "{answer}");
+        let silent: Vec<TcpStream> =
+            (0..3 * MOST_READERS).map(|_| TcpStream::connect(port).unwrap()).collect();
+        // All of them are answered before the first silent one is out of time.
+        let started = Instant::now();
+        assert!(ask(port, "POST / HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 404"));
+        for _ in 0..10 {
+            let answer = ask(port, GET);
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+            assert!(answer.ends_with("\r\n\r\nreplayer_x 1\n"), "{answer}");
+        }
+        assert!(started.elapsed() < PATIENCE, "{:?}", started.elapsed());
+        // And those who only listen are not kept.
+        for mut stream in silent {
+            stream.set_read_timeout(Some(10 * PATIENCE)).unwrap();
+            let end = stream.read(&mut [0]);
+            assert!(
+                matches!(end, Ok(0)) || end.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
+            );
+        }
         let error = Metrics::serve(Some(port)).unwrap_err().to_string();
         assert!(error.contains("--metrics 127.0.0.1:") && error.contains("choose"), "{error}");
     }
 
     #[test]
-    fn a_reader_that_takes_little_at_a_time_gets_no_more_than_the_time_allows() {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
-        let mut reader = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (mut stream, _) = listener.accept().unwrap();
+    fn a_reader_that_takes_little_at_a_time_keeps_nobody_waiting_and_gets_no_more_than_the_time_allows() {
+        let (port, metrics) = served();
         // More than the buffers of both sockets hold.
-        let text = Mutex::new("replayer_x 1\n".repeat(4 << 20));
-        let all = text.lock().unwrap().len();
-        let answered = std::thread::spawn(move || answer(&mut stream, &text));
-        reader.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
-        let (mut piece, mut taken) = ([0; 65_536], 0);
-        while !answered.is_finished() && taken < all {
-            taken += reader.read(&mut piece).unwrap();
+        let text = "replayer_x 1\n".repeat(4 << 20);
+        let all = text.len();
+        metrics.publish(text);
+        let mut reader = TcpStream::connect(port).unwrap();
+        reader.write_all(GET.as_bytes()).unwrap();
+        let (mut piece, mut taken) = ([0; 65_536], reader.read(&mut [0]).unwrap());
+        metrics.publish("replayer_x 2\n".into());
+        let started = Instant::now();
+        assert!(ask(port, GET).ends_with("\nreplayer_x 2\n"));
+        assert!(started.elapsed() < PATIENCE, "{:?}", started.elapsed());
+        while let Ok(count @ 1..) = reader.read(&mut piece) {
+            taken += count;
             std::thread::sleep(Duration::from_millis(5));
         }
-        answered.join().unwrap().unwrap_err();
         assert!(taken < all);
     }
 }
