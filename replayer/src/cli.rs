@@ -49,10 +49,34 @@ pub enum Role {
     Record(crate::record::RecordArgs),
     /// Say what capture files hold, and how much of it can be replayed.
     Inspect(crate::inspect::InspectArgs),
+    /// Check whether a role finds everything that it needs, without attaching or replaying anything: interfaces, route, target, assistants, queues,
+    /// files, rights.
+    Check(CheckArgs),
+    /// Show what running roles are doing, each second, from the addresses of their --metrics.
+    Top(crate::top::TopArgs),
+}
+
+/// Arguments of `replayer check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// The role, with the arguments that it is to be started with.
+    #[command(subcommand)]
+    pub role: CheckedRole,
+}
+
+/// Roles that can be checked.
+#[derive(Debug, Subcommand)]
+pub enum CheckedRole {
+    /// `replayer online` with the same arguments.
+    Online(Box<OnlineArgs>),
+    /// `replayer assistant` with the same arguments.
+    Assistant(crate::assistant::AssistantArgs),
+    /// `replayer offline` with the same arguments.
+    Offline(Box<crate::offline::OfflineArgs>),
 }
 
 impl Role {
-    /// As it is typed.
+    /// Its name.
     pub fn name(&self) -> &'static str {
         match self {
             Role::Online(_) => "online",
@@ -60,6 +84,32 @@ impl Role {
             Role::Offline(_) => "offline",
             Role::Record(_) => "record",
             Role::Inspect(_) => "inspect",
+            Role::Check(args) => match args.role {
+                CheckedRole::Online(_) => "online",
+                CheckedRole::Assistant(_) => "assistant",
+                CheckedRole::Offline(_) => "offline",
+            },
+            Role::Top(_) => "top",
+        }
+    }
+}
+
+impl CheckArgs {
+    /// The role, told to check only.
+    pub fn told_to_check(self) -> Role {
+        match self.role {
+            CheckedRole::Online(mut args) => {
+                args.check = true;
+                Role::Online(args)
+            }
+            CheckedRole::Assistant(mut args) => {
+                args.check = true;
+                Role::Assistant(args)
+            }
+            CheckedRole::Offline(mut args) => {
+                args.check = true;
+                Role::Offline(args)
+            }
         }
     }
 }
@@ -86,9 +136,8 @@ pub struct OnlineArgs {
     #[arg(display_order = 2, short = 'i', long = "interface", value_name = "IFACE")]
     pub interface: Option<String>,
 
-    /// Only check whether everything is there: interfaces, route, target, assistants, queues, rights. Nothing is attached to the interface, and
-    /// nothing is replayed.
-    #[arg(long)]
+    /// The same as `replayer check online`.
+    #[arg(long, hide = true)]
     pub check: bool,
 
     /// How requests are taken off the wire.

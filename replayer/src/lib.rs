@@ -21,6 +21,7 @@
 //! - [`inspect`]: what capture files hold
 //! - [`report`]: the figures of a run
 //! - [`metrics`]: the same for Prometheus
+//! - [`top`]: the same for a person who watches
 //! - [`diagnosis`]: what is wrong with the set-up, seen in them
 //! - [`clock`], [`privileges`], [`signals`]: what every role needs of the system; [`say`]: how it speaks to people
 
@@ -49,4 +50,5 @@ pub mod report;
 pub mod say;
 pub mod signals;
 pub mod sizing;
+pub mod top;
 pub mod worker;

@@ -13,18 +13,24 @@ static ALLOCATOR: HugePages = HugePages;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     say::begin(cli.role.name(), cli.log_format);
-    let result = match cli.role {
-        Role::Online(args) => replayer::online::run(&args),
-        Role::Assistant(args) => replayer::assistant::run(args),
-        Role::Offline(args) => replayer::offline::run(&args),
-        Role::Record(args) => replayer::record::run(&args),
-        Role::Inspect(args) => replayer::inspect::run(&args),
-    };
+    let result = run(cli.role);
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             say::fatal(&error);
             ExitCode::FAILURE
         }
+    }
+}
+
+fn run(role: Role) -> anyhow::Result<()> {
+    match role {
+        Role::Online(args) => replayer::online::run(&args),
+        Role::Assistant(args) => replayer::assistant::run(args),
+        Role::Offline(args) => replayer::offline::run(&args),
+        Role::Record(args) => replayer::record::run(&args),
+        Role::Inspect(args) => replayer::inspect::run(&args),
+        Role::Check(args) => run(args.told_to_check()),
+        Role::Top(args) => replayer::top::run(&args),
     }
 }

@@ -44,7 +44,7 @@ use std::time::{Duration, Instant};
 
 /// How long a next hop may take to tell its address at the start.
 const NEXT_HOP_PATIENCE: Duration = Duration::from_secs(2);
-/// How long a target may take to accept a connection of `--check`.
+/// How long a target may take to accept a connection of a check.
 const TARGET_PATIENCE: Duration = Duration::from_secs(2);
 /// After so long connections that were in the middle of a request are looked at once more: the kernel's times of their sockets have moved on
 /// by a tick (4 ms at 250 Hz). Also how long a look may take to be worth another one, for captured packets wait meanwhile.
@@ -206,9 +206,8 @@ impl Online {
         }
 
         if args.check {
-            check_targets(&services)?;
             say!("{backend} on {}, sending on {}: {why}", device.name, output.name);
-            say!("everything is there; on the target, `ip route get CLIENT` has to lead to an assistant");
+            conclude_check(&services)?;
             return Ok(None);
         }
 
@@ -610,8 +609,8 @@ pub(crate) fn output_device(
     chosen.context("-x names no service")
 }
 
-/// Whether something listens where copies of TCP go.
-fn check_targets(services: &[ServiceArg]) -> Result<()> {
+/// The end of a check that has found everything else: whether something listens where copies of TCP go.
+pub(crate) fn conclude_check(services: &[ServiceArg]) -> Result<()> {
     for service in services.iter().filter(|service| service.protocol == Protocol::Tcp) {
         let target = service.service.target.to_std();
         match TcpStream::connect_timeout(&target, TARGET_PATIENCE) {
@@ -627,6 +626,7 @@ fn check_targets(services: &[ServiceArg]) -> Result<()> {
             ),
         }
     }
+    say!("everything is there; on the target, `ip route get CLIENT` has to lead to an assistant");
     Ok(())
 }
 

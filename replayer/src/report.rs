@@ -313,7 +313,7 @@ impl Figures {
 }
 
 /// Whether a counter says that something captured was not replayed.
-fn is_loss(counter: Counter) -> bool {
+pub(crate) fn is_loss(counter: Counter) -> bool {
     counter.what().starts_with("not replayed")
         || counter.what().starts_with("not opened")
         || counter.name().starts_with("lost_bytes")

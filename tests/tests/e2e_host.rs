@@ -277,6 +277,29 @@ fn b066_figures_of_both_roles_for_prometheus() -> Result<()> {
         value(lab.assistant(), "replayer_assistant_frames_received_total").is_ok_and(|count| count >= 100.0)
     })?;
     assert_eq!(value(lab.assistant(), "replayer_assistant_workers")?, 1.0);
+
+    // The same for a person who watches: each role from its host, while requests come.
+    let load = format!("--connect {}:{STREAM} --connections 5 --rate 200 --seconds 6", lab.online().v4());
+    let mut load = Load::start(&lab, lab.client(), "watched", &load)?;
+    let top =
+        |host: &Host| output_of(host.command(tool("replayer")?).args(["top", "--once", "127.0.0.1:9464"]));
+    wait_for("requests of the load", Duration::from_secs(3), || {
+        value(lab.online(), "replayer_turns_sent_total").is_ok_and(|count| count > 300.0)
+    })?;
+    let (of_online, of_assistant) = (top(lab.online())?, top(lab.assistant())?);
+    // Between two pages of a second each; the machine may be busy.
+    let shown = |text: &str, what: &str| -> Result<f64> {
+        let part = text.split([':', ',']).find(|part| part.trim_end().ends_with(what));
+        let words = part.with_context(|| format!("no {what} in {text}"))?.split_whitespace();
+        Ok(words.rev().nth(what.split(' ').count()).context("no value")?.parse()?)
+    };
+    let requests = shown(&of_online, "requests/s")?;
+    assert!((100.0..300.0).contains(&requests), "{of_online}");
+    assert!((4.0..6.0).contains(&shown(&of_online, "sessions")?), "{of_online}");
+    assert!(of_online.starts_with("replayer at 127.0.0.1:9464") && of_online.contains("1 of 1 assistants"));
+    assert!(shown(&of_assistant, "responses/s")? >= 100.0, "{of_assistant}");
+    assert!(of_assistant.starts_with("assistant at") && of_assistant.contains("1 workers"), "{of_assistant}");
+    assert_eq!(load.finish()?.errors, 0);
     online.stop_online()?;
     assistant.stop::<serde_json::Value>()?;
     Ok(())
@@ -348,14 +371,27 @@ fn b065_a_check_names_what_is_missing_and_replays_nothing() -> Result<()> {
     let check = |name: &str| -> Result<(bool, String)> {
         let service = service(STREAM, target, STREAM);
         let mut command = lab.online().command(tool("replayer")?);
-        command.args(["online", "--check", "-x", &service, "-s", &assistant.to_string(), "-i", NIC]);
+        command.args(["check", "online", "-x", &service, "-s", &assistant.to_string(), "-i", NIC]);
         let mut process = Process::start(&mut command, name, &lab.dir())?;
         let status = process.wait(Duration::from_secs(10))?;
         Ok((status.success(), process.errors()))
     };
+    let of_assistant = |name: &str, arguments: &[&str]| -> Result<(bool, String)> {
+        let mut command = lab.assistant().command(tool("replayer")?);
+        let mut process =
+            Process::start(command.args(["check", "assistant"]).args(arguments), name, &lab.dir())?;
+        let status = process.wait(Duration::from_secs(10))?;
+        Ok((status.success(), process.errors()))
+    };
+    let (good, said) = of_assistant("nic", &["-i", NIC])?;
+    assert!(good && said.contains("everything is there"), "{said}");
+    let (good, said) = of_assistant("wrong-nic", &["-i", "none0"])?;
+    assert!(!good && said.contains("no interface none0"), "{said}");
     let (good, said) = check("without-assistant")?;
     assert!(!good && said.contains("replayer assistant"), "{said}");
     let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    let (good, said) = of_assistant("port", &["-i", NIC])?;
+    assert!(!good && said.contains("36524"), "{said}");
     let (good, said) = check("without-server")?;
     assert!(!good && said.contains(&format!("nothing listens on {target}:{STREAM}")), "{said}");
     let mut streams = StreamPair::start(&lab, STREAM)?;
@@ -363,6 +399,11 @@ fn b065_a_check_names_what_is_missing_and_replays_nothing() -> Result<()> {
     let (good, said) = check("complete")?;
     assert!(good && said.contains("everything is there") && !said.contains("online ready"), "{said}");
     assert_eq!((tap.packets()?["syns"], streams.target.record()?.requests()), (1, 0));
+    let mut command = lab.online().command(tool("replayer")?);
+    command.args(["check", "offline", "-f", "none.pcap", "-x", &service(STREAM, target, STREAM)]);
+    let mut process = Process::start(command.args(["-s", &assistant.to_string()]), "offline", &lab.dir())?;
+    let status = process.wait(Duration::from_secs(10))?;
+    ensure!(!status.success() && process.errors().contains("none.pcap"), "{}", process.errors());
     Ok(())
 }
 

@@ -50,6 +50,16 @@ impl BlackHole {
         Ok(BlackHole { ports, received, programs, targets: BTreeSet::new(), attachment })
     }
 
+    /// Whether programs and sockets can be had. Attaches nothing: some drivers reset their link then.
+    ///
+    /// # Errors
+    /// As those of [`BlackHole::open`], but for the attachment's.
+    pub fn check(interface: &str, zero_copy: bool) -> Result<()> {
+        Programs::load()?;
+        open_ports(interface, zero_copy)?;
+        Ok(())
+    }
+
     /// One line: what was got.
     pub fn mode(&self) -> String {
         let port = self.ports.first().map_or("", |port| port.mode());

@@ -73,6 +73,9 @@ pub struct AssistantArgs {
     /// Use zero-copy sockets, where the driver supports them
     #[arg(long)]
     pub zero_copy: bool,
+    /// The same as `replayer check assistant`
+    #[arg(long, hide = true)]
+    pub check: bool,
     /// Write all counters to this file as JSON when the role stops, and on SIGHUP
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
@@ -103,13 +106,18 @@ pub fn run(args: AssistantArgs) -> Result<()> {
         key: args.key.clone().into_bytes(),
     })?;
     let metrics = Metrics::serve(args.metrics)?;
+    let listening = server.local_addr().context("cannot read the address that it listens on")?;
+    if args.check {
+        BlackHole::check(&interface, args.zero_copy)?;
+        say!("everything is there: {interface} for the target's responses, {listening} for online roles");
+        return Ok(());
+    }
     let mut blackhole = BlackHole::open(&interface, args.zero_copy)?;
     blackhole.set_local_addresses(&host::local_addresses()?)?;
     // Pauses are a fraction of a millisecond: the default slack of 50 us would stretch them.
     nix::sys::prctl::set_timerslack(1_000).context("cannot set the timer slack")?;
 
     privileges::drop_all_but(if args.report.is_some() { Keep::Writing } else { Keep::Nothing });
-    let listening = server.local_addr().context("cannot read the address that it listens on")?;
     say::ready(format_args!(
         "takes responses at {interface}, {}; listens on {listening}{}",
         blackhole.mode(),

@@ -82,6 +82,10 @@ pub struct OfflineArgs {
     #[arg(long, value_name = "SECONDS")]
     pub duration: Option<f64>,
 
+    /// The same as `replayer check offline`.
+    #[arg(long, hide = true)]
+    pub check: bool,
+
     /// As of the online role, whose command line may be at hand: there is one.
     #[arg(long, value_name = "COUNT|auto", hide = true)]
     pub workers: Option<Workers>,

@@ -1,6 +1,8 @@
 //! The offline role with a network: a worker whose packets come from files, a port that only transmits, the assistants' channels.
 
-use super::{LAST_RESPONSE_NS, OfflineArgs, conclude, engine_config, not_given, report_of, start_feed};
+use super::{
+    LAST_RESPONSE_NS, OfflineArgs, conclude, engine_config, not_given, order, report_of, start_feed,
+};
 use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
 use crate::cli::{ServiceArg, StatsFormat};
 use crate::clock;
@@ -9,7 +11,9 @@ use crate::inspect::progress_line;
 use crate::metrics::{self, Metrics};
 use crate::net::{Monitor, Network};
 use crate::offline::shown::Shown;
-use crate::online::{connect, output_device, spent};
+use crate::online::{conclude_check, connect, output_device, spent};
+use crate::pcap::Files;
+use crate::pcap::input::STANDARD_INPUT;
 use crate::privileges::{self, Keep};
 use crate::report::{self, Figures};
 use crate::say::{self, caution, plain, say, show, to_terminal};
@@ -57,6 +61,13 @@ pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
         }),
         zero_copy: false,
     })?;
+    if args.check {
+        for file in args.files.iter().filter(|file| file.as_os_str() != STANDARD_INPUT) {
+            Files::open(std::slice::from_ref(file), order(args))?;
+        }
+        say!("sending on {}: {}", output.name, port.mode());
+        return conclude_check(services);
+    }
     let room = port.area();
     let feed = start_feed(args, services, room, args.in_flight)?;
     let shown = feed.shown();

@@ -58,7 +58,7 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 pub fn run(args: &OfflineArgs) -> Result<()> {
     let services = args.replay.services();
     check(args)?;
-    if args.dry_run || args.write.is_some() {
+    if !args.check && (args.dry_run || args.write.is_some()) {
         return run_dry(args, &services);
     }
     live::run(args, &services)
