@@ -10,7 +10,7 @@ use crate::protocol::{self, Opening};
 use crate::sender::micros;
 use crate::session::{State, seq_before};
 use crate::slab::NONE;
-use crate::store::Segment;
+use crate::store::{self, Segment};
 use crate::timer::{Tick, before, tick};
 use crate::usual::COPIES_AHEAD;
 use alloc::vec::Vec;
@@ -722,7 +722,8 @@ impl Engine {
         let payload = Self::payload(out, in_hand);
         let len = payload.len() as u32;
         let connection = &self.connections[c];
-        let over = connection.held_bytes + len > self.config.limits.held_bytes_per_connection;
+        let places = store::places(len);
+        let over = connection.held_places + places > self.config.limits.places_per_connection();
         let stored = if over {
             None
         } else {
@@ -734,7 +735,7 @@ impl Engine {
         if let Some(hand) = in_hand {
             hand.segment = segment;
         }
-        self.connections[c].held_bytes += len;
+        self.connections[c].held_places += places;
         Ok(self.link(now_ns, c, segment, in_hand, out))
     }
 
@@ -766,7 +767,7 @@ impl Engine {
             self.store.copy_to(segment, 0, first);
             match protocol::opening(first) {
                 Opening::Tls => {
-                    self.connections[c].held_bytes -= stored.len;
+                    self.connections[c].held_places -= stored.places();
                     self.store.remove(segment);
                     self.counters[Counter::BytesTls] += u64::from(stored.len);
                     self.begin_encrypted(now_ns, c, out);
@@ -809,7 +810,7 @@ impl Engine {
         let entry = &mut self.store[segment];
         entry.next = NONE;
         if takers == 0 {
-            self.connections[c].held_bytes -= stored.len;
+            self.connections[c].held_places -= stored.places();
             self.store.remove(segment);
             self.counters[Counter::BytesNoSession] += u64::from(stored.len);
             return Counter::PacketsNoSession;
@@ -884,8 +885,8 @@ impl Engine {
             let (piece, rest) = left.split_at(room);
             if !piece.is_empty() {
                 let len = piece.len() as u32;
-                let over =
-                    self.connections[c].held_bytes + len > self.config.limits.held_bytes_per_connection;
+                let held = self.connections[c].held_places + store::places(len);
+                let over = held > self.config.limits.places_per_connection();
                 let stored = if over {
                     None
                 } else {
@@ -935,7 +936,7 @@ impl Engine {
     }
 
     fn link_out_of_order(&mut self, c: u32, previous: u32, segment: u32, next: u32) {
-        self.connections[c].held_bytes += self.store[segment].len;
+        self.connections[c].held_places += self.store[segment].places();
         self.store[segment].next = next;
         if previous == NONE {
             self.connections.set_out_of_order(c, segment);
@@ -968,7 +969,7 @@ impl Engine {
             progress = true;
             let seen = connection.next_seq.wrapping_sub(stored.seq);
             if seen >= stored.len {
-                connection.held_bytes -= stored.len;
+                connection.held_places -= stored.places();
                 self.counters[Counter::BytesDuplicate] += u64::from(stored.len);
                 self.store.remove(segment);
                 continue;
@@ -976,7 +977,6 @@ impl Engine {
             if seen > 0 {
                 // Its first bytes came in another packet.
                 self.counters[Counter::BytesDuplicate] += u64::from(seen);
-                connection.held_bytes -= seen;
                 self.store.trim_front(segment, seen);
             }
             self.link(now_ns, c, segment, &mut None, out);

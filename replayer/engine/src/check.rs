@@ -25,7 +25,8 @@ impl Engine {
                 let stored = &self.store[segment];
                 references.resize(references.len().max(segment as usize + 1), 0);
                 references[segment as usize] = u32::from(stored.references);
-                in_connection += stored.len;
+                in_connection += stored.places();
+                held += u64::from(stored.len);
                 last = segment;
                 segment = stored.next;
             }
@@ -44,7 +45,8 @@ impl Engine {
                 if walked_to == segment {
                     walked_to = NONE;
                 }
-                in_connection += stored.len;
+                in_connection += stored.places();
+                held += u64::from(stored.len);
                 last = segment;
                 segment = stored.next;
             }
@@ -58,8 +60,7 @@ impl Engine {
                 hole.is_none_or(|hole| self.wheel.stands_at(self.hole_timer(hole)).is_some()),
                 "a hole has a timer"
             );
-            assert_eq!(in_connection, connection.held_bytes, "held bytes of a connection");
-            held += u64::from(in_connection);
+            assert_eq!(in_connection, connection.held_places, "what a connection holds");
 
             let mut takers = 0;
             let mut s = connection.first_session;

@@ -1,6 +1,7 @@
 //! What the engine is told at its start, and the limits within which it stays.
 
 use crate::identity::AddressRange;
+use crate::store::BLOCK;
 use alloc::vec::Vec;
 use replayer_common::addr::Endpoint;
 
@@ -57,7 +58,7 @@ pub struct Limits {
     pub sessions: usize,
     /// Client bytes held, all sessions together; memory is used in blocks of 256 bytes.
     pub held_bytes: usize,
-    /// Client bytes held of one connection.
+    /// The same of one connection, by the blocks that its segments take: a small one takes as much memory as one of 256 bytes.
     pub held_bytes_per_connection: u32,
     /// Identities of a pool that one worker uses.
     pub identities: usize,
@@ -69,6 +70,12 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// The blocks that one connection may take.
+    #[inline]
+    pub(crate) fn places_per_connection(&self) -> u32 {
+        self.held_bytes_per_connection / BLOCK as u32
+    }
+
     /// The same with `bytes` of client data held in all. One connection may hold half of them, so that none takes everything, and at most 1 GiB:
     /// sequence numbers tell 2 GiB apart.
     pub fn with_held(self, bytes: usize) -> Limits {

@@ -123,7 +123,8 @@ pub(crate) struct Connection {
     /// Held segments in order, oldest first.
     pub(crate) head: u32,
     pub(crate) tail: u32,
-    pub(crate) held_bytes: u32,
+    /// Places of the store that the held segments take, those behind a hole too.
+    pub(crate) held_places: u32,
     /// What makes a TSval of the engine's milliseconds: the same for all sessions of the connection, so that one that is opened again
     /// goes on where its predecessor was (RFC 7323 section 5, RFC 6191).
     ts_offset: u32,
@@ -266,7 +267,7 @@ impl NewConnection {
             first_session: NONE,
             head: NONE,
             tail: NONE,
-            held_bytes: 0,
+            held_places: 0,
             last_seen: now,
             mss: 1460,
             window_scale: 7,

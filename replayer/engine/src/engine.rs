@@ -607,7 +607,7 @@ impl Engine {
         while connection.head != NONE && self.store[connection.head].references == 0 {
             let segment = self.store[connection.head];
             self.store.remove(connection.head);
-            connection.held_bytes -= segment.len;
+            connection.held_places -= segment.places();
             connection.head = segment.next;
         }
         if connection.head == NONE {
@@ -650,7 +650,7 @@ impl Engine {
         while segment != NONE {
             let stored = self.store[segment];
             self.counters[fate] += u64::from(stored.len);
-            self.connections[c].held_bytes -= stored.len;
+            self.connections[c].held_places -= stored.places();
             self.store.remove(segment);
             segment = stored.next;
         }

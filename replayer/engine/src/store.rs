@@ -12,6 +12,13 @@ use alloc::{vec, vec::Vec};
 /// Bytes of payload in a place. A small request takes one place, a full Ethernet segment six.
 pub(crate) const BLOCK: usize = 256;
 
+/// How many places so many bytes take, more than none and no more than a packet has.
+#[inline]
+pub(crate) fn places(len: u32) -> u32 {
+    // Not `div_ceil`, which takes twice as many instructions for the sake of lengths near 2^32.
+    (len + (BLOCK as u32 - 1)) >> BLOCK.trailing_zeros()
+}
+
 /// So many bytes are copied by a few moves of fixed length.
 const FEW: usize = wire::FEW;
 
@@ -45,6 +52,8 @@ pub(crate) struct Segment {
     skip: u32,
     /// The checksum's sum of all its bytes (see [`wire::sum`]); not kept up when some are trimmed off.
     sum: u16,
+    /// Its places, this one among them.
+    places: u16,
     /// Sessions that still need it.
     pub(crate) references: u16,
     /// Whether it starts a turn.
@@ -67,6 +76,7 @@ impl Segment {
             len: 0,
             skip: 0,
             sum: 0,
+            places: 0,
             references: 0,
             starts_turn: false,
             push,
@@ -77,6 +87,12 @@ impl Segment {
     #[inline(always)]
     pub(crate) fn given(self, references: u16, starts_turn: bool, need: u32) -> Segment {
         Segment { references, starts_turn, need, ..self }
+    }
+
+    /// How many places of the store it has. What was trimmed off gives none back.
+    #[inline]
+    pub(crate) fn places(&self) -> u32 {
+        u32::from(self.places)
     }
 
     /// The sequence number after its last byte.
@@ -176,7 +192,7 @@ impl Store {
             *begin = *few;
             self.free = place.next;
             let sum = wire::sum_few(few, len);
-            *place = Segment { len: len as u32, sum, ..segment() };
+            *place = Segment { len: len as u32, sum, places: 1, ..segment() };
             self.used += 1;
             self.held_bytes += len as u64;
             return Ok((index, sum));
@@ -193,6 +209,7 @@ impl Store {
         let (chunk, rest) = payload.split_at(payload.len().min(BLOCK));
         let first = self.fill(chunk)?;
         (segment.len, segment.sum) = (payload.len() as u32, wire::sum(payload));
+        segment.places = places(segment.len) as u16;
         let mut last = first;
         let mut more = NONE;
         for chunk in rest.chunks(BLOCK) {

@@ -13,7 +13,7 @@ use crate::receiver::MAX_WINDOW;
 use crate::sender::{Piece, micros};
 use crate::session::{Session, State, seq_before};
 use crate::slab::NONE;
-use crate::store::Segment;
+use crate::store::{self, Segment};
 use crate::timer::{Due, Tick, Wheel, tick};
 use crate::wire::{PLAIN, PlainHeader, Stamp};
 use replayer_common::packet::flags;
@@ -38,9 +38,10 @@ impl Engine {
         let connection = &mut self.connections[c];
         let takers = u32::from(connection.takers);
         let answered = connection.ack_advances(ack);
+        let places = store::places(len);
         let usual = connection.goes_on()
             && connection.next_seq == seq
-            && connection.held_bytes + len <= self.config.limits.held_bytes_per_connection
+            && connection.held_places + places <= self.config.limits.places_per_connection()
             && self.stopping.is_none()
             // Without a session nothing is stored; with too few, a turn opens those that are missing.
             && takers > 0
@@ -65,7 +66,7 @@ impl Engine {
         }
         connection.next_seq = seq.wrapping_add(len);
         connection.last_seen = now;
-        connection.held_bytes += len;
+        connection.held_places += places;
         let before = core::mem::replace(&mut connection.tail, stored);
         if before == NONE {
             connection.head = stored;

@@ -30,6 +30,31 @@ fn b028_a_connection_that_holds_too_much_is_shed_whole_and_joined_again() {
 }
 
 #[test]
+fn b028_segments_of_a_byte_count_as_the_blocks_that_they_take() {
+    // In order, and behind a hole.
+    for first in [1, 3] {
+        let mut lab = Lab::new();
+        lab.handshake();
+        let client = lab.client;
+        let most = (1 << 20) / 256;
+        for place in 0..most {
+            lab.client(&format!("A {}+1 ack 1", first + place));
+            lab.sent();
+        }
+        assert_eq!(lab.count(Counter::PacketsLimit), 0, "{most} blocks are the limit");
+        // Others have room all the while.
+        lab.client.port += 1;
+        lab.handshake();
+        lab.client("PA 1+1400 ack 1");
+        lab.expect(&["PA 1+1400 ack 1"]);
+        lab.client = client;
+        lab.client(&format!("A {}+1 ack 1", first + most));
+        assert_eq!((lab.count(Counter::PacketsLimit), lab.count(Counter::SessionsLimit)), (1, 1));
+        assert_eq!(lab.engine.gauges().held_bytes, 1400);
+    }
+}
+
+#[test]
 fn b011_a_limit_that_is_reached_behind_a_hole_counts_each_byte_once() {
     let mut lab = Lab::new();
     lab.handshake();
@@ -275,7 +300,7 @@ fn b019_a_connection_whose_fast_open_data_found_no_room_is_joined_at_its_next_tu
 #[test]
 fn b039_who_strews_segments_behind_a_hole_to_keep_the_engine_busy_is_shed() {
     let mut config = config();
-    config.limits.held_bytes = 16 << 20;
+    config.limits = config.limits.with_held(16 << 20);
     let mut lab = Lab::with(config);
     lab.handshake();
     let strewn = 20_000;
@@ -321,7 +346,7 @@ fn b031_a_network_that_reorders_without_end_is_no_such_client() {
 #[test]
 fn b031_many_losses_at_once_are_no_such_client() {
     let mut config = config();
-    config.limits.held_bytes = 16 << 20;
+    config.limits = config.limits.with_held(16 << 20);
     let mut lab = Lab::with(config);
     lab.handshake();
     let segment = |number: u32| format!("A {}+10 ack 1", 1 + 10 * number);
