@@ -210,10 +210,12 @@ pub(crate) struct NewConnection {
 }
 
 /// The servers that connections were made to, each known by a number in the connection's first cache line. There are few; if there are
-/// more, the rest have none, and are compared in full.
+/// more at once, the rest have none, and are compared in full.
 #[derive(Debug)]
 pub(crate) struct Servers {
     known: Vec<Endpoint>,
+    /// Connections with each number: without any, it may become another server's.
+    connections: [u32; KNOWN_SERVERS],
 }
 
 /// So many are known.
@@ -224,12 +226,14 @@ const NO_SCALE: u8 = u8::MAX;
 
 impl Servers {
     pub(crate) fn new() -> Servers {
-        Servers { known: Vec::with_capacity(KNOWN_SERVERS) }
+        Servers { known: Vec::with_capacity(KNOWN_SERVERS), connections: [0; KNOWN_SERVERS] }
     }
 
-    /// The server's number.
-    fn number(&mut self, server: &Endpoint) -> u8 {
-        let number = match self.known.iter().position(|known| known == server) {
+    /// The server's number, for another connection to it; to be given back by [`Servers::leave`].
+    fn join(&mut self, server: &Endpoint) -> u8 {
+        let known = self.known.iter().position(|known| known == server);
+        let free = || self.connections[..self.known.len()].iter().position(|&connections| connections == 0);
+        let number = match known.or_else(free) {
             Some(number) => number,
             None if self.known.len() == KNOWN_SERVERS => return UNKNOWN,
             None => {
@@ -237,7 +241,15 @@ impl Servers {
                 self.known.len() - 1
             }
         };
+        self.known[number] = *server;
+        self.connections[number] += 1;
         number as u8
+    }
+
+    fn leave(&mut self, number: u8) {
+        if let Some(connections) = self.connections.get_mut(usize::from(number)) {
+            *connections -= 1;
+        }
     }
 }
 
@@ -403,7 +415,10 @@ impl Connections {
     /// A place for a connection, or `None` when all are taken.
     pub(crate) fn insert(&mut self, new: NewConnection) -> Option<u32> {
         let NewConnection { mut connection, server, origin } = new;
-        connection.known_server = self.servers.number(&server);
+        if self.connections.is_full() {
+            return None;
+        }
+        connection.known_server = self.servers.join(&server);
         let c = self.connections.insert(connection)?;
         self.origins.set(c, origin);
         if connection.known_server == UNKNOWN {
@@ -416,6 +431,7 @@ impl Connections {
     pub(crate) fn remove(&mut self, c: u32) {
         let connection = &mut self.connections[c];
         (connection.phase, connection.interrupted) = (Phase::Forgotten, false);
+        self.servers.leave(connection.known_server);
         self.connections.remove(c);
         self.drop_rarity(c);
     }
@@ -669,6 +685,8 @@ mod tests {
             assert_eq!(connections.insert(new), Some(i as u32));
         }
         assert_eq!(connections.servers.known.len(), KNOWN_SERVERS);
+        let known = |connections: &Connections, c: u32| connections[c].known_server != UNKNOWN;
+        assert!((0..2 * KNOWN_SERVERS as u32).all(|c| known(&connections, c) == (c < KNOWN_SERVERS as u32)));
         for i in 0..2 * KNOWN_SERVERS {
             for to in 0..2 * KNOWN_SERVERS {
                 let Endpoint { ip: dst, port: dst_port } = server(to);
@@ -691,5 +709,16 @@ mod tests {
                 assert_eq!(connections.is_of(i as u32, &segment), i == to, "connection {i}, segment to {to}");
             }
         }
+        // Those to which no connection is left make room.
+        connections.remove(7);
+        let new = NewConnection::new(client, server(1_000), Phase::Following, 0);
+        let c = connections.insert(new).unwrap();
+        assert!(known(&connections, c) && *connections.server(c) == server(1_000));
+        let another = NewConnection::new(client, server(8), Phase::Following, 0);
+        assert!(connections.insert(another).is_none(), "no room for it, and no number taken");
+        for c in 0..2 * KNOWN_SERVERS as u32 {
+            connections.remove(c);
+        }
+        assert!(connections.servers.connections.iter().all(|&connections| connections == 0));
     }
 }
