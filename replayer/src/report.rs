@@ -242,6 +242,7 @@ impl Figures {
                 "received": self.port.received,
                 "misplaced": self.port.misplaced,
                 "transmitted": self.port.transmitted,
+                "completed": self.port.completed,
                 "dropped_by_device": self.port.dropped,
                 "kicks": self.port.kicks,
                 "kicks_cut_short": self.port.again,

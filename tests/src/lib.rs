@@ -14,6 +14,7 @@
 //! - [`stream`]: the wire format of the project's own server and client, and the records that both write
 //! - [`http`]: as much of HTTP/1.1 as the project's own client speaks
 //! - [`load`]: what that client measures
+//! - [`soak`]: the highest rate that the machine sustains, for long
 //! - [`packet`]: whole frames from and to a NIC
 //! - [`wait`]: waiting for a condition with a deadline
 //! - [`way`]: the ways to capture
@@ -34,6 +35,7 @@ pub mod pairs;
 pub mod process;
 pub mod replay;
 pub mod servers;
+pub mod soak;
 pub mod stream;
 pub mod wait;
 pub mod way;

@@ -3,7 +3,7 @@
 //! nginx logs every request (see [`crate::ledger`]) and names itself in the header `X-Server`, so that a client can tell
 //! whose answer it got.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
@@ -88,6 +88,13 @@ impl Nginx {
         holds_within(limit, || self.logged() >= expected);
         settled(LOG_QUIET, limit, || self.logged());
         self.ledger()
+    }
+
+    /// Empties the access log, which grows with every request. To be called when none is under way.
+    pub fn forget(&self) -> Result<()> {
+        // nginx appends.
+        OpenOptions::new().write(true).truncate(true).open(&self.log).context("emptying an access log")?;
+        Ok(())
     }
 
     /// Lines in the access log.

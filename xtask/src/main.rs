@@ -2,7 +2,7 @@
 //!
 //! - [`deps`]: what the machine must have, installed or named
 //! - [`cargo`]: builds and test binaries; [`privilege`]: root, where a command needs it
-//! - [`ebpf`], [`lab`], [`run`], [`demo`], [`test`], [`simulate`], [`fuzz`], [`bench`]: the commands
+//! - [`ebpf`], [`lab`], [`run`], [`demo`], [`test`], [`simulate`], [`soak`], [`fuzz`], [`bench`]: the commands
 //!
 //! This program itself needs nothing but Rust: it must not depend on a crate that builds C code, since it installs what
 //! such builds need. Builds run as the user who typed the command; only what works with namespaces runs as root.
@@ -18,6 +18,7 @@ mod lab;
 mod privilege;
 mod run;
 mod simulate;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -51,6 +52,8 @@ enum Command {
     Test(test::Arguments),
     /// Simulate lives of the engine with lossy networks and a TCP of somebody else: more seeds, or one of them again.
     Simulate(simulate::Arguments),
+    /// Replay the highest rate that this machine sustains, for long: nothing may be lost, and nothing may grow.
+    Soak(soak::Arguments),
     /// Give hostile bytes to parsers, decoder and engine, for a bounded time.
     Fuzz(fuzz::Arguments),
     /// Measure: each figure beside what it is compared with in the same run.
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         Command::Demo(demo) => demo::main(&demo, arguments.prepared),
         Command::Test(test) => test::main(&test),
         Command::Simulate(simulate) => simulate::main(&simulate),
+        Command::Soak(soak) => soak::main(&soak, arguments.prepared),
         Command::Fuzz(fuzz) => fuzz::main(&fuzz),
         Command::Bench(bench) => bench::main(&bench),
     };
