@@ -1,11 +1,14 @@
-//! tcpdump on a host of a lab: what it captures is a file to be replayed.
+//! tcpdump on a host of a lab: what it captures is a file to be replayed, or tells what passed a cable, and when.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, bail, ensure};
 use nix::sys::signal::Signal;
+use pcap_parser::{PcapBlockOwned, PcapError, create_reader};
+use replayer_common::packet::{TcpSegment, parse_tcp_frame};
 
 use crate::lab::{Host, Lab, NIC};
 use crate::process::Process;
@@ -14,11 +17,48 @@ use crate::servers::start;
 /// How long tcpdump may take to begin, and to end.
 const LIMIT: Duration = Duration::from_secs(10);
 
+/// tcpdump has a block handed over after a second, full or not.
+const BLOCK: Duration = Duration::from_millis(1200);
+
+/// A TCP segment that passed a cable.
+#[derive(Debug, Clone, Copy)]
+pub struct Passed {
+    /// When, ns since the epoch.
+    pub at_ns: u64,
+    /// Its headers.
+    pub segment: TcpSegment,
+}
+
+/// The TCP segments in a file of [`Capture::on_cable`], in their order.
+pub fn passed(file: &Path) -> Result<Vec<Passed>> {
+    let mut reader = create_reader(1 << 20, File::open(file)?)
+        .map_err(|error| anyhow!("{}: {error:?}", file.display()))?;
+    let mut all = Vec::new();
+    loop {
+        match reader.next() {
+            Ok((used, block)) => {
+                if let PcapBlockOwned::Legacy(record) = block
+                    && let Ok(segment) = parse_tcp_frame(record.data)
+                {
+                    let at_ns = u64::from(record.ts_sec) * 1_000_000_000 + u64::from(record.ts_usec);
+                    all.push(Passed { at_ns, segment });
+                }
+                reader.consume(used);
+            }
+            Err(PcapError::Eof) => return Ok(all),
+            Err(PcapError::Incomplete(_)) => reader.refill().map_err(|error| anyhow!("{error:?}"))?,
+            Err(error) => bail!("{}: {error:?}", file.display()),
+        }
+    }
+}
+
 /// A running tcpdump.
 #[derive(Debug)]
 pub struct Capture {
     process: Process,
     file: PathBuf,
+    /// How long a packet may wait in a block that is not full.
+    block: Duration,
 }
 
 impl Capture {
@@ -55,13 +95,17 @@ impl Capture {
 
     fn run(lab: &Lab, host: &Host, mut command: Command, filter: &str, file: &Path) -> Result<Self> {
         command.args(["-B", "65536", "-Z", "root", "-w"]).arg(file).arg(filter);
+        let is_immediate = command.get_args().any(|argument| argument == "--immediate-mode");
+        let block = if is_immediate { Duration::ZERO } else { BLOCK };
         let mut process = start(lab, host, "tcpdump", &mut command)?;
         process.wait_for_message("listening on", LIMIT)?;
-        Ok(Self { process, file: file.to_owned() })
+        Ok(Self { process, file: file.to_owned(), block })
     }
 
     /// Ends it; its file, of which nothing may be missing.
     pub fn stop(mut self) -> Result<PathBuf> {
+        // What is in a block at the end is lost.
+        std::thread::sleep(self.block);
         self.process.signal(Signal::SIGINT)?;
         self.process.wait(LIMIT)?;
         let text = self.process.errors();

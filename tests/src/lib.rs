@@ -16,6 +16,7 @@
 //! - [`load`]: what that client measures
 //! - [`soak`]: the highest rate that the machine sustains, for long
 //! - [`packet`]: whole frames from and to a NIC
+//! - [`sleepers`]: when the machine itself was late
 //! - [`wait`]: waiting for a condition with a deadline
 //! - [`way`]: the ways to capture
 //!
@@ -35,6 +36,7 @@ pub mod pairs;
 pub mod process;
 pub mod replay;
 pub mod servers;
+pub mod sleepers;
 pub mod soak;
 pub mod stream;
 pub mod wait;
