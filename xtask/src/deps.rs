@@ -28,7 +28,7 @@ const fn header(package: &'static str, path: &'static str, needed_by: &'static s
     Dependency { package, sign: Sign::Header(path), needed_by }
 }
 
-const BUILD: &str = "building replayer (libxdp, which xsk-rs compiles)";
+const BUILD: &str = "building (the linker)";
 const LAB: &str = "the lab";
 const BENCH: &str = "instruction counts in benchmarks";
 const FUZZING: &str = "fuzzing (libFuzzer, which libfuzzer-sys compiles)";
@@ -46,14 +46,7 @@ pub(crate) const FUZZERS: &[Dependency] = &[program("g++", "g++", FUZZING)];
 /// Everything that builds, lab, demo and tests need.
 pub(crate) const ALL: &[Dependency] = &[
     program("gcc", "gcc", BUILD),
-    program("make", "make", BUILD),
-    program("clang", "clang", BUILD),
-    program("m4", "m4", BUILD),
-    program("pkg-config", "pkg-config", BUILD),
     header("libc6-dev", "/usr/include/stdio.h", BUILD),
-    header("libelf-dev", "/usr/include/libelf.h", BUILD),
-    header("zlib1g-dev", "/usr/include/zlib.h", BUILD),
-    header("libpcap-dev", "/usr/include/pcap/dlt.h", BUILD),
     program("iproute2", "ip", LAB),
     program("ethtool", "ethtool", LAB),
     program("nftables", "nft", LAB),

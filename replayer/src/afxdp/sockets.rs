@@ -1,25 +1,24 @@
-//! How a port comes to be: its memory area, and AF_XDP sockets bound to queues of devices.
+//! How a port comes to be: AF_XDP sockets, their rings, and queues of devices that they are bound to.
 
 use std::ffi::c_void;
 use std::io;
-use std::num::NonZeroU32;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use libc::xdp_desc;
 use thiserror::Error;
-use xsk_rs::config::{BindFlags, FrameSize, Interface, LibxdpFlags, QueueSize, SocketConfig, UmemConfig};
-use xsk_rs::socket::Fd;
-use xsk_rs::{CompQueue, FillQueue, FrameDesc, RxQueue, Socket, TxQueue, Umem};
 
-use super::{BATCH, HEADROOM};
+use super::BATCH;
+use super::memory::Memory;
+use super::rings::{Consumer, Producer, Which};
 use crate::netns::Namespace;
 
 /// How long queues that are all in use may take to become free.
 const BUSY_PATIENCE: Duration = Duration::from_secs(1);
 
-/// From include/uapi/linux/if_xdp.h, Linux 6.17; libc and libxdp do not have it yet.
+/// From include/uapi/linux/if_xdp.h, Linux 6.17; libc does not have it yet.
 const XDP_MAX_TX_SKB_BUDGET: i32 = 9;
 
 /// From include/uapi/asm-generic/socket.h, Linux 5.11; libc does not have them for every platform.
@@ -43,7 +42,7 @@ pub struct Endpoint {
 pub struct PortConfig {
     /// Frames of the UMEM.
     pub frames: u32,
-    /// Bytes of a frame, 2048 or 4096; [`HEADROOM`] of them are not for packets.
+    /// Bytes of a frame, 2048 or 4096; [`HEADROOM`](super::HEADROOM) of them are not for packets.
     pub frame_size: u32,
     /// The receiving side.
     pub rx: Option<Endpoint>,
@@ -103,6 +102,12 @@ pub enum PortError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The kernel gives no AF_XDP socket, or no rings for it.
+    #[error("AF_XDP socket: {source}{}", hint(.source))]
+    NoSocket {
+        /// The kernel's answer.
+        source: io::Error,
+    },
     /// The namespace of an endpoint could not be entered.
     #[error("enter the network namespace of {device}: {source}; CAP_SYS_ADMIN is needed")]
     Namespace {
@@ -145,169 +150,232 @@ impl Endpoint {
     }
 }
 
-/// A bound socket with all its rings.
+/// A socket with its rings, which is bound to no queue yet.
+pub(super) struct Unbound {
+    pub(super) fd: OwnedFd,
+    pub(super) fill: Producer<u64>,
+    completion: Consumer<u64>,
+    /// The ring of the side that it is for.
+    side: SideRing,
+}
+
+/// Where packets come from, or go to.
+pub(super) enum SideRing {
+    Rx(Consumer<xdp_desc>),
+    Tx(Producer<xdp_desc>),
+}
+
+/// A socket that is bound to a queue.
 pub(super) struct Bound {
     device: String,
     pub(super) queue: u32,
-    pub(super) rx: RxQueue,
-    pub(super) tx: TxQueue,
-    pub(super) fill: FillQueue,
-    pub(super) completion: CompQueue,
+    pub(super) socket: Unbound,
+}
+
+impl Unbound {
+    /// Makes one in the namespace of the calling thread, for receiving or for transmitting, with `ring` slots. `memory` becomes its UMEM.
+    pub(super) fn new(memory: &Memory, rx: bool, ring: u32) -> Result<Unbound, PortError> {
+        let fd = socket().map_err(no_socket)?;
+        memory.register(fd.as_fd()).map_err(|source| PortError::Memory { bytes: memory.bytes(), source })?;
+        Unbound::with_rings(fd, rx, ring).map_err(no_socket)
+    }
+
+    /// The same, to share the UMEM of a socket that is bound.
+    pub(super) fn sharing(rx: bool, ring: u32) -> Result<Unbound, PortError> {
+        socket().and_then(|fd| Unbound::with_rings(fd, rx, ring)).map_err(no_socket)
+    }
+
+    fn with_rings(fd: OwnedFd, rx: bool, ring: u32) -> io::Result<Unbound> {
+        let socket = fd.as_fd();
+        // The kernel wants both rings of the UMEM from every socket, also the one that stays empty.
+        let (fill, completion) = if rx { (ring, BATCH as u32) } else { (BATCH as u32, ring) };
+        Which::Fill.make(socket, fill)?;
+        Which::Completion.make(socket, completion)?;
+        let side = if rx { Which::Rx } else { Which::Tx };
+        side.make(socket, ring)?;
+        Ok(Unbound {
+            fill: Producer::map(socket, Which::Fill, fill)?,
+            completion: Consumer::map(socket, Which::Completion, completion)?,
+            side: if rx {
+                SideRing::Rx(Consumer::map(socket, side, ring)?)
+            } else {
+                SideRing::Tx(Producer::map(socket, side, ring)?)
+            },
+            fd,
+        })
+    }
+
+    /// Binds it to the first free queue of `endpoint`, in the namespace of the calling thread. The kernel takes the sockets of a process that
+    /// was killed apart in its own time, so that queues are given some to become free.
+    pub(super) fn bind(self, endpoint: &Endpoint, mode: Mode<'_>) -> Result<Bound, PortError> {
+        let begun = Instant::now();
+        loop {
+            match self.bind_now(endpoint, &mode) {
+                Err(PortError::Busy { .. }) if begun.elapsed() < BUSY_PATIENCE => {
+                    std::thread::sleep(BUSY_PATIENCE / 20);
+                }
+                result => {
+                    let device = endpoint.device.clone();
+                    return result.map(|queue| Bound { device, queue, socket: self });
+                }
+            }
+        }
+    }
+
+    /// The queue that it could be bound to.
+    fn bind_now(&self, endpoint: &Endpoint, mode: &Mode<'_>) -> Result<u32, PortError> {
+        let device = || endpoint.device.clone();
+        let ifindex = nix::net::if_::if_nametoindex(endpoint.device.as_str()).map_err(|error| {
+            PortError::Socket { device: device(), queue: endpoint.queues.start, source: error.into() }
+        })?;
+        let mut busy = 0;
+        for queue in endpoint.queues.clone() {
+            match bind(self.fd.as_fd(), ifindex, queue, mode) {
+                Ok(()) => return Ok(queue),
+                Err(source) if source.raw_os_error() == Some(libc::EBUSY) => busy += 1,
+                Err(source) if source.raw_os_error() == Some(libc::EINVAL) => {
+                    // Behind queues that are there but taken, taken is what matters.
+                    if busy > 0 {
+                        break;
+                    }
+                    return Err(PortError::NoQueue { device: device(), queue });
+                }
+                Err(source) => return Err(PortError::Socket { device: device(), queue, source }),
+            }
+        }
+        let side = match self.side {
+            SideRing::Rx(_) => "rx",
+            SideRing::Tx(_) => "tx",
+        };
+        Err(PortError::Busy { device: device(), busy, side })
+    }
+}
+
+/// How packets are to be passed on.
+pub(super) enum Mode<'a> {
+    /// Copied, or not; the socket has a UMEM of its own.
+    Own { zero_copy: bool },
+    /// As the socket does whose UMEM it uses.
+    As(BorrowedFd<'a>),
 }
 
 impl Bound {
     pub(super) fn describe(&self) -> String {
-        let zero_copy = match xdp_options(self.rx.fd()) {
-            Ok(flags) if flags & libc::XDP_OPTIONS_ZEROCOPY != 0 => "zero-copy",
+        let zero_copy = match get_option::<libc::xdp_options>(self.socket.fd.as_fd(), libc::XDP_OPTIONS) {
+            Ok(options) if options.flags & libc::XDP_OPTIONS_ZEROCOPY != 0 => "zero-copy",
             Ok(_) => "copy",
             Err(_) => "unknown mode",
         };
         format!("{} queue {} ({zero_copy})", self.device, self.queue)
     }
+
+    /// Its descriptor, its queue's number, and the rings of its side.
+    pub(super) fn apart(self) -> (OwnedFd, u32, SideRing, Producer<u64>, Consumer<u64>) {
+        let Unbound { fd, fill, completion, side } = self.socket;
+        (fd, self.queue, side, fill, completion)
+    }
 }
 
-pub(super) type Memory = (Umem, Vec<FrameDesc>, bool);
+fn no_socket(source: io::Error) -> PortError {
+    PortError::NoSocket { source }
+}
 
-/// The UMEM, the data area of each frame, and whether it lies in huge pages.
-pub(super) fn create_umem(
-    frames: u32,
-    frame_size: u32,
-    fill: u32,
-    completion: u32,
-) -> Result<Memory, PortError> {
-    const HUGE_PAGE: u64 = 2 << 20;
+fn socket() -> io::Result<OwnedFd> {
+    // SAFETY: no memory is passed.
+    let fd = unsafe { libc::socket(libc::AF_XDP, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just opened and belongs to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
 
-    let config = UmemConfig::builder()
-        .frame_size(FrameSize::new(frame_size).map_err(|_| PortError::Config("frame size"))?)
-        .fill_queue_size(ring_size(fill)?)
-        .comp_queue_size(ring_size(completion)?)
-        .build()
-        .map_err(|_| PortError::Config("frame size and headroom"))?;
-    let count = NonZeroU32::new(frames).ok_or(PortError::Config("no frames"))?;
-    let bytes = u64::from(frames) * u64::from(frame_size);
-    let huge = if bytes.is_multiple_of(HUGE_PAGE) { Umem::new(config, count, true).ok() } else { None };
-    let is_huge = huge.is_some();
-    let (umem, mut areas) = match huge {
-        Some(made) => made,
-        None => Umem::new(config, count, false)
-            .map_err(|error| PortError::Memory { bytes, source: os_error(&error) })?,
+fn bind(socket: BorrowedFd<'_>, ifindex: u32, queue: u32, mode: &Mode<'_>) -> io::Result<()> {
+    let (flags, shared) = match mode {
+        Mode::Own { zero_copy } => {
+            let mode = if *zero_copy { libc::XDP_ZEROCOPY } else { libc::XDP_COPY };
+            (mode | libc::XDP_USE_NEED_WAKEUP, 0)
+        }
+        Mode::As(first) => (libc::XDP_SHARED_UMEM, first.as_raw_fd() as u32),
     };
-    for desc in &mut areas {
-        debug_assert_eq!(desc.addr() as u32 % frame_size, HEADROOM);
-        // SAFETY: a descriptor of this UMEM; only its length is set, the memory is not touched.
-        unsafe { umem.data_mut(desc) }.cursor().set_pos((frame_size - HEADROOM) as usize);
-    }
-    Ok((umem, areas, is_huge))
+    let address = libc::sockaddr_xdp {
+        sxdp_family: libc::AF_XDP as u16,
+        sxdp_flags: flags,
+        sxdp_ifindex: ifindex,
+        sxdp_queue_id: queue,
+        sxdp_shared_umem_fd: shared,
+    };
+    let size = size_of::<libc::sockaddr_xdp>() as libc::socklen_t;
+    // SAFETY: the pointer and the size are those of a live address.
+    let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Binds a socket to the first free queue of `endpoint`, in the namespace of the calling thread. The kernel takes the sockets of a process that
-/// was killed apart in its own time, so that queues are given some to become free.
-pub(super) fn bind(
-    umem: &Umem,
-    endpoint: &Endpoint,
-    rings: (u32, u32),
-    flags: BindFlags,
-) -> Result<Bound, PortError> {
-    let begun = Instant::now();
-    loop {
-        match bind_now(umem, endpoint, rings, flags) {
-            Err(PortError::Busy { .. }) if begun.elapsed() < BUSY_PATIENCE => {
-                std::thread::sleep(BUSY_PATIENCE / 20);
-            }
-            result => return result,
-        }
-    }
+/// How the fields of the rings lie in their mappings.
+pub(super) fn mmap_offsets(socket: BorrowedFd<'_>) -> io::Result<libc::xdp_mmap_offsets> {
+    get_option(socket, libc::XDP_MMAP_OFFSETS)
 }
 
-fn bind_now(
-    umem: &Umem,
-    endpoint: &Endpoint,
-    (rx_ring, tx_ring): (u32, u32),
-    flags: BindFlags,
-) -> Result<Bound, PortError> {
-    let device = endpoint.device.clone();
-    let interface: Interface =
-        device.parse().map_err(|_| PortError::Config("a NUL byte in the interface's name"))?;
-    let config = SocketConfig::builder()
-        .rx_queue_size(ring_size(rx_ring)?)
-        .tx_queue_size(ring_size(tx_ring)?)
-        // Programs are attached and maps filled by crate::programs.
-        .libxdp_flags(LibxdpFlags::XSK_LIBXDP_FLAGS_INHIBIT_PROG_LOAD)
-        .bind_flags(flags)
-        .build();
-    let mut busy = 0;
-    for queue in endpoint.queues.clone() {
-        // SAFETY: libxdp loads no program, which is what the contract asks for.
-        match unsafe { Socket::new(config, umem, &interface, queue) } {
-            Ok((tx, rx, Some((fill, completion)))) => {
-                return Ok(Bound { device, queue, rx, tx, fill, completion });
-            }
-            Ok((_, _, None)) => return Err(PortError::Config("both sides on the same queue")),
-            Err(error) => match os_error(&error) {
-                source if source.raw_os_error() == Some(libc::EBUSY) => busy += 1,
-                source if source.raw_os_error() == Some(libc::EINVAL) => {
-                    // Behind queues that are there but taken, taken is what matters.
-                    if busy > 0 {
-                        break;
-                    }
-                    return Err(PortError::NoQueue { device, queue });
-                }
-                source => return Err(PortError::Socket { device, queue, source }),
-            },
-        }
-    }
-    Err(PortError::Busy { device, busy, side: if tx_ring > rx_ring { "tx" } else { "rx" } })
-}
-
-/// The kernel's answer inside an error of xsk-rs.
-fn os_error(error: &dyn std::error::Error) -> io::Error {
-    error
-        .source()
-        .and_then(|source| source.downcast_ref::<io::Error>())
-        .and_then(io::Error::raw_os_error)
-        .map_or_else(|| io::Error::other(error.to_string()), io::Error::from_raw_os_error)
-}
-
-fn ring_size(size: u32) -> Result<QueueSize, PortError> {
-    QueueSize::new(size).map_err(|_| PortError::Config("a ring's size is not a power of two"))
+/// What the kernel counted.
+pub(super) fn statistics(socket: BorrowedFd<'_>) -> io::Result<libc::xdp_statistics> {
+    get_option(socket, libc::XDP_STATISTICS)
 }
 
 /// Lets one system call transmit the whole ring, and lets the socket own that much memory on its way out.
 /// Returns how many packets a call transmits. Both are only faster, so that a refusal is no error.
-pub(super) fn raise_tx_limits(fd: &Fd, ring: u32, frame_size: u32) -> u32 {
+pub(super) fn raise_tx_limits(socket: BorrowedFd<'_>, ring: u32, frame_size: u32) -> u32 {
     // What a packet in copy mode is charged: its data and the kernel's own structures, about as much again.
     let bytes = (ring * frame_size * 2).min(i32::MAX as u32) as i32;
-    let _ = set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, bytes)
-        .or_else(|_| set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, bytes));
-    match set_option(fd, libc::SOL_XDP, XDP_MAX_TX_SKB_BUDGET, ring as i32) {
+    let _ = set_option(socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &bytes)
+        .or_else(|_| set_option(socket, libc::SOL_SOCKET, libc::SO_SNDBUF, &bytes));
+    match set_option(socket, libc::SOL_XDP, XDP_MAX_TX_SKB_BUDGET, &ring) {
         Ok(()) => ring,
         Err(_) => 32,
     }
 }
 
 /// Prefers polling the driver from the socket's own calls, `usecs` and a batch at a time.
-pub(super) fn set_busy_poll(fd: &Fd, usecs: u32) -> io::Result<()> {
-    set_option(fd, libc::SOL_SOCKET, SO_PREFER_BUSY_POLL, 1)?;
-    set_option(fd, libc::SOL_SOCKET, libc::SO_BUSY_POLL, usecs as i32)?;
-    set_option(fd, libc::SOL_SOCKET, SO_BUSY_POLL_BUDGET, BATCH as i32)
+pub(super) fn set_busy_poll(socket: BorrowedFd<'_>, usecs: u32) -> io::Result<()> {
+    set_option(socket, libc::SOL_SOCKET, SO_PREFER_BUSY_POLL, &1i32)?;
+    set_option(socket, libc::SOL_SOCKET, libc::SO_BUSY_POLL, &usecs)?;
+    set_option(socket, libc::SOL_SOCKET, SO_BUSY_POLL_BUDGET, &(BATCH as i32))
 }
 
-fn set_option(fd: &Fd, level: i32, option: i32, value: i32) -> io::Result<()> {
-    let size = size_of::<i32>() as libc::socklen_t;
-    // SAFETY: the pointer and the size are those of a live i32.
-    let result =
-        unsafe { libc::setsockopt(fd.as_raw_fd(), level, option, (&raw const value).cast::<c_void>(), size) };
+/// Sets an option whose value is an integer or a C structure.
+pub(super) fn set_option<T: Copy>(
+    socket: BorrowedFd<'_>,
+    level: i32,
+    option: i32,
+    value: &T,
+) -> io::Result<()> {
+    let size = size_of::<T>() as libc::socklen_t;
+    let value: *const T = value;
+    // SAFETY: the pointer and the size are those of a live value, which the kernel only reads.
+    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, value.cast::<c_void>(), size) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-fn xdp_options(fd: &Fd) -> io::Result<u32> {
-    let mut options = libc::xdp_options { flags: 0 };
-    let mut size = size_of::<libc::xdp_options>() as libc::socklen_t;
-    let pointer = (&raw mut options).cast::<c_void>();
-    // SAFETY: the pointers are those of live values, and `size` is that of `options`.
-    let result =
-        unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_XDP, libc::XDP_OPTIONS, pointer, &mut size) };
-    if result == 0 { Ok(options.flags) } else { Err(io::Error::last_os_error()) }
+/// Structures of integers: every content is a valid value.
+///
+/// # Safety
+/// That has to be true.
+unsafe trait Integers: Copy {}
+// SAFETY: see include/uapi/linux/if_xdp.h.
+unsafe impl Integers for libc::xdp_options {}
+// SAFETY: as above.
+unsafe impl Integers for libc::xdp_mmap_offsets {}
+// SAFETY: as above.
+unsafe impl Integers for libc::xdp_statistics {}
+
+/// Reads an option of AF_XDP sockets.
+fn get_option<T: Integers>(socket: BorrowedFd<'_>, option: i32) -> io::Result<T> {
+    // SAFETY: all-zero is a valid value as any other.
+    let mut value: T = unsafe { std::mem::zeroed() };
+    let mut size = size_of::<T>() as libc::socklen_t;
+    let pointer = (&raw mut value).cast::<c_void>();
+    // SAFETY: the pointers are those of live values, and `size` is that of `value`.
+    let result = unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_XDP, option, pointer, &mut size) };
+    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
 }
 
 /// UMEM pages count against the limit of locked memory unless the process has `CAP_IPC_LOCK`. A refusal shows

@@ -1,8 +1,9 @@
 //! What a port and the kernel count.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
-use xsk_rs::socket::Fd;
+use super::sockets::statistics;
 
 /// What a port counted itself. All only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,15 +54,15 @@ pub struct Statistics {
 }
 
 impl SocketStatistics {
-    pub(super) fn read(fd: &Fd) -> io::Result<SocketStatistics> {
-        let s = fd.xdp_statistics()?;
+    pub(super) fn read(socket: BorrowedFd<'_>) -> io::Result<SocketStatistics> {
+        let s = statistics(socket)?;
         Ok(SocketStatistics {
-            rx_dropped: s.rx_dropped(),
-            rx_ring_full: s.rx_ring_full(),
-            rx_fill_ring_empty: s.rx_fill_ring_empty_descs(),
-            rx_invalid_descs: s.rx_invalid_descs(),
-            tx_invalid_descs: s.tx_invalid_descs(),
-            tx_ring_empty: s.tx_ring_empty_descs(),
+            rx_dropped: s.rx_dropped,
+            rx_ring_full: s.rx_ring_full,
+            rx_fill_ring_empty: s.rx_fill_ring_empty_descs,
+            rx_invalid_descs: s.rx_invalid_descs,
+            tx_invalid_descs: s.tx_invalid_descs,
+            tx_ring_empty: s.tx_ring_empty_descs,
         })
     }
 }
