@@ -1,22 +1,19 @@
 //! The memory area that a port's sockets and the kernel share, the UMEM, cut into frames of one size.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::ptr::NonNull;
+use std::ptr::{NonNull, null_mut};
 use std::slice;
 
 use super::sockets::set_option;
 use super::{Frame, HEADROOM};
 
-/// Pages of it may be huge ones where the allocator asks for them.
-const ALIGNMENT: usize = 2 << 20;
-
-/// A UMEM.
+/// A UMEM: a mapping of its own, since a driver may write to its pages for a moment after the sockets were closed. Then they are nobody's, and
+/// not the next one's to whom an allocator gives them.
 #[derive(Debug)]
 pub(super) struct Memory {
     base: NonNull<u8>,
-    layout: Layout,
+    len: usize,
     frames: u32,
     /// The logarithm of a frame's size: to divide by it would be half of the work on a frame that comes back.
     frame_bits: u32,
@@ -28,19 +25,30 @@ unsafe impl Send for Memory {}
 impl Memory {
     /// So many frames of so many bytes, a power of two.
     pub(super) fn new(frames: u32, frame_size: u32) -> io::Result<Memory> {
-        let layout = Layout::from_size_align(frames as usize * frame_size as usize, ALIGNMENT)
-            .map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        // SAFETY: callers ask for at least one frame, so that its size is not zero.
-        let base = NonNull::new(unsafe { alloc_zeroed(layout) })
-            .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        Ok(Memory { base, layout, frames, frame_bits: frame_size.ilog2() })
+        let len = frames as usize * frame_size as usize;
+        // SAFETY: a new mapping at an address that the kernel chooses touches nobody's memory.
+        let base = unsafe {
+            libc::mmap(
+                null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        let base = mapped(base)?;
+        // Only asks. The kernel pins small pages as well as huge ones.
+        // SAFETY: the mapping just made.
+        unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+        Ok(Memory { base, len, frames, frame_bits: frame_size.ilog2() })
     }
 
     /// Makes it the UMEM of a socket. The kernel keeps its pages in place from now on, and counts them as locked.
     pub(super) fn register(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
         let registration = libc::xdp_umem_reg {
             addr: self.base.as_ptr() as u64,
-            len: self.layout.size() as u64,
+            len: self.len as u64,
             chunk_size: 1 << self.frame_bits,
             headroom: 0,
             flags: 0,
@@ -51,7 +59,7 @@ impl Memory {
 
     /// Bytes of the whole.
     pub(super) fn bytes(&self) -> u64 {
-        self.layout.size() as u64
+        self.len as u64
     }
 
     /// Where a frame's packet begins, as the kernel counts: from the start of the area.
@@ -102,7 +110,15 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: allocated with this layout. Sockets that are still open have the pages, not the addresses.
-        unsafe { dealloc(self.base.as_ptr(), self.layout) };
+        // SAFETY: the mapping is this value's, and no reference into it outlives it.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+/// What mmap(2) returned.
+pub(super) fn mapped(address: *mut libc::c_void) -> io::Result<NonNull<u8>> {
+    match NonNull::new(address.cast::<u8>()) {
+        Some(address) if address.as_ptr().cast() != libc::MAP_FAILED => Ok(address),
+        _ => Err(io::Error::last_os_error()),
     }
 }

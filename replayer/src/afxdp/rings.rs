@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::memory::mapped;
 use super::sockets::{mmap_offsets, set_option};
 
 /// One of the four rings of a socket.
@@ -75,10 +76,7 @@ impl<T: Copy> Ring<T> {
                 place as libc::off_t,
             )
         };
-        let map = match NonNull::new(map.cast::<u8>()) {
-            Some(map) if map.as_ptr().cast() != libc::MAP_FAILED => map,
-            _ => return Err(io::Error::last_os_error()),
-        };
+        let map = mapped(map)?;
         // SAFETY: the kernel says where within the mapping they lie, and aligns them.
         unsafe {
             Ok(Ring {
