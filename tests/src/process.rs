@@ -174,6 +174,14 @@ impl Process {
         Ok(line.trim().trim_end_matches(" kB").parse()?)
     }
 
+    /// Of its resident memory, what is in huge pages, in KiB (`AnonHugePages` of proc_pid_smaps(5)).
+    pub fn huge_kib(&self) -> Result<u64> {
+        let text = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid()))
+            .with_context(|| format!("{} has ended", self.name))?;
+        let line = text.lines().find_map(|line| line.strip_prefix("AnonHugePages:"));
+        Ok(line.context("no AnonHugePages")?.trim().trim_end_matches(" kB").parse()?)
+    }
+
     /// CPU time that it has used in all its threads, in seconds (`utime + stime` of proc_pid_stat(5)).
     pub fn cpu_seconds(&self) -> Result<f64> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))
