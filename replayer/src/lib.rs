@@ -16,6 +16,7 @@
 //! - [`net`]: routes, neighbours, devices
 //! - [`connections`]: the connections that a server has
 //! - [`moderation`]: when to pause, so that one wake-up serves many packets
+//! - [`growth`]: memory for more sessions, before they come
 //! - [`pcap`]: capture files
 //! - [`record`]: writes what is captured to files
 //! - [`inspect`]: what capture files hold
@@ -33,6 +34,7 @@ pub mod cli;
 pub mod clock;
 pub mod connections;
 pub mod diagnosis;
+pub mod growth;
 pub mod inspect;
 pub mod metrics;
 pub mod moderation;

@@ -14,6 +14,7 @@ use crate::cli::{OnlineArgs, ServiceArg, StatsFormat, assistant_address};
 use crate::clock;
 use crate::connections::{self, Connection};
 use crate::diagnosis::{self, Diagnosis};
+use crate::growth::Growth;
 use crate::metrics::{self, Metrics};
 use crate::net::{Device, Monitor, NetError, Network};
 use crate::placement::{Placement, Workers};
@@ -202,6 +203,7 @@ impl Online {
             let mut worker =
                 Worker::new(engine, port, Some(source), channels, monitor.watch(), shared.clone());
             worker.poll_busily(u64::from(args.busy_poll) * 1000);
+            worker.grow_by(Growth::start().context("start a thread")?);
             made.push((worker, shared));
         }
 

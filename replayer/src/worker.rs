@@ -19,6 +19,7 @@ use crate::channel::client::{Client, ClientCounters};
 use crate::channel::limits::HURRY;
 use crate::channel::wire::Entry;
 use crate::clock;
+use crate::growth::Growth;
 use crate::moderation::{Moderation, Next};
 use crate::net::Watch;
 use crate::offline::feed::{self, Feed};
@@ -118,6 +119,7 @@ pub struct Worker {
     busy_poll_ns: u64,
     worked_at: u64,
     feed: Option<Feeding>,
+    growth: Option<Growth>,
 }
 
 /// Packets from files instead of a capture ring.
@@ -282,7 +284,13 @@ impl Worker {
             busy_poll_ns: 0,
             worked_at: 0,
             feed: None,
+            growth: None,
         }
+    }
+
+    /// Has the memory for more sessions made ready before they come.
+    pub fn grow_by(&mut self, growth: Growth) {
+        self.growth = Some(growth);
     }
 
     /// Takes packets from files instead of a capture ring. The worker stops when all were replayed and the sessions have ended, or nothing
@@ -525,6 +533,9 @@ impl Worker {
 
     fn publish(&mut self, now: u64) {
         self.published_at = now;
+        if let Some(growth) = &mut self.growth {
+            growth.look(&self.engine);
+        }
         // The main thread holds the lock for the time of a copy; when it does just now, the next time will do.
         let Ok(mut snapshot) = self.shared.snapshot.try_lock() else { return };
         snapshot.counters = *self.engine.counters();

@@ -192,7 +192,7 @@ fn b067_roles_run_with_named_capabilities_and_keep_hardly_any() -> Result<()> {
         let mut threads = capabilities(online.pid())?;
         threads.sort();
         let main = if runner == nobody { net_admin } else { net_admin | dac_override };
-        let expected = [("network", net_admin), ("replayer", main), ("worker 0", 0)];
+        let expected = [("memory", 0), ("network", net_admin), ("replayer", main), ("worker 0", 0)];
         assert_eq!(threads, expected.map(|(name, bits)| (name.to_owned(), bits)));
 
         std::thread::sleep(Duration::from_millis(1500)); // The ramp's end.

@@ -17,6 +17,25 @@ const COPIES: u32 = 10;
 /// Runs the work `name` and nothing else; `name-opening` is only the opening of its sessions. The works of a thousand and of a million sessions
 /// say how long each step took, in processor time: comparable with each other also on a machine that has other work.
 pub fn work(name: &str) -> Result<()> {
+    if let Some(rate) = name.strip_prefix("growing-") {
+        let (rate, growth) = match rate.strip_suffix("-ahead") {
+            Some(rate) => (rate, Some(replayer::growth::Growth::start()?)),
+            None => (rate, None),
+        };
+        let turns = Bench::new(1_000_000, 1).open_paced(200_000, rate.parse()?, growth);
+        let over = |us: u64| turns.iter().filter(|&&ns| ns > us * 1000).count();
+        println!(
+            "turns {}: median {} us, longest {} us; over 0.2 ms {}, 0.5 ms {}, 1 ms {}, 3 ms {}",
+            turns.len(),
+            turns[turns.len() / 2] / 1000,
+            turns[turns.len() - 1] / 1000,
+            over(200),
+            over(500),
+            over(1000),
+            over(3000)
+        );
+        return Ok(());
+    }
     let sized = match name {
         "thousand" => Some((1_000, 1, 2_000)),
         "million" => Some((1_000_000, 1, 4)),

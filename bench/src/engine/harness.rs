@@ -3,6 +3,7 @@
 use super::IN_FLIGHT;
 use crate::report::{Figure, Wanted};
 use crate::traffic::{self, CLIENT_ISN, Load, SERVER, TARGET, TARGET_ISN, client, response, write_segment};
+use replayer::growth::Growth;
 use replayer_common::addr::Endpoint;
 use replayer_common::packet::{flags, parse_tcp};
 use replayer_common::response::ResponseHeader;
@@ -12,7 +13,7 @@ use std::collections::VecDeque;
 use std::hint::black_box;
 use std::ops::Range;
 use std::sync::OnceLock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const FRAME_ROOM: usize = 2048;
 /// Between two batches: what they take at 14.88 million packets per second.
@@ -147,6 +148,29 @@ impl Bench {
         let start = (self.clock)();
         self.engine.on_timers(self.now, &mut self.memory);
         (self.clock)() - start
+    }
+
+    /// Opens sessions at a pace, so many a second; the longest turns, ns, shortest first. `growth`: what makes memory ready meanwhile.
+    pub(super) fn open_paced(&mut self, connections: u32, rate: u32, mut growth: Option<Growth>) -> Vec<u64> {
+        let begin = Instant::now();
+        let mut looked = 0;
+        let mut turns = Vec::with_capacity(connections as usize / BATCH + 1);
+        for first in (0..connections).step_by(BATCH) {
+            let due_ns = u64::from(first) * 1_000_000_000 / u64::from(rate);
+            let early = Duration::from_nanos(due_ns).saturating_sub(begin.elapsed());
+            if due_ns - looked > 100_000_000
+                && let Some(growth) = &mut growth
+            {
+                growth.look(&self.engine);
+                looked = due_ns;
+            }
+            std::thread::sleep(early);
+            let start = Instant::now();
+            self.open(first..(first + BATCH as u32).min(connections), crate::traffic::SMALL);
+            turns.push(start.elapsed().as_nanos() as u64);
+        }
+        turns.sort_unstable();
+        turns
     }
 
     /// Opens sessions; ns for each connection.

@@ -2,7 +2,7 @@
 //! stream is not decided here.
 
 use crate::config::timing;
-use crate::slab::{Column, NONE, Slab};
+use crate::slab::{Column, Frontier, NONE, Slab};
 use crate::timer::Tick;
 use alloc::vec::Vec;
 use replayer_common::addr::{Endpoint, is_v4_of};
@@ -400,6 +400,11 @@ impl Connections {
             rarities: Slab::new(capacity),
             servers: Servers::new(),
         }
+    }
+
+    /// How far connections are filled, and how they began.
+    pub(crate) fn frontiers(&self) -> [Frontier; 2] {
+        [self.connections.frontier(), self.origins.frontier()]
     }
 
     /// Connections that are not forgotten.

@@ -17,7 +17,7 @@ use crate::output::Output;
 use crate::sack::{Board, MAX_BOARDS};
 use crate::sender::{WINDOW, micros};
 use crate::session::{Session, Sessions, State, Turn, segment_after};
-use crate::slab::{NONE, Slab};
+use crate::slab::{Frontier, NONE, Slab};
 use crate::store::Store;
 use crate::table::Table;
 use crate::timer::{Due, Tick, Wheel, before, tick, ticks};
@@ -248,6 +248,15 @@ impl Engine {
             connections_live: self.connections.len() as u64,
             held_bytes: self.store.held_bytes(),
         }
+    }
+
+    /// How far the tables are filled that grow with sessions and with held data: their next pages can be made ready by who has the time.
+    pub fn frontiers(&self) -> [Frontier; 7] {
+        let ([connections, origins], [sessions, turns]) =
+            (self.connections.frontiers(), self.sessions.frontiers());
+        let [segments, bytes] = self.store.frontiers();
+        let timers = self.wheel.frontier(self.sessions.high_water());
+        [connections, origins, sessions, turns, segments, bytes, timers]
     }
 
     /// Walks everything and measures what is pending: for reports and tests, not for the hot path.

@@ -8,7 +8,7 @@ use crate::config::timing;
 use crate::counters::EndReason;
 use crate::gate::Turns;
 use crate::sack::NO_BOARD;
-use crate::slab::{Column, NONE, Slab};
+use crate::slab::{Column, Frontier, NONE, Slab};
 use crate::timer::{Due, Tick, before, ticks};
 use alloc::{vec, vec::Vec};
 use replayer_common::addr::{Endpoint, from_v4, is_v4, v4_octets};
@@ -444,6 +444,11 @@ impl Sessions {
             ip_high: vec![[0; 12]; capacity],
             troubles: Slab::new(capacity),
         }
+    }
+
+    /// How far sessions are filled, and what their turns need.
+    pub(crate) fn frontiers(&self) -> [Frontier; 2] {
+        [self.sessions.frontier(), self.turns.frontier()]
     }
 
     /// Sessions that have not ended.

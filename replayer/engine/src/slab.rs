@@ -6,6 +6,23 @@ use alloc::vec::Vec;
 /// Not an index: the end of a list, or nothing.
 pub const NONE: u32 = u32::MAX;
 
+/// Memory that is filled from its front as more is needed, as addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Frontier {
+    /// What comes first of what was never used.
+    pub from: usize,
+    /// The end of what there is.
+    pub end: usize,
+}
+
+impl Frontier {
+    /// Of `values`, of which the first `used` were used.
+    pub(crate) fn of<T>(values: &Vec<T>, used: usize) -> Frontier {
+        let start = values.as_ptr() as usize;
+        Frontier { from: start + used * size_of::<T>(), end: start + values.capacity() * size_of::<T>() }
+    }
+}
+
 /// Values of `T` by index; freed places are used again, last freed first (they are still in the cache).
 #[derive(Debug)]
 pub struct Slab<T> {
@@ -34,6 +51,11 @@ impl<T> Slab<T> {
     /// One past the highest index that was ever in use.
     pub fn high_water(&self) -> u32 {
         self.values.len() as u32
+    }
+
+    /// How far it is filled.
+    pub(crate) fn frontier(&self) -> Frontier {
+        Frontier::of(&self.values, self.values.len())
     }
 
     /// A place for `value`, or `None` when all are taken.
@@ -78,6 +100,11 @@ impl<T> Column<T> {
     /// Room for `capacity` values.
     pub(crate) fn new(capacity: usize) -> Column<T> {
         Column(Vec::with_capacity(capacity))
+    }
+
+    /// How far it is filled.
+    pub(crate) fn frontier(&self) -> Frontier {
+        Frontier::of(&self.0, self.0.len())
     }
 
     /// Sets the value of a place of the slab, which was in use before or is the first that was not.

@@ -5,7 +5,7 @@
 //! held, so a slow target cannot starve capture of frames. Nothing is allocated after start; freed places are used
 //! again first, so the memory that is touched is what was held at the worst moment.
 
-use crate::slab::NONE;
+use crate::slab::{Frontier, NONE};
 use crate::wire;
 use alloc::{vec, vec::Vec};
 
@@ -129,6 +129,12 @@ impl Store {
             used: 0,
             held_bytes: 0,
         }
+    }
+
+    /// How far segments are filled, and their bytes.
+    pub(crate) fn frontiers(&self) -> [Frontier; 2] {
+        let used = self.segments.len();
+        [Frontier::of(&self.segments, used), Frontier::of(&self.bytes, used * BLOCK)]
     }
 
     /// Payload bytes held now.

@@ -4,7 +4,7 @@
 //! looked at and armed again. So a session that sends and gets its acknowledgments touches the wheel a few times a second,
 //! not once a packet.
 
-use crate::slab::NONE;
+use crate::slab::{Frontier, NONE};
 use alloc::{vec, vec::Vec};
 use core::num::NonZeroU32;
 
@@ -89,6 +89,11 @@ impl Wheel {
             position: now >> SLOT_SHIFT,
             armed: 0,
         }
+    }
+
+    /// How far it is filled, where the timers below `used` were used.
+    pub(crate) fn frontier(&self, used: u32) -> Frontier {
+        Frontier::of(&self.nodes, used as usize)
     }
 
     /// Makes the timer fire at `deadline` or earlier (one that already stands earlier stays).

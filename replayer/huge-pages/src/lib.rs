@@ -67,6 +67,21 @@ fn map(size: usize, at_once: bool) -> *mut u8 {
     }
 }
 
+/// Makes the huge pages ready in which these addresses lie, those that are not there yet; where the kernel does not know how (before 5.14) they
+/// come when they are touched. What is in them stays. Takes up to 8 ms for each.
+pub fn populate(addresses: std::ops::Range<usize>) {
+    let start = addresses.start / HUGE_PAGE * HUGE_PAGE;
+    let len = addresses.end.saturating_sub(start);
+    // SAFETY: whatever lies at these addresses, no byte of it changes: pages are made present and writable where they may be written, and the call
+    // fails where nothing is mapped.
+    unsafe { libc::madvise(start as *mut libc::c_void, len, libc::MADV_POPULATE_WRITE) };
+}
+
+/// The end of the huge page in which an address lies.
+pub fn page_end(address: usize) -> usize {
+    (address / HUGE_PAGE + 1) * HUGE_PAGE
+}
+
 // SAFETY: pieces that are not large go to the system's allocator and back to it, by the same test of the same layout. Large ones are mappings
 // of their own, aligned to a huge page, at least `size` long, zeroed by the kernel, and unmapped once.
 unsafe impl GlobalAlloc for HugePages {
@@ -175,6 +190,20 @@ mod tests {
             let by_place = vec![0u64; size / 8];
             assert_eq!(resident_kib(by_place.as_ptr() as usize), HUGE_PAGE / 1024, "{size}");
         }
+    }
+
+    #[test]
+    fn pages_are_made_ready_and_what_is_in_them_stays() {
+        let _alone = ADDRESSES.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slab: Vec<u8> = Vec::with_capacity(AT_ONCE);
+        slab.extend([7; 100]);
+        let start = slab.as_ptr() as usize;
+        populate(start + HUGE_PAGE + 5..start + 2 * HUGE_PAGE);
+        assert_eq!(resident_kib(start), 2 * HUGE_PAGE / 1024);
+        populate(start..page_end(start));
+        assert_eq!((resident_kib(start), &slab[..]), (2 * HUGE_PAGE / 1024, &[7; 100][..]));
+        // Where there is nothing, nothing happens.
+        populate(0..HUGE_PAGE);
     }
 
     #[test]

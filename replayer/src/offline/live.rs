@@ -7,6 +7,7 @@ use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
 use crate::cli::{ServiceArg, StatsFormat};
 use crate::clock;
 use crate::diagnosis::{self, Diagnosis};
+use crate::growth::Growth;
 use crate::inspect::progress_line;
 use crate::metrics::{self, Metrics};
 use crate::net::{Monitor, Network};
@@ -79,6 +80,7 @@ pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     let port_mode = port.mode().to_owned();
     let engine = Engine::new(engine_config(args, room as u16)?, clock::now());
     let mut worker = Worker::new(engine, port, None, channels, monitor.watch(), shared.clone());
+    worker.grow_by(Growth::start().context("start a thread")?);
     worker.feed(feed, args.replay.hold_limit_ns()? + LAST_RESPONSE_NS);
     say!("sending on {}: {port_mode}", output.name);
     for service in services {

@@ -30,6 +30,23 @@ fn b028_a_connection_that_holds_too_much_is_shed_whole_and_joined_again() {
 }
 
 #[test]
+fn how_far_the_tables_are_filled_is_told_as_sessions_and_data_come() {
+    let mut lab = Lab::new();
+    let before = lab.engine.frontiers();
+    lab.handshake();
+    lab.client("PA 1+1400 ack 1");
+    lab.sent();
+    // A connection of 64 bytes and 12, a session of 128 and 32, six blocks of 40 and 256, a timer of 12.
+    let after = lab.engine.frontiers();
+    let grown: Vec<usize> =
+        before.iter().zip(&after).map(|(before, after)| after.from - before.from).collect();
+    assert_eq!(grown, [64, 12, 128, 32, 240, 1536, 12]);
+    assert!(
+        before.iter().zip(&after).all(|(before, after)| before.end == after.end && after.from < after.end)
+    );
+}
+
+#[test]
 fn b028_segments_of_a_byte_count_as_the_blocks_that_they_take() {
     // In order, and behind a hole.
     for first in [1, 3] {
