@@ -21,8 +21,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// tcpdump gets packets from the kernel in blocks, the last of them at most a second late.
-const TCPDUMP_BUFFER: Duration = Duration::from_millis(1500);
 /// What is told of a distribution.
 const SHARES: [(&str, f64); 3] = [("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)];
 /// As long as a worker sleeps where packets come often.
@@ -132,7 +130,6 @@ fn added(lab: &Lab, case: &Case, seconds: u32) -> Result<Vec<u64>> {
     let filter = format!("tcp dst port {HTTP} and tcp[tcpflags] & tcp-push != 0");
     let capture = Capture::on_cable_at_leisure(lab, lab.online(), &filter)?;
     let requests = load(lab, case.rate, case.arrivals, seconds)?;
-    std::thread::sleep(TCPDUMP_BUFFER);
     let delays = between_request_and_copy(&capture.stop()?, lab)?;
     replay.stop()?;
     ensure!(delays.len() as u64 == requests, "{} delays of {requests} requests", delays.len());

@@ -501,7 +501,7 @@ fn open_ports(
             rx,
             tx: Some(PortEndpoint {
                 device: output.name.clone(),
-                queues: 0..output.tx_queues.max(1),
+                queues: 0..output.transmit_queues_in_use(),
                 namespace: None,
             }),
             zero_copy: args.zero_copy,

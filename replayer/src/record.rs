@@ -7,7 +7,7 @@
 use crate::afxdp::{Port, PortConfig, Received};
 use crate::capture::choice::{self, Facts};
 use crate::capture::ring::Reader;
-use crate::capture::{self, Backend, Capture, CaptureArg, Source, span};
+use crate::capture::{self, Backend, Capture, CaptureArg, Source};
 use crate::cli::{PercentArg, online_endpoint, protocol_of};
 use crate::clock;
 use crate::net::{Device, NetError, Network};
@@ -228,7 +228,7 @@ enum Taking {
 
 impl Taking {
     fn open(capture: &mut Capture, backend: Backend, device: &Device) -> Result<Taking> {
-        if backend == Backend::Span && span::receive_queues(device) > 1 {
+        if backend == Backend::Span && device.receive_queues_in_use() > 1 {
             let name = &device.name;
             bail!(
                 "{name} has several receive queues, and packets are recorded from one: `ethtool -L {name} combined 1` (`rx 1` where \
@@ -302,10 +302,7 @@ impl Taking {
     /// Packets that came to the socket and were lost there.
     fn lost(&self) -> u64 {
         match self {
-            Taking::Port(port, _) => port
-                .statistics()
-                .map(|s| s.rx.rx_dropped + s.rx.rx_ring_full + s.rx.rx_fill_ring_empty)
-                .unwrap_or(0),
+            Taking::Port(port, _) => port.statistics().map(|statistics| statistics.rx.lost()).unwrap_or(0),
             Taking::Ring(..) => 0,
         }
     }

@@ -296,8 +296,7 @@ impl Figures {
         for &counter in Counter::ALL.iter().filter(|&&counter| is_loss(counter) && c[counter] > 0) {
             let _ = write!(text, "\n  {} {}: {}", c[counter], counter.name(), counter.what());
         }
-        let drops = &self.sockets.rx;
-        let dropped = drops.rx_dropped + drops.rx_ring_full + drops.rx_fill_ring_empty;
+        let dropped = self.sockets.rx.lost();
         if dropped > 0 {
             let _ = write!(text, "\n  {dropped} packets lost between kernel and replayer: it was too slow");
         }

@@ -53,7 +53,7 @@
 //! call; the socket option `XDP_MAX_TX_SKB_BUDGET` (Linux 6.17) raises that to the size of the ring
 //! (net/xdp/xsk.c, `__xsk_generic_xmit`). The output device needs no XDP program for it.
 //!
-//! For zero-copy some drivers (ice, i40e) want the fill ring to be filled before bind(2), as it is here.
+//! For zero-copy some drivers (ice, i40e) want the fill ring of a receiving socket to be filled before bind(2), as it is here.
 
 use std::io;
 use std::num::NonZeroU32;
@@ -126,7 +126,7 @@ pub struct Received {
 /// What [`Port::flush`] left behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flush {
-    /// Nothing: the kernel has taken every packet.
+    /// Nothing: the kernel has taken every packet, or its driver is at work on the ring and will.
     Done,
     /// Packets that the kernel or the device has no room for now. Call again soon, or after poll(2) for
     /// output.
@@ -222,10 +222,12 @@ impl Port {
             let socket = socket.bind(first, Mode::Own { zero_copy: config.zero_copy })?;
             Ok::<_, PortError>((memory, book, socket))
         })??;
-        let shared = first_socket.socket.fd.as_fd();
-        let second_socket = match second {
-            Some(tx) => Some(tx.run(|| Unbound::sharing(false, tx_ring)?.bind(tx, Mode::As(shared)))??),
-            None => None,
+        let (first_socket, second_socket) = match second {
+            Some(tx) => tx.run(move || {
+                let socket = Unbound::sharing(false, tx_ring)?.bind(tx, Mode::As(&first_socket))?;
+                Ok::<_, PortError>((first_socket, Some(socket)))
+            })??,
+            None => (first_socket, None),
         };
 
         let mut port = Port {
@@ -340,11 +342,11 @@ impl Port {
     /// or drop it.
     ///
     /// # Panics
-    /// When `len` is larger than [`Port::area`].
+    /// When `len` is 0, which the kernel would never complete, or larger than [`Port::area`].
     #[inline]
     pub fn transmit(&mut self, frame: Frame, len: u32) -> Result<(), Frame> {
         assert_eq!(frame.port, self.id, "a frame of another port");
-        assert!(len as usize <= self.area(), "a packet larger than its frame");
+        assert!(0 < len && len as usize <= self.area(), "a packet of {len} bytes");
         let Some(tx) = &mut self.tx else { return Err(frame) };
         if !tx.ring.push(xdp_desc { addr: self.memory.address(frame.index), len, options: 0 }) {
             return Err(frame);
@@ -416,6 +418,10 @@ impl Port {
         self.complete();
         if let Some(rx) = &mut self.rx {
             self.book.refill(&self.memory, &mut rx.fill);
+            // Zero-copy: a driver that has run out of frames looks again only when it is called.
+            if rx.fill.needs_wakeup() {
+                poll_driver(rx.socket.as_fd());
+            }
         }
         self.book.check();
     }
@@ -490,8 +496,10 @@ impl TxSide {
     /// Shows the kernel what is in the ring.
     #[inline]
     fn publish(&mut self) {
-        self.unpublished = 0;
-        self.ring.publish();
+        if self.unpublished > 0 {
+            self.unpublished = 0;
+            self.ring.publish();
+        }
     }
 }
 

@@ -2,12 +2,12 @@
 //!
 //! Layout and order of accesses are the kernel's: include/uapi/linux/if_xdp.h, net/xdp/xsk_queue.h, Documentation/networking/af_xdp.rst.
 //! Whoever writes a ring stores its `producer` after the slots (release), whoever reads it stores `consumer` after it has read them; each looks at
-//! the other's (acquire) only when what it saw last is not enough, since that line is in the other's cache.
+//! the other's (acquire) only when what it saw last is used up, since that line is in the other's cache.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{NonNull, null_mut};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use super::memory::mapped;
 use super::sockets::{mmap_offsets, set_option};
@@ -167,6 +167,8 @@ impl<T: Copy> Producer<T> {
     /// Whether the kernel has to be called to look (`XDP_RING_NEED_WAKEUP`).
     #[inline]
     pub(super) fn needs_wakeup(&self) -> bool {
+        // A driver says so and then looks once more; what was published must be there before this is read, or both would wait.
+        fence(Ordering::SeqCst);
         // SAFETY: points into the mapping, which lives as long as `self`; both sides access it atomically.
         unsafe { self.ring.flags.as_ref() }.load(Ordering::Relaxed) & libc::XDP_RING_NEED_WAKEUP != 0
     }

@@ -30,8 +30,8 @@ const SO_BUSY_POLL_BUDGET: i32 = 70;
 pub struct Endpoint {
     /// The device's name, in `namespace`.
     pub device: String,
-    /// The first of these queues that no other AF_XDP socket is bound to is taken. The range may end beyond the
-    /// queues that the device has. The kernel lets a queue have one UMEM only.
+    /// The first of these queues that no other AF_XDP socket is bound to is taken. The kernel lets a queue have one UMEM only. It binds to a
+    /// transmit queue that is not in use, too, when there is a receive queue of that number, and transmits nothing there.
     pub queues: Range<u32>,
     /// Where the device is; `None`: where [`Port::open`](super::Port::open) is called.
     pub namespace: Option<Arc<Namespace>>,
@@ -48,7 +48,7 @@ pub struct PortConfig {
     pub rx: Option<Endpoint>,
     /// The transmitting side.
     pub tx: Option<Endpoint>,
-    /// Zero-copy for both sides; see the head of this file.
+    /// Zero-copy for both sides; see [`afxdp`](super).
     pub zero_copy: bool,
 }
 
@@ -123,7 +123,7 @@ fn hint(error: &io::Error) -> &'static str {
         Some(libc::EPERM) => "; CAP_NET_RAW is needed, run as root",
         Some(libc::ENODEV) => "; there is no such interface",
         Some(libc::EOPNOTSUPP) => "; the driver has no zero-copy, use copy mode",
-        Some(libc::ENOBUFS | libc::ENOMEM) => "; the limit of locked memory is too low (`ulimit -l`)",
+        Some(libc::ENOBUFS | libc::ENOMEM) => "; the kernel has no memory for it",
         Some(libc::EAFNOSUPPORT) => "; this kernel has no AF_XDP (CONFIG_XDP_SOCKETS)",
         _ => "",
     }
@@ -168,6 +168,7 @@ pub(super) enum SideRing {
 /// A socket that is bound to a queue.
 pub(super) struct Bound {
     device: String,
+    namespace: Option<Arc<Namespace>>,
     pub(super) queue: u32,
     pub(super) socket: Unbound,
 }
@@ -206,7 +207,7 @@ impl Unbound {
     }
 
     /// Binds it to the first free queue of `endpoint`, in the namespace of the calling thread. The kernel takes the sockets of a process that
-    /// was killed apart in its own time, so that queues are given some to become free.
+    /// was killed, and those of a port that was just dropped, apart in its own time, so that queues are given some to become free.
     pub(super) fn bind(self, endpoint: &Endpoint, mode: Mode<'_>) -> Result<Bound, PortError> {
         let begun = Instant::now();
         loop {
@@ -215,8 +216,8 @@ impl Unbound {
                     std::thread::sleep(BUSY_PATIENCE / 20);
                 }
                 result => {
-                    let device = endpoint.device.clone();
-                    return result.map(|queue| Bound { device, queue, socket: self });
+                    let (device, namespace) = (endpoint.device.clone(), endpoint.namespace.clone());
+                    return result.map(|queue| Bound { device, namespace, queue, socket: self });
                 }
             }
         }
@@ -230,6 +231,13 @@ impl Unbound {
         })?;
         let mut busy = 0;
         for queue in endpoint.queues.clone() {
+            if let Mode::As(first) = mode
+                && first.is_on(endpoint, queue)
+            {
+                // One queue has one pair of fill and completion ring, and those are the other side's.
+                busy += 1;
+                continue;
+            }
             match bind(self.fd.as_fd(), ifindex, queue, mode) {
                 Ok(()) => return Ok(queue),
                 Err(source) if source.raw_os_error() == Some(libc::EBUSY) => busy += 1,
@@ -256,10 +264,19 @@ pub(super) enum Mode<'a> {
     /// Copied, or not; the socket has a UMEM of its own.
     Own { zero_copy: bool },
     /// As the socket does whose UMEM it uses.
-    As(BorrowedFd<'a>),
+    As(&'a Bound),
 }
 
 impl Bound {
+    fn is_on(&self, endpoint: &Endpoint, queue: u32) -> bool {
+        let same_namespace = match (&self.namespace, &endpoint.namespace) {
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            (None, None) => true,
+            _ => false,
+        };
+        self.queue == queue && self.device == endpoint.device && same_namespace
+    }
+
     pub(super) fn describe(&self) -> String {
         let zero_copy = match get_option::<libc::xdp_options>(self.socket.fd.as_fd(), libc::XDP_OPTIONS) {
             Ok(options) if options.flags & libc::XDP_OPTIONS_ZEROCOPY != 0 => "zero-copy",
@@ -296,7 +313,7 @@ fn bind(socket: BorrowedFd<'_>, ifindex: u32, queue: u32, mode: &Mode<'_>) -> io
             let mode = if *zero_copy { libc::XDP_ZEROCOPY } else { libc::XDP_COPY };
             (mode | libc::XDP_USE_NEED_WAKEUP, 0)
         }
-        Mode::As(first) => (libc::XDP_SHARED_UMEM, first.as_raw_fd() as u32),
+        Mode::As(first) => (libc::XDP_SHARED_UMEM, first.socket.fd.as_raw_fd() as u32),
     };
     let address = libc::sockaddr_xdp {
         sxdp_family: libc::AF_XDP as u16,
@@ -375,7 +392,14 @@ fn get_option<T: Integers>(socket: BorrowedFd<'_>, option: i32) -> io::Result<T>
     let pointer = (&raw mut value).cast::<c_void>();
     // SAFETY: the pointers are those of live values, and `size` is that of `value`.
     let result = unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_XDP, option, pointer, &mut size) };
-    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // Before Linux 5.4 offsets had another form; statistics only had fewer fields, at their end.
+    if option == libc::XDP_MMAP_OFFSETS && size as usize != size_of::<T>() {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    Ok(value)
 }
 
 /// UMEM pages count against the limit of locked memory unless the process has `CAP_IPC_LOCK`. A refusal shows

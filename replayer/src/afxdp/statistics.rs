@@ -30,13 +30,13 @@ pub struct PortCounters {
 /// What the kernel counted for one socket (`XDP_STATISTICS`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketStatistics {
-    /// Received packets dropped: larger than a frame, or for want of memory.
+    /// Received packets dropped: larger than a frame, or (copied) for want of a frame in the fill ring.
     pub rx_dropped: u64,
     /// Received packets dropped because the RX ring was full.
     pub rx_ring_full: u64,
-    /// Times that a packet found no frame in the fill ring.
+    /// Times that the kernel found no frame in the fill ring. Of copied packets each is among `rx_dropped`, too.
     pub rx_fill_ring_empty: u64,
-    /// Descriptors in the fill ring that the kernel refused.
+    /// Descriptors of the receiving side that the kernel refused.
     pub rx_invalid_descs: u64,
     /// Descriptors in the TX ring that the kernel refused.
     pub tx_invalid_descs: u64,
@@ -54,6 +54,11 @@ pub struct Statistics {
 }
 
 impl SocketStatistics {
+    /// Received packets that were lost between kernel and port.
+    pub fn lost(&self) -> u64 {
+        self.rx_dropped + self.rx_ring_full
+    }
+
     pub(super) fn read(socket: BorrowedFd<'_>) -> io::Result<SocketStatistics> {
         let s = statistics(socket)?;
         Ok(SocketStatistics {

@@ -340,7 +340,7 @@ impl Assistant {
             received: self.frames.received,
             rejected,
             waiting: self.routing.waiting() as u64,
-            dropped_by_kernel: socket.rx_dropped + socket.rx_ring_full,
+            dropped_by_kernel: socket.lost(),
             dropped_ring_full: socket.rx_ring_full,
             verdicts: self
                 .blackhole

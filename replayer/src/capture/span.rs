@@ -4,7 +4,6 @@
 //! lives in the worker of the queue that the NIC puts it on. NICs choose the queue by a hash of the addresses and ports, so it is one queue for
 //! all packets of a connection; which one, only the NIC knows.
 
-use std::fs;
 use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result, bail};
@@ -66,23 +65,12 @@ pub fn check_mtu(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// Receive queues that the device uses.
-pub fn receive_queues(device: &Device) -> u32 {
-    let entries = fs::read_dir(format!("/sys/class/net/{}/queues", device.name));
-    let used = entries.map_or(0, |entries| {
-        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        names.filter(|name| name.starts_with("rx-")).count() as u32
-    });
-    // Where /sys is not to be seen: as many as it was made with.
-    if used > 0 { used } else { device.rx_queues.max(1) }
-}
-
 /// How many workers there must be: one for each receive queue, since what arrives on a queue without one is lost.
 ///
 /// # Errors
 /// When another number was asked for, with the remedies.
 pub fn workers(device: &Device, asked: Option<Workers>) -> Result<u32> {
-    let queues = receive_queues(device);
+    let queues = device.receive_queues_in_use();
     if let Some(Workers::Count(count)) = asked
         && count != queues
     {

@@ -1,6 +1,7 @@
 //! Devices and addresses.
 
 use std::collections::HashMap;
+use std::fs;
 use std::net::IpAddr;
 
 use netlink_packet_route::RouteNetlinkMessage;
@@ -45,6 +46,26 @@ pub struct Device {
     pub gro_max_size: u32,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
+}
+
+impl Device {
+    /// Receive queues that it uses.
+    pub fn receive_queues_in_use(&self) -> u32 {
+        self.queues_in_use("rx-").unwrap_or(self.rx_queues.max(1))
+    }
+
+    /// Transmit queues that it uses.
+    pub fn transmit_queues_in_use(&self) -> u32 {
+        self.queues_in_use("tx-").unwrap_or(self.tx_queues.max(1))
+    }
+
+    /// Counts the kernel's entries; `None`: /sys is not to be seen, or shows another namespace's devices.
+    fn queues_in_use(&self, prefix: &str) -> Option<u32> {
+        let entries = fs::read_dir(format!("/sys/class/net/{}/queues", self.name)).ok()?;
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        let count = names.filter(|name| name.starts_with(prefix)).count() as u32;
+        (count > 0).then_some(count)
+    }
 }
 
 /// A VLAN tag.

@@ -57,7 +57,7 @@ pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
         rx: None,
         tx: Some(PortEndpoint {
             device: output.name.clone(),
-            queues: 0..output.tx_queues.max(1),
+            queues: 0..output.transmit_queues_in_use(),
             namespace: None,
         }),
         zero_copy: false,
