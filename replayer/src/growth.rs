@@ -10,13 +10,15 @@ use replayer_engine::slab::Frontier;
 use replayer_huge_pages::{page_end, populate};
 use std::io::Result;
 use std::ops::Range;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread;
 
 /// So much at least is ready beyond what is used, bytes: half a page.
 const LEAST_AHEAD: usize = 1 << 20;
 /// And at most.
 const MOST_AHEAD: usize = 32 << 20;
+/// Ranges that the thread may have before it. Room for them is there from the start: a worker allocates nothing.
+const MOST_ASKED: usize = 64;
 /// The growth from one look to the next times this is ready.
 const LOOKS_AHEAD: usize = 4;
 
@@ -24,7 +26,7 @@ const LOOKS_AHEAD: usize = 4;
 #[derive(Debug)]
 pub struct Growth {
     tables: Vec<Table>,
-    asked: Sender<Range<usize>>,
+    asked: SyncSender<Range<usize>>,
 }
 
 #[derive(Debug)]
@@ -37,7 +39,7 @@ struct Table {
 impl Growth {
     /// Starts the thread, which ends with this value. To be called where threads may run on any CPU.
     pub fn start() -> Result<Growth> {
-        let (asked, wanted) = channel();
+        let (asked, wanted) = sync_channel(MOST_ASKED);
         thread::Builder::new().name("memory".to_owned()).spawn(move || {
             privileges::drop_all_but(Keep::Nothing);
             wanted.into_iter().for_each(populate);
@@ -55,8 +57,8 @@ impl Growth {
         }
         for (table, Frontier { from, end }) in self.tables.iter_mut().zip(frontiers) {
             if let Some(wanted) = table.grow(from, end) {
-                // The thread lives as long as this.
-                let _ = self.asked.send(wanted);
+                // The thread lives as long as this. If it is that far behind, the worker has to touch these pages itself.
+                let _ = self.asked.try_send(wanted);
             }
         }
     }
