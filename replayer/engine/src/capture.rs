@@ -3,6 +3,7 @@
 use crate::config::timing;
 use crate::connection::{EarlyEnd, End, NewConnection, Origin, Phase, Place, PlainEnds, Syn};
 use crate::counters::{Counter, EndReason};
+use crate::doubt::NEAR;
 use crate::engine::{BATCH, Engine, ServiceState};
 use crate::gate::Ahead;
 use crate::output::{InHand, Output};
@@ -525,7 +526,8 @@ impl Engine {
             return self.on_stream(now_ns, c, segment, segment.seq, in_hand, out);
         }
         let end = segment.seq.wrapping_add(segment.payload_len);
-        if !seq_before(end, connection.next_seq) {
+        // Far behind is no repetition: the number that was there was not the client's.
+        if connection.next_seq.wrapping_sub(end).wrapping_sub(1) >= NEAR {
             connection.next_seq = end;
         }
         // Not known yet of one that was shed at the data in its SYN.
@@ -691,7 +693,8 @@ impl Engine {
             self.connections.set_early_end(c, Some(end));
         }
         self.end_stream(now_ns, c, out);
-        if !had_hole && self.connections.has_hole(c) {
+        let goes_on = ahead <= 0 && seen < len;
+        if (!had_hole || goes_on) && self.connections.has_hole(c) {
             self.open_hole(c, tick(now_ns));
         }
         fate
@@ -991,6 +994,11 @@ impl Engine {
     fn end_stream<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
         let Some(EarlyEnd { seq, ack, is_reset }) = self.connections.early_end(c) else { return };
         let connection = &self.connections[c];
+        if seq_before(seq, connection.next_seq) {
+            // No stream goes on after its end: it was somebody else's.
+            self.connections.set_early_end(c, None);
+            return;
+        }
         if connection.next_seq != seq {
             return;
         }

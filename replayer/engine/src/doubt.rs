@@ -23,7 +23,7 @@ use replayer_common::packet::{TcpSegment, flags};
 
 /// So many bytes of a stream may be missing before an RST, or before what shows that a stream goes on: more than most windows are, and so few
 /// that who guesses a number rarely hits.
-const NEAR: u32 = 1 << 20;
+pub(crate) const NEAR: u32 = 1 << 20;
 /// The response may have gone on by so much since the client's last data, bytes.
 const READ: u32 = 1 << 28;
 /// How far behind a SYN's number the first segment that follows it may be: no server offers a larger window before it knows the client's

@@ -252,6 +252,57 @@ fn a_hole_before_a_fin_has_its_time_however_often_the_fin_comes() {
 }
 
 #[test]
+fn bytes_that_come_in_order_give_a_hole_before_a_fin_more_time() {
+    let mut lab = between_turns();
+    // The tail of the request was lost before the server, too; the client repeats it segment by segment.
+    lab.client("FA 401 ack 51");
+    for begin in [101, 201, 301] {
+        lab.pass(600 * MS);
+        let text = format!("PA {begin}+100 ack 51");
+        lab.client(&text);
+        let both: [&str; 2] = [&text, "FA 401 ack 51"];
+        lab.expect(if begin < 301 { &both[..1] } else { &both });
+        lab.target(&format!("A 51 ack {}", begin + 100));
+    }
+    assert_eq!(lab.count(Counter::SessionsGap), 0);
+}
+
+#[test]
+fn a_strangers_fin_ends_nothing_when_the_client_goes_on_after_it() {
+    let mut lab = between_turns();
+    // Behind what the client has sent, and ahead of it.
+    lab.client("FA 50 ack 51");
+    lab.pass(2 * S);
+    lab.client("PA 101+100 ack 51");
+    lab.expect(&["PA 101+100 ack 51"]);
+    lab.target("PA 51+50 ack 201");
+    lab.pass(50 * MS);
+    lab.client("FA 251 ack 101");
+    lab.client("PA 201+100 ack 101");
+    lab.target("PA 101+50 ack 301");
+    lab.pass(3 * S);
+    lab.client("PA 301+100 ack 151");
+    lab.target("PA 151+50 ack 401");
+    lab.pass(3 * S);
+    let segments = lab.sent();
+    let texts = segments.iter().map(|segment| lab.text(segment));
+    let sent: Vec<String> = texts.filter(|text| text.starts_with("PA")).collect();
+    assert_eq!(sent, ["PA 201+100 ack 101", "PA 301+100 ack 151"]);
+    assert_eq!((lab.count(Counter::SessionsGap), lab.count(Counter::SessionsCompleted)), (0, 0));
+}
+
+#[test]
+fn after_a_strangers_data_far_ahead_the_client_is_joined_again() {
+    let mut lab = between_turns();
+    lab.client("PA 200000101+1 ack 51");
+    lab.pass(3 * S);
+    assert_eq!(lab.count(Counter::SessionsGap) + lab.engine.gauges().sessions_live, 1);
+    lab.client("PA 101+100 ack 51");
+    lab.client("PA 201+100 ack 101");
+    assert_eq!(lab.count(Counter::ConnectionsJoined), 1);
+}
+
+#[test]
 fn with_no_room_for_another_connection_the_one_that_is_there_goes_on() {
     let mut config = config();
     config.limits.connections = 1;
