@@ -24,8 +24,8 @@ const BYTES: u32 = 64 << 20;
 const LEAST_BYTES: u32 = 8 << 20;
 
 /// While packets come at least as often as this, the reader wakes by itself: a wake-up costs the serving path ten times what the copy does. Where
-/// they come more rarely, four looks in vain cost this host more than that.
-const OFTEN_NS: u64 = 200_000;
+/// they come more rarely, six looks in vain cost this host more than that.
+const OFTEN_NS: u64 = 300_000;
 /// How often it does. A request is late by half of it on average.
 const LOOK_NS: u64 = 50_000;
 
