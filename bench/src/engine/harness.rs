@@ -150,7 +150,7 @@ impl Bench {
         (self.clock)() - start
     }
 
-    /// Opens sessions at a pace, so many a second; the longest turns, ns, shortest first. `growth`: what makes memory ready meanwhile.
+    /// Opens sessions at a pace, so many a second; how long each turn took, ns, the shortest first. `growth`: what makes memory ready meanwhile.
     pub(super) fn open_paced(&mut self, connections: u32, rate: u32, mut growth: Option<Growth>) -> Vec<u64> {
         let begin = Instant::now();
         let mut looked = 0;

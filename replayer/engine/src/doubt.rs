@@ -6,8 +6,8 @@
 //!   nothing else comes, the sessions end as with any hole, and the connection is joined at its next turn; new bytes show that it was not the
 //!   client's. At any other number it is left out.
 //! - **SYN**: remembered, the last one only. A segment that follows its number shows that the server has answered it; then it opens a connection.
-//!   One with data (Fast Open) does so at once. But a stranger can send all that. So the connection before keeps its sessions, and if the next bytes of its stream come, it has its place again
-//!   and the other one closes. Each client's address and port has one such connection before at most.
+//!   One with data (Fast Open) does so at once. But a stranger can send all that. So the connection before keeps its sessions, and if the next bytes
+//!   of its stream come, it has its place again and the other one closes. Each client's address and port has one such connection before at most.
 //!
 //! A genuine SYN that the server did not take, for it still has an older connection, does no harm either: the client answers the challenge ACK
 //! by an RST at the very number, and sends its SYN again.
@@ -158,8 +158,11 @@ impl Engine {
         let opened = self.new_connection(new, tick(now_ns));
         if stays {
             self.by_client.insert(hash, c);
-            self.connections[c].place = Place::Earlier;
-            self.earlier += 1;
+            // Without room for another it has its place as before.
+            if opened.is_some() {
+                self.connections[c].place = Place::Earlier;
+                self.earlier += 1;
+            }
         }
         let opened = opened.ok_or((Counter::PacketsLimit, Counter::BytesLimit))?;
         self.open_sessions(now_ns, opened, syn.isn, false, out);
