@@ -1,6 +1,7 @@
 //! The command line: what was typed, parsed into types. What it means is decided in the roles' own files.
 
 use crate::capture::CaptureArg;
+use crate::configuration::ConfigArg;
 use crate::net::VlanTag;
 use crate::placement::{CpuList, Workers};
 use crate::replay::ReplayArgs;
@@ -117,6 +118,10 @@ impl CheckArgs {
 /// Arguments of the online role.
 #[derive(Debug, Args)]
 pub struct OnlineArgs {
+    /// A file with more of them.
+    #[command(flatten)]
+    pub config: ConfigArg,
+
     /// What is replayed, and how.
     #[command(flatten)]
     pub replay: ReplayArgs,

@@ -1,6 +1,6 @@
 //! Replayer: replays the live requests of a production server, TCP and UDP, to a target server.
 //!
-//! - [`cli`]: the command line
+//! - [`cli`]: the command line; [`configuration`]: the file that adds to it
 //! - [`replay`]: the flags that both replaying roles have, and what they mean
 //! - [`online`]: the online role: puts the parts together
 //! - [`sizing`]: whether there are identities enough
@@ -32,6 +32,7 @@ pub mod capture;
 pub mod channel;
 pub mod cli;
 pub mod clock;
+pub mod configuration;
 pub mod connections;
 pub mod diagnosis;
 pub mod growth;

@@ -1,8 +1,7 @@
-//! The command: parses what was typed and hands it to a role.
+//! The command: parses what was typed, and the file that it names, and hands it to a role.
 
-use clap::Parser;
-use replayer::cli::{Cli, Role};
-use replayer::say;
+use replayer::cli::Role;
+use replayer::{configuration, say};
 use replayer_huge_pages::HugePages;
 use std::process::ExitCode;
 
@@ -11,7 +10,17 @@ use std::process::ExitCode;
 static ALLOCATOR: HugePages = HugePages;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let typed: Vec<_> = std::env::args_os().collect();
+    let cli = match configuration::parse(&typed) {
+        Ok(cli) => cli,
+        Err(error) => match error.downcast::<clap::Error>() {
+            Ok(usage) => usage.exit(),
+            Err(error) => {
+                say::fatal(&error);
+                return ExitCode::FAILURE;
+            }
+        },
+    };
     say::begin(cli.role.name(), cli.log_format);
     let result = run(cli.role);
     match result {

@@ -10,6 +10,7 @@ use crate::capture::ring::Reader;
 use crate::capture::{self, Backend, Capture, CaptureArg, Source};
 use crate::cli::{PercentArg, online_endpoint, protocol_of};
 use crate::clock;
+use crate::configuration::ConfigArg;
 use crate::net::{Device, NetError, Network};
 use crate::pcap::writer::NgWriter;
 use crate::privileges::{self, Keep};
@@ -45,6 +46,10 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// Arguments of `replayer record`.
 #[derive(Debug, Args)]
 pub struct RecordArgs {
+    /// A file with more of them.
+    #[command(flatten)]
+    pub config: ConfigArg,
+
     /// What to record: requests to these ports, or to a port of one address; udp: before it for UDP.
     #[arg(
         short = 'x',
@@ -438,6 +443,7 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("replayer-record-{}-{name}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         RotatingFiles::new(&RecordArgs {
+            config: ConfigArg::default(),
             services: Vec::new(),
             interface: String::new(),
             capture: CaptureArg::Auto,

@@ -1,6 +1,6 @@
-//! `cargo xtask run --role ROLE [-- ARGUMENTS]`: builds a role and runs it with the privileges that it needs.
+//! `cargo xtask run --role ROLE [--config FILE] [-- ARGUMENTS]`: builds a role and runs it with the privileges that it needs.
 //!
-//! Without arguments the role runs on its host of the lab, which is brought up when it is not: for a first look at Replayer
+//! Without arguments, and without a file of them, the role runs on its host of the lab, which is brought up when it is not: for a first look at Replayer
 //! in a few terminals of one machine. An offline role that is given a file, but no assistant, replays it in the lab: what is in a file goes
 //! to a real network only when its assistant was named.
 
@@ -22,8 +22,9 @@ use crate::{cargo, deps};
 
 /// How long requests are captured for an offline role that is given no file.
 const CAPTURE_SECONDS: u32 = 5;
-/// Arguments with which an offline role does without the lab: an assistant of its own, or none of the network.
-const ELSEWHERE: [(&str, &str); 5] = [
+/// Arguments with which an offline role does without the lab: an assistant of its own, or none of the network, or a file that knows.
+const ELSEWHERE: [(&str, &str); 6] = [
+    ("--config", "--config"),
     ("-s", "--assistant"),
     ("-w", "--write"),
     ("--dry-run", "--dry-run"),
@@ -36,6 +37,9 @@ pub(crate) struct Arguments {
     /// Which role to run.
     #[arg(long)]
     role: Role,
+    /// The role's configuration file.
+    #[arg(long, value_name = "FILE")]
+    config: Option<String>,
     /// Arguments of the role, as after `replayer ROLE`.
     #[arg(last = true)]
     arguments: Vec<String>,
@@ -59,13 +63,14 @@ impl Role {
 }
 
 pub(crate) fn main(arguments: &Arguments, prepared: bool) -> Result<()> {
-    let given = &arguments.arguments;
+    let config = arguments.config.iter().map(|file| format!("--config={file}"));
+    let given: Vec<String> = config.chain(arguments.arguments.iter().cloned()).collect();
     let in_lab = match arguments.role {
-        Role::Offline => !ELSEWHERE.iter().any(|flag| names(given, *flag)),
+        Role::Offline => !ELSEWHERE.iter().any(|flag| names(&given, *flag)),
         Role::Online | Role::Assistant => given.is_empty(),
     };
     if in_lab {
-        return run_in_lab(arguments.role, given, prepared);
+        return run_in_lab(arguments.role, &given, prepared);
     }
     deps::install(deps::ALL)?;
     cargo::build_release()?;
@@ -73,7 +78,7 @@ pub(crate) fn main(arguments: &Arguments, prepared: bool) -> Result<()> {
     let program = program.to_str().context("the path of replayer is not UTF-8")?;
     println!("on this host, not in the lab: replayer {} {}", arguments.role.name(), given.join(" "));
     let mut command = as_root(program, "capturing and sending packets")?;
-    Err(command.arg(arguments.role.name()).args(&arguments.arguments).exec()).context("starting replayer")
+    Err(command.arg(arguments.role.name()).args(&given).exec()).context("starting replayer")
 }
 
 /// Whether a flag is among the arguments.
@@ -219,6 +224,7 @@ mod tests {
             "-f a --dry-run",
             "-w b",
             "--help",
+            "--config=a",
         ] {
             assert!(elsewhere(text), "{text}");
         }

@@ -25,6 +25,7 @@ pub mod routing;
 use crate::channel::limits::DEFAULT_PORT;
 use crate::channel::{Server, ServerConfig};
 use crate::clock;
+use crate::configuration::ConfigArg;
 use crate::metrics::{self, Metrics};
 use crate::moderation::{Moderation, Next};
 use crate::privileges::{self, Keep};
@@ -55,6 +56,9 @@ const TICK: u64 = 1_000_000_000;
 /// Options of `replayer assistant`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct AssistantArgs {
+    /// A file with more of them.
+    #[command(flatten)]
+    pub config: ConfigArg,
     /// The interface on which the target's responses arrive [default: the only one that is up]
     #[arg(short = 'i', long, value_name = "IFACE")]
     pub interface: Option<String>,

@@ -1,5 +1,6 @@
 //! The arguments of the offline role.
 
+use crate::configuration::ConfigArg;
 use crate::placement::Workers;
 use crate::replay::ReplayArgs;
 use anyhow::{Result, anyhow, bail};
@@ -12,6 +13,10 @@ use super::pace::Speed;
 /// Arguments of the offline role.
 #[derive(Debug, Args)]
 pub struct OfflineArgs {
+    /// A file with more of them.
+    #[command(flatten)]
+    pub config: ConfigArg,
+
     /// Capture files (pcap or pcapng, as they are or compressed by gzip, xz or zstd), or - for standard input. Several are merged by time.
     #[arg(short = 'f', long = "file", value_name = "FILE", required = true, value_delimiter = ',')]
     pub files: Vec<PathBuf>,

@@ -1,0 +1,356 @@
+//! `--config FILE`: flags from a TOML file.
+//!
+//! The file has a table for each role, whose keys are the role's long flags. They are turned into arguments behind those that were typed, so that
+//! there is one place where a flag is defined and checked: the command line. What is typed, or in the environment, wins over what is in the file.
+
+use crate::cli::Cli;
+use anyhow::{Context, Result, anyhow, bail};
+use clap::error::{ContextKind, ContextValue};
+use clap::parser::ValueSource;
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, CommandFactory, Parser};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+use toml::de::{DeTable, DeValue};
+
+/// The roles that a file may have tables for.
+const ROLES: [&str; 4] = ["online", "assistant", "offline", "record"];
+/// The flag that names the file, which is no key of it.
+const CONFIG: &str = "config";
+
+/// Names the file.
+#[derive(Clone, Debug, Default, Args)]
+pub struct ConfigArg {
+    /// Take flags from this TOML file: the table with the role's name has the long flags as keys. What is typed wins
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// By key: what has effect.
+type Settings = BTreeMap<String, Setting>;
+
+/// One key of the file.
+#[derive(Clone, Debug)]
+struct Setting {
+    line: usize,
+    /// As they would be typed; none for a flag that is false.
+    arguments: Vec<String>,
+}
+
+/// Parses what was typed, the program's name first, together with the file that it names.
+///
+/// # Errors
+/// A [`clap::Error`] for what was typed, which may be no mistake but a call for help; another one for the file, with line and key.
+pub fn parse(typed: &[OsString]) -> Result<Cli> {
+    // Where something is wrong with what was typed, or a required flag is in the file only, this tells what is there all the same.
+    let mut command = Cli::command().ignore_errors(true);
+    command.build();
+    let seen = command.clone().try_get_matches_from(typed);
+    let named = seen.as_ref().ok().and_then(|seen| {
+        let (command, seen) = role_of(&command, seen);
+        let names_it = command.get_arguments().any(|argument| argument.get_id() == CONFIG);
+        let file = names_it.then(|| seen.get_one::<PathBuf>(CONFIG)).flatten()?;
+        Some((command, seen, file))
+    });
+    let Some((command, seen, file)) = named else { return Ok(Cli::try_parse_from(typed)?) };
+    let text = std::fs::read_to_string(file)
+        .with_context(|| format!("--config {}: cannot be read; name a TOML file", file.display()))?;
+    let mut settings = settings(&text, command).map_err(|mistake| mistake.of(file))?;
+    let overridden = overridden(command, seen);
+    settings.retain(|key, _| !overridden.contains(key));
+    let from_file = settings.values().flat_map(|setting| &setting.arguments).map(OsString::from);
+    Cli::try_parse_from(typed.iter().cloned().chain(from_file))
+        .map_err(|error| locate(error, file, &settings))
+}
+
+/// The command of the role that was typed, to be checked only or not.
+fn role_of<'a>(mut command: &'a Command, mut seen: &'a ArgMatches) -> (&'a Command, &'a ArgMatches) {
+    while let Some((name, of_it)) = seen.subcommand()
+        && let Some(sub) = command.find_subcommand(name)
+    {
+        (command, seen) = (sub, of_it);
+    }
+    (command, seen)
+}
+
+/// Keys that have no effect: they were typed or are in the environment, or another one of their group was.
+fn overridden(command: &Command, seen: &ArgMatches) -> BTreeSet<String> {
+    let given =
+        |id: &str| matches!(seen.value_source(id), Some(ValueSource::CommandLine | ValueSource::EnvVariable));
+    let mut over: BTreeSet<&str> =
+        command.get_arguments().map(|argument| argument.get_id().as_str()).filter(|id| given(id)).collect();
+    for group in command.get_groups() {
+        let of_group: Vec<&str> = group.get_args().map(clap::Id::as_str).collect();
+        if !group.clone().is_multiple() && of_group.iter().any(|id| over.contains(id)) {
+            over.extend(of_group);
+        }
+    }
+    let keys = command.get_arguments().filter(|argument| over.contains(argument.get_id().as_str()));
+    keys.filter_map(Arg::get_long).map(str::to_owned).collect()
+}
+
+/// What is wrong in a file, and where.
+struct Mistake {
+    line: usize,
+    what: String,
+}
+
+impl Mistake {
+    fn of(self, file: &Path) -> anyhow::Error {
+        anyhow!("{}, line {}: {}", file.display(), self.line, self.what)
+    }
+}
+
+/// The settings of the command's table.
+fn settings(text: &str, command: &Command) -> Result<Settings, Mistake> {
+    let line = |at: usize| text[..at].matches('\n').count() + 1;
+    let mistake = |at: usize, what: String| Mistake { line: line(at), what };
+    let root = DeTable::parse(text)
+        .map_err(|error| mistake(error.span().map_or(0, |span| span.start), error.message().to_owned()))?;
+    let mut of_role = None;
+    for (name, table) in root.get_ref() {
+        let (at, name) = (name.span().start, name.get_ref());
+        let DeValue::Table(table) = table.get_ref() else {
+            return Err(mistake(at, format!("{name} is in no table; put it below [{}]", command.get_name())));
+        };
+        if !ROLES.contains(&name.as_ref()) {
+            return Err(mistake(
+                at,
+                format!("there is no role [{name}]; tables can be {}", ROLES.join(", ")),
+            ));
+        }
+        if name == command.get_name() {
+            of_role = Some(table);
+        }
+    }
+    let Some(table) = of_role else {
+        return Err(mistake(0, format!("there is no table [{}] in the file", command.get_name())));
+    };
+    let mut settings = Settings::new();
+    for (key, value) in table {
+        let (at, key) = (key.span().start, key.get_ref());
+        let named = |argument: &&Arg| argument.get_long() == Some(key) && is_key(argument);
+        let argument =
+            command.get_arguments().find(named).ok_or_else(|| mistake(at, unknown(command, key)))?;
+        let arguments = arguments(argument, key, value.get_ref())
+            .map_err(|error| mistake(at, format!("{key}: {error}")))?;
+        settings.insert(key.to_string(), Setting { line: line(at), arguments });
+    }
+    Ok(settings)
+}
+
+fn is_key(argument: &Arg) -> bool {
+    argument.get_id() != CONFIG
+        && !argument.is_hide_set()
+        && !matches!(argument.get_action(), ArgAction::Help)
+}
+
+/// What a value would be on the command line.
+fn arguments(argument: &Arg, key: &str, value: &DeValue<'_>) -> Result<Vec<String>> {
+    if matches!(argument.get_action(), ArgAction::SetTrue) {
+        return match value {
+            DeValue::Boolean(true) => Ok(vec![format!("--{key}")]),
+            DeValue::Boolean(false) => Ok(Vec::new()),
+            _ => bail!("write true or false"),
+        };
+    }
+    let typed = |value: &dyn Display| vec![format!("--{key}={value}")];
+    match value {
+        DeValue::String(text) => Ok(typed(text)),
+        DeValue::Integer(number) => Ok(typed(number)),
+        DeValue::Float(number) => Ok(typed(number)),
+        DeValue::Array(list) if argument.get_value_delimiter().is_some() => {
+            let each = list.iter().map(|item| match item.get_ref() {
+                DeValue::Array(_) => bail!("a list of lists is none"),
+                item => arguments(argument, key, item),
+            });
+            Ok(each.collect::<Result<Vec<_>>>()?.concat())
+        }
+        _ => bail!("write a text or a number, as for {argument} on the command line"),
+    }
+}
+
+/// No flag of the role is called that; the nearest one that is, or all.
+fn unknown(command: &Command, key: &str) -> String {
+    let role = command.get_name();
+    let error = command
+        .clone()
+        .ignore_errors(false)
+        .try_get_matches_from([role.to_owned(), format!("--{key}")])
+        .err();
+    let nearest = error.as_ref().and_then(|error| match error.get(ContextKind::SuggestedArg) {
+        Some(ContextValue::String(flag)) => flag.strip_prefix("--"),
+        _ => None,
+    });
+    let keys = || -> BTreeSet<&str> {
+        command.get_arguments().filter(|argument| is_key(argument)).filter_map(Arg::get_long).collect()
+    };
+    match nearest.filter(|nearest| keys().contains(nearest)) {
+        Some(nearest) => format!("[{role}] has no key {key}; there is {nearest}"),
+        None => format!("[{role}] has no key {key}; its keys are {}", Vec::from_iter(keys()).join(", ")),
+    }
+}
+
+/// An error of the command line, with line and key where it is about what the file has added.
+fn locate(error: clap::Error, file: &Path, settings: &Settings) -> anyhow::Error {
+    let about = |kind: ContextKind| match error.get(kind) {
+        // `--copies <COPIES>`
+        Some(ContextValue::String(flag)) => {
+            let key = flag.strip_prefix("--")?.split([' ', '=']).next()?;
+            Some((key.to_owned(), settings.get(key)?.line))
+        }
+        _ => None,
+    };
+    match about(ContextKind::InvalidArg).or_else(|| about(ContextKind::PriorArg)) {
+        Some((key, line)) => Mistake { line, what: format!("{key}: {}", text_of(&error)) }.of(file),
+        None => error.into(),
+    }
+}
+
+/// What an error of the command line says, without how to use it.
+fn text_of(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let what = text.split("\n\n").next().unwrap_or_default();
+    let lines: Vec<&str> = what.trim_start_matches("error: ").lines().map(str::trim).collect();
+    lines.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::CaptureArg;
+    use crate::cli::{CheckedRole, OnlineArgs, Role};
+    use crate::offline::pace::Speed;
+    use crate::say::LogFormat;
+
+    /// A role with a file of this text.
+    fn parsed(text: &str, typed: &str) -> Result<Cli> {
+        static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("replayer-{}-{number}.toml", std::process::id()));
+        std::fs::write(&path, text).unwrap();
+        let mut line: Vec<OsString> = format!("replayer {typed}").split(' ').map(OsString::from).collect();
+        line.extend(["--config".into(), path.clone().into()]);
+        let result = parse(&line);
+        std::fs::remove_file(path).unwrap();
+        result
+    }
+
+    fn online(text: &str, typed: &str) -> OnlineArgs {
+        match parsed(text, typed).unwrap().role {
+            Role::Online(args) => *args,
+            role => panic!("{role:?}"),
+        }
+    }
+
+    const FILE: &str = "[online]\n\
+        service = ['80-192.0.2.7:80', 'udp:53-192.0.2.7:53']\n\
+        assistant = \"192.0.2.30\"\n\
+        log-format = \"json\"\n\
+        capture = 'ring'\n\
+        copies = 2.5\n\
+        stats = 5 # seconds\n\
+        no-wait = true\n\
+        zero-copy = false\n\
+        [assistant]\n\
+        interface = 'eth1'\n";
+
+    #[test]
+    fn the_table_of_the_role_is_typed_for_the_user() {
+        let args = online(FILE, "online");
+        assert_eq!((args.replay.services.len(), args.assistants.len()), (2, 1));
+        assert_eq!((args.replay.copies.0, args.replay.stats), (2_500_000, Some(5)));
+        assert_eq!((args.capture, args.replay.no_wait, args.zero_copy), (CaptureArg::Ring, true, false));
+        assert_eq!(parsed(FILE, "online").unwrap().log_format, LogFormat::Json);
+        let Role::Assistant(args) = parsed(FILE, "assistant").unwrap().role else { panic!() };
+        assert_eq!(args.interface.as_deref(), Some("eth1"));
+        let Role::Check(check) = parsed(FILE, "check online").unwrap().role else { panic!() };
+        assert!(matches!(check.role, CheckedRole::Online(args) if args.replay.services.len() == 2));
+    }
+
+    #[test]
+    fn what_is_typed_wins() {
+        let typed = "--log-format text online -s 192.0.2.31,192.0.2.32 -x 81-192.0.2.7:81 --copies 3";
+        let args = online(FILE, typed);
+        assert_eq!(args.assistants, ["192.0.2.31", "192.0.2.32"]);
+        assert_eq!((args.replay.services.len(), args.replay.copies.0), (1, 3_000_000));
+        assert_eq!(args.replay.stats, Some(5));
+        assert_eq!(parsed(FILE, typed).unwrap().log_format, LogFormat::Text);
+        // One of several flags of which there can be one.
+        let file = "[offline]\nfile = 'a'\nservice = '80-192.0.2.7:80'\ndry-run = true\nspeed = 'max'";
+        let speed = |typed: &str| match parsed(file, typed).unwrap().role {
+            Role::Offline(args) => args.pace().unwrap(),
+            role => panic!("{role:?}"),
+        };
+        assert_eq!(speed("offline"), Speed::Max);
+        assert_eq!(speed("offline --pps 7"), Speed::PacketsPerSecond(7.0));
+    }
+
+    #[test]
+    fn b009_a_mistake_is_named_with_its_line_its_key_and_what_is_allowed() {
+        let base = "[online]\nservice = '80-192.0.2.7:80'\nassistant = 'a'\n";
+        for (more, says) in [
+            ("copies = 'x'", "line 4: copies: invalid value 'x' for '--copies <COPIES>': write a number"),
+            (
+                "capture = 'x'",
+                "line 4: capture: invalid value 'x' for '--capture <HOW>' [possible values: auto, ",
+            ),
+            ("copes = 2", "line 4: [online] has no key copes; there is copies"),
+            ("hold_limit = 2", "line 4: [online] has no key hold_limit; there is hold-limit"),
+            ("xyz = 2", "line 4: [online] has no key xyz; its keys are assistant, "),
+            ("config = 'x'", "line 4: [online] has no key config"),
+            ("check = true", "line 4: [online] has no key check"),
+            ("no-wait = 1", "line 4: no-wait: write true or false"),
+            ("stats = true", "line 4: stats: write a text or a number, as for --stats <SECONDS> on"),
+            ("stats = [1]", "line 4: stats: write a text or a number"),
+            ("stats = -1", "line 4: stats: invalid value '-1'"),
+            ("stats = 1\nstats = 2", "line 5: duplicate key"),
+            ("stats = ", "line 4: "),
+            ("[onlin]", "line 4: there is no role [onlin]; tables can be online, assistant, offline, record"),
+        ] {
+            let error = format!("{:#}", parsed(&format!("{base}{more}"), "online").unwrap_err());
+            assert!(error.contains(".toml, ") && error.contains(says), "{more}: {error}");
+        }
+        for (text, typed, says) in [
+            ("stats = 1", "online", "line 1: stats is in no table; put it below [online]"),
+            ("[assistant]", "online", "there is no table [online]"),
+            (
+                "[offline]\nspeed = 2\nfile = 'a'\nmbps = 1",
+                "offline --dry-run -x 80-192.0.2.7:80",
+                "line 4: mbps: the argument '--mbps",
+            ),
+        ] {
+            let error = format!("{:#}", parsed(text, typed).unwrap_err());
+            assert!(error.contains(says), "{text}: {error}");
+        }
+        let typed = ["replayer", "online", "--config", "/nowhere/a.toml"].map(OsString::from);
+        let error = format!("{:#}", parse(&typed).unwrap_err());
+        assert!(error.contains("/nowhere/a.toml") && error.contains("name a TOML file"), "{error}");
+    }
+
+    #[test]
+    fn what_is_wrong_on_the_command_line_stays_the_command_lines() {
+        let usage = |result: Result<Cli>| result.unwrap_err().downcast::<clap::Error>().unwrap();
+        let missing = usage(parsed("[online]\nservice = '80-192.0.2.7:80'", "online"));
+        assert_eq!(missing.kind(), clap::error::ErrorKind::MissingRequiredArgument);
+        assert!(missing.to_string().contains("--assistant"), "{missing}");
+        let wrong = usage(parsed(FILE, "online -n x"));
+        assert_eq!(wrong.kind(), clap::error::ErrorKind::ValueValidation);
+        assert_eq!(usage(parsed(FILE, "online --help")).kind(), clap::error::ErrorKind::DisplayHelp);
+        assert_eq!(usage(parsed(FILE, "top 127.0.0.1:1")).kind(), clap::error::ErrorKind::UnknownArgument);
+    }
+
+    #[test]
+    fn the_example_of_the_documentation_is_one() {
+        let page = include_str!("../../docs/operation.md");
+        let (_, rest) = page.split_once("```toml\n").unwrap();
+        let (example, _) = rest.split_once("```").unwrap();
+        let tables: Vec<&str> =
+            ROLES.into_iter().filter(|role| example.contains(&format!("[{role}]"))).collect();
+        assert_eq!(tables, ROLES, "an example for each role");
+        for role in ROLES {
+            parsed(example, role).unwrap_or_else(|error| panic!("{role}: {error:#}"));
+        }
+    }
+}
