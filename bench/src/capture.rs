@@ -27,6 +27,7 @@ use nix::sys::time::TimeSpec;
 use nix::{libc, setsockopt_impl, sockopt_impl};
 use replayer::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
 use replayer::capture::{Backend, Capture, Source};
+use replayer::clients::Clients;
 use replayer::net::Network;
 use replayer_common::addr::from_v4;
 use replayer_common::packet::{Protocol, flags};
@@ -428,7 +429,7 @@ impl Reader {
             Way::Capture(backend) => {
                 let device = Network::open()?.device(way.device())?;
                 let services = BTreeSet::from([(Protocol::Tcp, from_v4(SERVER), SERVICE)]);
-                let mut capture = Capture::prepare(backend, &device, &services, 1)?;
+                let mut capture = Capture::prepare(backend, &device, &services, &Clients::default(), 1)?;
                 let port = Port::open(&PortConfig {
                     frames: 16_384,
                     frame_size: 2048,

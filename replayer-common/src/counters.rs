@@ -52,6 +52,8 @@ macro_rules! selecting {
                 Unrelated = "unrelated",
                 /// For a wildcard service, but not addressed to this host (bridged, or seen in promiscuous mode).
                 NotForHost = "not_for_host",
+                /// Of a client that is not one of those that were chosen.
+                ClientNotChosen = "client_not_chosen",
                 /// Of a connection that the sample leaves out.
                 NotSampled = "not_sampled",
                 /// An acknowledgment without data, of which the replay makes its own.
@@ -66,7 +68,7 @@ macro_rules! selecting {
                 ExtensionHeaders = "extension_headers",
             }
         }
-        selecting!(@reasons $name Unrelated NotForHost NotSampled PureAck Fragment Truncated Malformed ExtensionHeaders);
+        selecting!(@reasons $name Unrelated NotForHost ClientNotChosen NotSampled PureAck Fragment Truncated Malformed ExtensionHeaders);
     };
     (@reasons $name:ident $($reason:ident)+) => {
         impl $name {

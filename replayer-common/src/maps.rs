@@ -10,6 +10,8 @@ pub const MAX_SERVICES: u32 = 4096;
 pub const MAX_QUEUES: u32 = 256;
 /// Addresses of this host in the `LOCAL_ADDRESSES` map.
 pub const MAX_LOCAL_ADDRESSES: u32 = 4096;
+/// Networks of clients, chosen or left out, that fit into the `CLIENTS` map. It holds two entries more: one for all of IPv4, one for all else.
+pub const MAX_CLIENT_NETS: u32 = 4096;
 /// Words of the port bitmap: 65 536 ports.
 pub const PORT_WORDS: u32 = 65_536 / 64;
 /// Slots of the handshake table. A slot that two connections share costs one of them the mirroring of its
@@ -25,6 +27,9 @@ pub mod names {
     pub const PORTS: &str = "PORTS";
     /// Array of one [`CaptureConfig`](super::CaptureConfig), for `mirror`, `ring` and `span`.
     pub const CONFIG: &str = "CONFIG";
+    /// LPM trie: [`Ip`](crate::addr::Ip) and prefix length, of its 128 bits, to `u32`: 1 for a network whose clients are chosen, 0 for one whose
+    /// clients are left out. While [`CaptureConfig::choose_clients`](super::CaptureConfig::choose_clients) is set, each address has an entry.
+    pub const CLIENTS: &str = "CLIENTS";
     /// Array of [`HANDSHAKE_SLOTS`](super::HANDSHAKE_SLOTS) `u32`, private to `mirror`, `ring` and `span`, of which one runs.
     pub const HANDSHAKES: &str = "HANDSHAKES";
     /// Array of maps: the ring buffer of each shard, private to `ring` and its reader.
@@ -112,8 +117,10 @@ pub struct CaptureConfig {
     pub shards: u32,
     /// `span`: the interface's own address. What is sent to another host's ends here.
     pub mac: [u8; 6],
+    /// Not zero: `CLIENTS` says whose packets are captured. Else everybody's are, and the map is not looked at.
+    pub choose_clients: u8,
     /// Zero.
-    pub pad: [u8; 2],
+    pub pad: u8,
 }
 
 const _: () = assert!(size_of::<CaptureConfig>() == 24 && align_of::<CaptureConfig>() == 8);

@@ -2,12 +2,13 @@
 
 use aya_ebpf::btf_maps::{ArrayOfMaps, RingBuf};
 use aya_ebpf::macros::{btf_map, map};
+use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, XskMap};
 use replayer_common::addr::Ip;
 use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict, RingVerdict, SpanVerdict};
 use replayer_common::maps::{
-    CaptureConfig, HANDSHAKE_SLOTS, MAX_LOCAL_ADDRESSES, MAX_QUEUES, MAX_SERVICES, PORT_WORDS, ServiceKey,
-    port_bit,
+    CaptureConfig, HANDSHAKE_SLOTS, MAX_CLIENT_NETS, MAX_LOCAL_ADDRESSES, MAX_QUEUES, MAX_SERVICES,
+    PORT_WORDS, ServiceKey, port_bit,
 };
 
 #[map]
@@ -16,6 +17,8 @@ pub static SERVICES: HashMap<ServiceKey, u32> = HashMap::with_max_entries(2 * MA
 pub static PORTS: Array<u64> = Array::with_max_entries(PORT_WORDS, 0);
 #[map]
 pub static CONFIG: Array<CaptureConfig> = Array::with_max_entries(1, 0);
+#[map]
+pub static CLIENTS: LpmTrie<Ip, u32> = LpmTrie::with_max_entries(MAX_CLIENT_NETS + 2, 0);
 #[map]
 pub static HANDSHAKES: Array<u32> = Array::with_max_entries(HANDSHAKE_SLOTS, 0);
 /// The rings are made by user space, as large as it wants; the smallest one stands for them here.
@@ -65,4 +68,10 @@ pub fn is_service_port(port: u16) -> bool {
 #[inline(always)]
 pub fn is_service(key: &ServiceKey) -> bool {
     SERVICES.get_ptr(key).is_some()
+}
+
+/// Whether the longest prefix that `client` is in was chosen.
+#[inline(always)]
+pub fn is_chosen(client: &Ip) -> bool {
+    CLIENTS.get(Key::new(8 * size_of::<Ip>() as u32, *client)).is_some_and(|chosen| *chosen != 0)
 }

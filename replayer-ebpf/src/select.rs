@@ -14,7 +14,7 @@ use replayer_common::packet::{
 };
 
 use crate::frame::Frame;
-use crate::maps::{CONFIG, HANDSHAKES, is_service, is_service_port};
+use crate::maps::{CONFIG, HANDSHAKES, is_chosen, is_service, is_service_port};
 
 /// `PACKET_HOST` of `linux/if_packet.h`: the frame was addressed to this host.
 const PACKET_HOST: u32 = 0;
@@ -65,7 +65,7 @@ pub fn select(frame: &Frame, is_for_host: impl Fn() -> bool) -> Result<Selected,
         let datagram = packet.udp(frame).map_err(refusal)?;
         find_service(ServiceKey::new(PROTOCOL_UDP, datagram.dst, datagram.dst_port), is_for_host)?;
         let config = CONFIG.get(0).ok_or(Refusal::NotSampled)?;
-        return Ok(selected(config, sampled(config, &datagram.src, datagram.src_port)?));
+        return Ok(selected(config, wanted(config, &datagram.src, datagram.src_port)?));
     }
     let segment = packet.tcp(frame).map_err(refusal)?;
     find_service(ServiceKey::new(PROTOCOL_TCP, segment.dst, segment.dst_port), is_for_host)?;
@@ -73,9 +73,12 @@ pub fn select(frame: &Frame, is_for_host: impl Fn() -> bool) -> Result<Selected,
     choose(config, &segment)
 }
 
-/// The client's hash, if it is in the sample.
+/// The client's hash, if it was chosen and is in the sample.
 #[inline(always)]
-fn sampled(config: &CaptureConfig, addr: &Ip, port: u16) -> Result<u32, Refusal> {
+fn wanted(config: &CaptureConfig, addr: &Ip, port: u16) -> Result<u32, Refusal> {
+    if config.choose_clients != 0 && !is_chosen(addr) {
+        return Err(Refusal::ClientNotChosen);
+    }
     let hash = flow_hash(FLOW_SEED, addr, port);
     if u64::from(hash) < config.sample_threshold { Ok(hash) } else { Err(Refusal::NotSampled) }
 }
@@ -90,7 +93,7 @@ fn selected(config: &CaptureConfig, hash: u32) -> Selected {
 /// Of the segments to a service: which are captured, and by which worker.
 #[inline(always)]
 fn choose(config: &CaptureConfig, segment: &TcpSegment) -> Result<Selected, Refusal> {
-    let hash = sampled(config, &segment.src, segment.src_port)?;
+    let hash = wanted(config, &segment.src, segment.src_port)?;
     // The replay makes its own acknowledgments. It needs the client's only until the client has sent data: they say where
     // the server's stream begins, and how much of a greeting the client has read. Such an ACK has the sequence number
     // after the SYN's, which is remembered here.

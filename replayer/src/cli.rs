@@ -254,6 +254,23 @@ fn endpoint(text: &str, form: &str) -> Result<Endpoint> {
     Ok(SocketAddr::from_str(text).map_err(|_| anyhow!("'{text}' is not IP:PORT; {form}"))?.into())
 }
 
+fn address(text: &str, form: &str) -> Result<IpAddr> {
+    IpAddr::from_str(text).map_err(|_| anyhow!("'{text}' is not an address; {form}"))
+}
+
+/// A network in the notation of CIDR, or one address: an address of it, and how many bits its hosts have. `form` says how it is written.
+pub(crate) fn network(text: &str, form: &str) -> Result<(IpAddr, u32)> {
+    let Some((ip, bits)) = text.split_once('/') else { return Ok((address(text, form)?, 0)) };
+    let ip = address(ip, form)?;
+    let width = if ip.is_ipv4() { 32 } else { 128 };
+    let bits: u32 = bits
+        .parse()
+        .ok()
+        .filter(|&bits| bits <= width)
+        .ok_or_else(|| anyhow!("'/{bits}' is not a prefix length; {form}"))?;
+    Ok((ip, width - bits))
+}
+
 /// `-c`: addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolArg(pub AddressRange);
@@ -271,18 +288,10 @@ impl FromStr for PoolArg {
 
     fn from_str(text: &str) -> Result<PoolArg> {
         let form = "write an address, a network such as 172.29.0.0/16, or FIRST-LAST";
-        let address =
-            |text: &str| IpAddr::from_str(text).map_err(|_| anyhow!("'{text}' is not an address; {form}"));
+        let address = |text: &str| address(text, form);
         let number = |ip: IpAddr| u128::from_be_bytes(from_std(ip));
-        let (first, last) = if let Some((network, bits)) = text.split_once('/') {
-            let ip = address(network)?;
-            let width = if ip.is_ipv4() { 32 } else { 128 };
-            let bits: u32 = bits
-                .parse()
-                .ok()
-                .filter(|&bits| bits <= width)
-                .ok_or_else(|| anyhow!("'/{bits}' is not a prefix length; {form}"))?;
-            let hosts = width - bits;
+        let (first, last) = if text.contains('/') {
+            let (ip, hosts) = network(text, form)?;
             // At most 2^20 addresses of a network are used: with their ports more than a target can tell apart in a day.
             let count = 1u128 << hosts.min(20);
             let base = if hosts == 128 { 0 } else { number(ip) >> hosts << hosts };

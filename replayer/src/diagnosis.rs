@@ -23,6 +23,8 @@ const OVER_AFTER: Duration = Duration::from_secs(5);
 pub enum Trouble {
     /// No packet was captured.
     NothingCaptured,
+    /// No packet was captured, for those that came in are of clients that were not chosen.
+    NobodyChosen,
     /// The target's answers do not come back.
     NoResponse,
     /// The target refuses connections.
@@ -36,7 +38,8 @@ pub enum Trouble {
 pub struct Diagnosis {
     /// Whether packets are captured here, and their absence would be told.
     captures: bool,
-    said_nothing_captured: bool,
+    /// What was said of a capture without packets.
+    said_unseen: Option<Trouble>,
     /// Responses at the last look, and since when sessions were opened without a further one.
     responses: u64,
     opened: u64,
@@ -74,7 +77,7 @@ impl Diagnosis {
     pub fn new(captures: bool) -> Diagnosis {
         Diagnosis {
             captures,
-            said_nothing_captured: false,
+            said_unseen: None,
             responses: 0,
             opened: 0,
             waiting_since: None,
@@ -85,17 +88,15 @@ impl Diagnosis {
     }
 
     /// What is to be said now, `now` after the start. To be called every [`INTERVAL`]. `left_out`: clients' packets that came in and were not
-    /// to be captured, or could not.
-    pub fn look(&mut self, now: Duration, figures: &Figures, left_out: u64) -> Vec<Trouble> {
+    /// to be captured, or could not; `not_chosen`: those of clients that were not chosen, which are not among them.
+    pub fn look(&mut self, now: Duration, figures: &Figures, left_out: u64, not_chosen: u64) -> Vec<Trouble> {
         let c = &figures.counters;
         let mut troubles = Vec::new();
-        if self.captures
-            && !self.said_nothing_captured
-            && now >= UNSEEN_AFTER
-            && c[Counter::PacketsCaptured] + left_out == 0
-        {
-            self.said_nothing_captured = true;
-            troubles.push(Trouble::NothingCaptured);
+        if self.captures && now >= UNSEEN_AFTER && c[Counter::PacketsCaptured] + left_out == 0 {
+            let unseen = if not_chosen > 0 { Trouble::NobodyChosen } else { Trouble::NothingCaptured };
+            if self.said_unseen.replace(unseen) != Some(unseen) {
+                troubles.push(unseen);
+            }
         }
 
         let (responses, opened) = (c[Counter::ResponsesReceived], c[Counter::SessionsOpened]);
@@ -132,6 +133,7 @@ impl Trouble {
     pub fn name(self) -> &'static str {
         match self {
             Trouble::NothingCaptured => "nothing_captured",
+            Trouble::NobodyChosen => "nobody_chosen",
             Trouble::NoResponse => "no_response",
             Trouble::Refused => "refused",
             Trouble::NoLink => "no_link",
@@ -152,11 +154,15 @@ impl Trouble {
                 .map(|service| service.service.target.to_string())
                 .collect(),
         );
+        let online = list(services.iter().map(ServiceArg::online_name).collect());
         match self {
             Trouble::NothingCaptured => format!(
-                "nothing was captured on {interface} so far: no packet to {} came in there. If clients are active, they come by another \
-                 interface (`ip -br address`; -i names it) or to another address or port (-x)",
-                list(services.iter().map(ServiceArg::online_name).collect())
+                "nothing was captured on {interface} so far: no packet to {online} came in there. If clients are active, they come by another \
+                 interface (`ip -br address`; -i names it) or to another address or port (-x)"
+            ),
+            Trouble::NobodyChosen => format!(
+                "nothing was captured on {interface} so far: all packets to {online} are of clients that --clients and --exclude-clients leave \
+                 out. What comes through a proxy or a load balancer may have its address (`ss -tn` shows the clients' as this host sees them)"
             ),
             Trouble::NoResponse => {
                 let client = match replay.pool.first() {
@@ -192,12 +198,19 @@ mod tests {
         diagnosis: Diagnosis,
         figures: Figures,
         left_out: u64,
+        not_chosen: u64,
         second: u64,
     }
 
     impl Looks {
         fn new(captures: bool) -> Looks {
-            Looks { diagnosis: Diagnosis::new(captures), figures: Figures::default(), left_out: 0, second: 0 }
+            Looks {
+                diagnosis: Diagnosis::new(captures),
+                figures: Figures::default(),
+                left_out: 0,
+                not_chosen: 0,
+                second: 0,
+            }
         }
 
         /// Counts one more and looks, a second later.
@@ -206,7 +219,12 @@ mod tests {
                 self.figures.counters[counter] += 1;
             }
             self.second += 1;
-            self.diagnosis.look(Duration::from_secs(self.second), &self.figures, self.left_out)
+            self.diagnosis.look(
+                Duration::from_secs(self.second),
+                &self.figures,
+                self.left_out,
+                self.not_chosen,
+            )
         }
 
         /// The seconds at which something was said, and what, while the same is counted again and again.
@@ -251,6 +269,11 @@ mod tests {
         let mut looks = Looks::new(true);
         looks.left_out = 1;
         assert_eq!(looks.for_seconds(60, &[]), []);
+        // Clients may come later, and none of those that were chosen.
+        let mut looks = Looks::new(true);
+        assert_eq!(looks.for_seconds(20, &[]), [(8, Trouble::NothingCaptured)]);
+        looks.not_chosen = 1;
+        assert_eq!(looks.for_seconds(20, &[]), [(21, Trouble::NobodyChosen)]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! - [`cli`]: the command line; [`configuration`]: the file that adds to it
 //! - [`replay`]: the flags that both replaying roles have, and what they mean
 //! - [`online`]: the online role: puts the parts together
+//! - [`clients`]: whose requests are taken
 //! - [`sizing`]: whether there are identities enough
 //! - [`placement`]: how many workers there are, and where they run
 //! - [`offline`]: the offline role: capture files instead of a live host
@@ -31,6 +32,7 @@ pub mod assistant;
 pub mod capture;
 pub mod channel;
 pub mod cli;
+pub mod clients;
 pub mod clock;
 pub mod configuration;
 pub mod connections;

@@ -80,6 +80,12 @@ pub fn run(args: &OnlineArgs) -> Result<()> {
     if lost > 0 {
         summary += &format!("\n  {lost} packets were lost in the capture: the kernel had no room for them");
     }
+    let not_chosen = capture::not_chosen(&online.verdicts);
+    if not_chosen > 0 {
+        summary += &format!(
+            "\n  {not_chosen} packets of clients that were not chosen (--clients, --exclude-clients) were left alone"
+        );
+    }
     say!("{summary}");
     if let Some(path) = &args.replay.report {
         let written = report::write(path, &figures.report(online.verdicts.clone(), seconds, cpu));
@@ -133,6 +139,7 @@ impl Online {
             bail!("--busy-poll {}: give at most 1000000 microseconds", args.busy_poll);
         }
         let services = args.replay.services();
+        let clients = args.replay.whose.chosen()?;
         let mut network = Network::open()?;
         let output = output_device(&mut network, &args.replay, &services)?;
         let device = capture_device(&mut network, args, &services)?;
@@ -167,7 +174,7 @@ impl Online {
         let online: BTreeSet<_> =
             services.iter().map(|s| (s.protocol, s.service.online.ip, s.service.online.port)).collect();
         let threshold = sample_threshold(args.replay.sample.0);
-        let mut capture = Capture::prepare(backend, &device, &online, placement.workers)?;
+        let mut capture = Capture::prepare(backend, &device, &online, &clients, placement.workers)?;
         let mut ports = open_ports(args, &placement, &capture, &device, &output)?;
         if args.busy_poll > 0 {
             for port in &mut ports {
@@ -219,7 +226,12 @@ impl Online {
         let ports: Vec<u16> = ports.into_iter().collect();
         // What a mirror port shows are connections of other hosts.
         let look = !args.replay.new_connections_only && backend != Backend::Span;
-        let earlier = open_connections(look, &ports);
+        let open_connections = || {
+            let mut open = if look { open_connections(&ports) } else { Vec::new() };
+            open.retain(|connection| clients.contains(&connection.client.ip));
+            open
+        };
+        let earlier = open_connections();
         say_shortfalls(&args.replay, workers, &config.limits, &earlier);
         if signals.take() == Some(Asked::Stop) {
             say!("stopped before anything was attached");
@@ -227,7 +239,7 @@ impl Online {
         }
         capture.attach()?;
         let attached = Instant::now();
-        let later = open_connections(look, &ports);
+        let later = open_connections();
         let (quiet, others) = between_turns(&earlier, &later);
         let mut online = Online {
             capture,
@@ -247,7 +259,7 @@ impl Online {
         let mut settled = Vec::new();
         if quiet.len() + others.len() < later.len() && attached.elapsed() < MOMENT {
             std::thread::sleep(MOMENT);
-            settled = between_turns_now(&later, &open_connections(look, &ports));
+            settled = between_turns_now(&later, &open_connections());
         }
         for (number, (mut worker, shared)) in (0..).zip(made) {
             let settled = of_worker(number, workers, &settled);
@@ -323,11 +335,12 @@ impl Online {
             longest_lag_us = longest_lag_us.max(figures.lag_us);
             let verdicts = self.capture.verdicts();
             let left_out = capture::left_out(&verdicts) + capture::lost(&verdicts);
+            let not_chosen = capture::not_chosen(&verdicts);
             if let Some(metrics) = &self.metrics {
                 let (seconds, cpu) = spent(started);
                 metrics.publish(metrics::of_replay(&figures, verdicts, seconds, cpu));
             }
-            for trouble in diagnosis.look(attached.elapsed(), &figures, left_out) {
+            for trouble in diagnosis.look(attached.elapsed(), &figures, left_out, not_chosen) {
                 let text = trouble.describe(&self.services, &args.replay, &self.devices[0].name);
                 caution!(json!({"trouble": trouble.name()}); "{text}");
             }
@@ -694,10 +707,7 @@ pub(crate) fn connect(
     Ok(all)
 }
 
-fn open_connections(look: bool, ports: &[u16]) -> Vec<Connection> {
-    if !look {
-        return Vec::new();
-    }
+fn open_connections(ports: &[u16]) -> Vec<Connection> {
     connections::established(ports).unwrap_or_else(|error| {
         caution!(
             "the open connections cannot be looked up ({error}); each is joined at its second request from now on"

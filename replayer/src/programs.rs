@@ -16,6 +16,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
+use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, XskMap};
 use aya::programs::links::FdLink;
 use aya::programs::tc::{self, NlOptions, TcAttachOptions, TcAttachType};
@@ -30,6 +31,7 @@ use replayer_common::packet::Protocol;
 use thiserror::Error;
 
 use crate::capture::mirror::Mirror;
+use crate::clients::Clients;
 
 /// The object with all programs and maps.
 static OBJECT: &[u8] =
@@ -213,6 +215,16 @@ impl Programs {
         Ok(())
     }
 
+    /// Whose packets the programs on the capture interface take, while [`CaptureConfig::choose_clients`] is set. To be called before that.
+    pub fn set_clients(&mut self, clients: &Clients) -> Result<(), ProgramsError> {
+        let map = self.ebpf.map_mut(names::CLIENTS).ok_or_else(|| missing(names::CLIENTS))?;
+        let mut map: LpmTrie<_, Ip, u32> = map.try_into().map_err(map_error(names::CLIENTS))?;
+        for (bits, net, chosen) in clients.nets() {
+            map.insert(&Key::new(bits, net), u32::from(chosen), 0).map_err(map_error(names::CLIENTS))?;
+        }
+        Ok(())
+    }
+
     /// What the programs on the capture interface sample, and where [`Program::Mirror`] clones to.
     pub fn set_capture(&mut self, config: CaptureConfig) -> Result<(), ProgramsError> {
         let mut bytes = [0; 24];
@@ -220,6 +232,7 @@ impl Programs {
         bytes[8..12].copy_from_slice(&config.mirror_ifindex.to_ne_bytes());
         bytes[12..16].copy_from_slice(&config.shards.to_ne_bytes());
         bytes[16..22].copy_from_slice(&config.mac);
+        bytes[22] = config.choose_clients;
         self.array::<[u8; 24]>(names::CONFIG)?.set(0, bytes, 0).map_err(map_error(names::CONFIG))
     }
 

@@ -9,6 +9,7 @@ use crate::capture::choice::{self, Facts};
 use crate::capture::ring::Reader;
 use crate::capture::{self, Backend, Capture, CaptureArg, Source};
 use crate::cli::{PercentArg, online_endpoint, protocol_of};
+use crate::clients::ClientArgs;
 use crate::clock;
 use crate::configuration::ConfigArg;
 use crate::net::{Device, NetError, Network};
@@ -92,6 +93,10 @@ pub struct RecordArgs {
     #[arg(long, value_name = "COUNT")]
     pub packets: Option<u64>,
 
+    /// Whose requests.
+    #[command(flatten)]
+    pub whose: ClientArgs,
+
     /// Share of connections to record; always the same ones.
     #[arg(short = 'r', long = "sample", value_name = "PERCENT", default_value = "100")]
     pub sample: PercentArg,
@@ -131,6 +136,7 @@ impl FromStr for RecordedArg {
 pub fn run(args: &RecordArgs) -> Result<()> {
     privileges::check()?;
     report::check_writable(args.report.as_deref())?;
+    let clients = args.whose.chosen()?;
     let signals = Signals::install()?;
     let mut files = RotatingFiles::new(args)?;
     let mut network = Network::open()?;
@@ -143,7 +149,7 @@ pub fn run(args: &RecordArgs) -> Result<()> {
     let wildcard = services.iter().any(|(_, ip, _)| *ip == ANY);
     let facts = Facts::find(&mut network, &device, wildcard)?;
     let (backend, why) = choice::choose(args.capture, &device, &facts)?;
-    let mut capture = Capture::prepare(backend, &device, &services, 1)?;
+    let mut capture = Capture::prepare(backend, &device, &services, &clients, 1)?;
     let mut taking = Taking::open(&mut capture, backend, &device)?;
     capture.configure(1, sample_threshold(args.sample.0))?;
     capture.attach()?;
@@ -160,6 +166,10 @@ pub fn run(args: &RecordArgs) -> Result<()> {
     let verdicts = capture.verdicts();
     let lost = capture::lost(&verdicts) + taking.lost();
     say!("{} packets, {} bytes in {} files", files.packets, files.bytes, files.made);
+    let not_chosen = capture::not_chosen(&verdicts);
+    if not_chosen > 0 {
+        say!("{not_chosen} packets of clients that were not chosen (--clients, --exclude-clients)");
+    }
     if let Some(path) = &args.report {
         let report = json!({
             "role": "record",
@@ -453,6 +463,7 @@ mod tests {
             files: keep,
             duration: None,
             packets: None,
+            whose: ClientArgs::default(),
             sample: PercentArg(100.0),
             report: None,
         })

@@ -2,6 +2,7 @@
 //! and the engine's configuration that comes of them.
 
 use crate::cli::{CopiesArg, PercentArg, PoolArg, ServiceArg, StatsFormat, VlanArg};
+use crate::clients::ClientArgs;
 use crate::net::VlanTag;
 use crate::report;
 use anyhow::{Result, bail};
@@ -49,6 +50,10 @@ pub struct ReplayArgs {
     /// Copies of each connection; a fraction is exact over time.
     #[arg(short = 'n', long = "copies", value_name = "COPIES", default_value = "1")]
     pub copies: CopiesArg,
+
+    /// Whose requests.
+    #[command(flatten)]
+    pub whose: ClientArgs,
 
     /// The share of connections to replay: always the same ones.
     #[arg(short = 'r', long = "sample", value_name = "PERCENT", default_value = "100")]
@@ -182,6 +187,7 @@ impl ReplayArgs {
         if self.max_held == 0 || self.max_held > 1 << 17 {
             bail!("--max-held {}: give 1 to {} MiB", self.max_held, 1 << 17);
         }
+        self.whose.chosen()?;
         self.hold_limit_ns()?;
         self.gap_timeout_ns()?;
         report::check_writable(self.report.as_deref())

@@ -258,9 +258,10 @@ fn synthetic(path: &Path, connections: u32, requests: u32) -> u64 {
     let mut frame = [0u8; 14 + 40 + 100];
     let mut packet = |client: u32, seq: u32, ack: u32, flags: u8, len: usize| {
         let (low, high) = (1024 + (client % 60_000) as u16, (client / 60_000) as u8);
+        let last = 1 + (client % 4) as u8;
         frame[..14].copy_from_slice(&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0]);
         frame[14..34]
-            .copy_from_slice(&[0x45, 0, 0, 0, 0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, high, 1, 192, 0, 2, 1]);
+            .copy_from_slice(&[0x45, 0, 0, 0, 0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, high, last, 192, 0, 2, 1]);
         frame[16..18].copy_from_slice(&((40 + len) as u16).to_be_bytes());
         frame[34..36].copy_from_slice(&low.to_be_bytes());
         frame[36..38].copy_from_slice(&80u16.to_be_bytes());
@@ -321,4 +322,41 @@ fn b062_a_dry_run_of_many_connections_accounts_for_every_one() {
     assert!((1500..2100).contains(&opened), "{opened} sessions: three copies of a fifth of 3000");
     assert_eq!(counter(&report, "sessions_completed"), opened);
     assert!(report["file"]["packets_sampled_out"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn only_chosen_clients_are_replayed_and_the_others_are_counted() {
+    let path = scratch("clients.pcap");
+    let packets = synthetic(&path, 400, 5);
+    let service = format!("80-{TARGET}");
+    let base = ["-f", path.to_str().unwrap(), "-x", &service, "--speed", "max"];
+    // Four clients have a quarter each: 10.0.0.1 to 10.0.0.4.
+    for (choice, quarters) in [
+        (&["--exclude-clients", "10.0.0.1"][..], 3),
+        (&["-F", "10.0.0.0/30"], 3),
+        (&["-F", "10.0.0.0/30", "--exclude-clients", "10.0.0.2,2001:db8::/32"], 2),
+        (&["--clients", "10.0.0.4,10.0.0.0/31", "--exclude-clients", "0.0.0.0/0"], 2),
+    ] {
+        let (report, said) = dry_run("clients", &[&base[..], choice].concat());
+        assert_eq!(counter(&report, "sessions_opened"), 100 * quarters, "{choice:?}");
+        assert_eq!(counter(&report, "turns_sent"), 500 * quarters, "{choice:?}");
+        let of_file = |name: &str| report["file"][name].as_u64().unwrap();
+        assert_eq!(of_file("packets_given"), packets / 4 * quarters, "{choice:?}");
+        assert_eq!(of_file("packets_client_not_chosen"), packets / 4 * (4 - quarters), "{choice:?}");
+        assert_eq!(of_file("packets"), packets);
+        assert!(said.contains("packets of clients that were not chosen"), "{said}");
+    }
+    for (choice, says) in [
+        (&["-F", "192.0.2.0/24"][..], "leave out"),
+        (&["-F", "10.0.0.1/8"], "write 10.0.0.0/8 for the network"),
+        (&["-F", "tcp and src net 10.0.0.0/8"], "Expressions of pcap are not understood"),
+        (&["-F", "10.0.0.0/8", "--exclude-clients", "10.0.0.0/8"], "name it in one of them"),
+    ] {
+        let output = replayer(&[&["--dry-run"], &base[..], choice].concat());
+        assert!(
+            !output.status.success() && message(&output).contains(says),
+            "{choice:?}: {}",
+            message(&output)
+        );
+    }
 }

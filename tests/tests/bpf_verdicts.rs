@@ -12,6 +12,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::process::Command;
 use std::time::Duration;
 
+use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray, RingBuf, XskMap};
 use aya::programs::{SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp, XdpMode};
 use aya::{Ebpf, Pod};
@@ -128,6 +129,41 @@ fn b044_a_sample_keeps_whole_connections() {
                 mirrored += u32::from(expected);
             }
             assert!(kept.contains(&mirrored), "{mirrored} of 1000 connections at {percent} %");
+        }
+    });
+}
+
+/// The same packets, chosen by the longest prefix; the map is not looked at before it is said to be.
+#[test]
+fn only_chosen_clients_are_captured() {
+    in_own_namespace(|| {
+        let cases = cases();
+        let mut kernel = Kernel::new();
+        // The clients of the frames are 192.0.2.1 and 2001:db8:1::1; all prefix lengths are of the mapped address.
+        let all = [("::", 0, 0), ("0.0.0.0", 96, 0)];
+        let choices = [
+            (vec![("192.0.2.0", 120, 1)], true, false),
+            (vec![("192.0.2.0", 120, 1), ("192.0.2.1", 128, 0)], false, false),
+            (vec![("192.0.2.0", 120, 0), ("192.0.2.0", 121, 1)], true, false),
+            (vec![("2001:db8::", 32, 1)], false, true),
+            (vec![("2001:db8::", 32, 1), ("2001:db8::", 33, 0)], false, false),
+            (vec![("0.0.0.0", 96, 1), ("::", 0, 1)], true, true),
+        ];
+        for (nets, v4, v6) in choices {
+            kernel.configure(CaptureConfig { choose_clients: 0, ..kernel.config });
+            kernel.choose(&[&all[..], &nets].concat());
+            for (name, chosen) in [("v4-data", v4), ("v6-data", v6), ("v4-udp", v4)] {
+                kernel.configure(CaptureConfig { choose_clients: 0, ..kernel.config });
+                assert_eq!(kernel.mirror(&cases[name].frame).verdict(), "mirrored", "nobody is left out");
+                kernel.configure(CaptureConfig { choose_clients: 1, ..kernel.config });
+                let expected = |taken| if chosen { taken } else { "client_not_chosen" };
+                let frame = &cases[name].frame;
+                assert_eq!(kernel.mirror(frame).verdict(), expected("mirrored"), "{name}: {nets:?}");
+                assert_eq!(kernel.ring(frame).verdict(), expected("copied"), "{name}: {nets:?}");
+                assert_eq!(kernel.span(frame).verdict(), expected("redirected"), "{name}: {nets:?}");
+                while kernel.record().is_some() {}
+            }
+            assert_eq!(kernel.mirror(&cases["v4-other-port"].frame).verdict(), "unrelated");
         }
     });
 }
@@ -397,18 +433,36 @@ fn headers_outside_of_the_linear_part_are_found() {
 fn cost_per_packet() {
     in_own_namespace(|| {
         let cases = cases();
-        let kernel = Kernel::new();
+        let mut kernel = Kernel::new();
         for name in ["arp", "udp", "v4-other-port", "v6-other-port", "v4-other-address", "v4-ack", "v6-ack"] {
             let nanoseconds = kernel.cost("mirror", &cases[name].frame);
             println!("mirror    {:18} {nanoseconds:4} ns  {}", name, cases[name].mirror);
             println!("ring      {:18} {:4} ns", name, kernel.cost("ring", &cases[name].frame));
             println!("span      {:18} {:4} ns", name, kernel.cost("span", &cases[name].frame));
         }
+        kernel.configure(CaptureConfig { choose_clients: 1, ..kernel.config });
+        // The lengths that a path through the trie can have: none but those of all and of the client, and one for each bit of an IPv4 address.
+        for few in [true, false] {
+            let bits = (96..=128).filter(|bits| !few || [96, 120].contains(bits));
+            let nets: Vec<_> = bits.map(|bits| (masked("192.0.2.1", bits), bits, 1)).collect();
+            kernel.choose(
+                &nets.iter().map(|(net, bits, chosen)| (&net[..], *bits, *chosen)).collect::<Vec<_>>(),
+            );
+            let name = format!("v4-ack, {} nets", nets.len());
+            println!("mirror    {name:18} {:4} ns", kernel.cost("mirror", &cases["v4-ack"].frame));
+        }
         for name in ["arp", "v4-response-other-port", "v4-response-to-this-host"] {
             let nanoseconds = kernel.cost("responses", &cases[name].frame);
             println!("responses {:18} {nanoseconds:4} ns  {}", name, cases[name].responses);
         }
     });
+}
+
+/// The first so many bits of an IPv4 address, counted as those of the IPv6 address that it is mapped to.
+fn masked(address: &str, bits: u32) -> String {
+    let address: std::net::Ipv4Addr = address.parse().expect("an address");
+    let mask = u32::MAX.checked_shl(128 - bits).unwrap_or(0);
+    std::net::Ipv4Addr::from_bits(address.to_bits() & mask).to_string()
 }
 
 /// `BPF_MAP_TYPE_RINGBUF` of `linux/bpf.h`.
@@ -509,6 +563,19 @@ impl Kernel {
         let mut map: Array<_, Plain<CaptureConfig>> = self.map(names::CONFIG).try_into().expect("an array");
         map.set(0, Plain(config), 0).expect("setting");
         self.config = config;
+    }
+
+    /// Makes these the networks of `CLIENTS`: an address, a prefix length, and whether it is chosen.
+    fn choose(&mut self, nets: &[(&str, u32, u32)]) {
+        let mut map: LpmTrie<_, Ip, u32> = self.map(names::CLIENTS).try_into().expect("a trie");
+        let old: Vec<Key<Ip>> = map.keys().collect::<Result<_, _>>().expect("keys");
+        for key in old {
+            map.remove(&key).expect("removing");
+        }
+        for &(address, bits, chosen) in nets {
+            let key = Key::new(bits, from_std(address.parse().expect("an address")));
+            map.insert(&key, chosen, 0).expect("inserting");
+        }
     }
 
     fn add_service(&mut self, protocol: u8, addr: Ip, port: u16) {

@@ -88,7 +88,12 @@ impl Drop for Server {
 
 /// Clients with a socket each that ask in turn, and check that the online server answers, and nobody else. The sockets stay.
 fn ask(lab: &Lab, to: SocketAddr, each: usize) -> Result<Vec<UdpSocket>> {
-    let sockets = clients(lab, to)?;
+    ask_from(lab.client(), to, each)
+}
+
+/// The same from a certain host.
+fn ask_from(host: &Host, to: SocketAddr, each: usize) -> Result<Vec<UdpSocket>> {
+    let sockets = clients(host, to)?;
     for request in 0..each {
         ask_once(&sockets, request)?;
     }
@@ -96,12 +101,10 @@ fn ask(lab: &Lab, to: SocketAddr, each: usize) -> Result<Vec<UdpSocket>> {
 }
 
 /// Sockets of clients.
-fn clients(lab: &Lab, to: SocketAddr) -> Result<Vec<UdpSocket>> {
+fn clients(host: &Host, to: SocketAddr) -> Result<Vec<UdpSocket>> {
     let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-    let sockets: Vec<UdpSocket> = lab
-        .client()
-        .namespace()
-        .enter(|| (0..CLIENTS).map(|_| UdpSocket::bind(any)).collect::<Result<_, _>>())??;
+    let sockets: Vec<UdpSocket> =
+        host.namespace().enter(|| (0..CLIENTS).map(|_| UdpSocket::bind(any)).collect::<Result<_, _>>())??;
     for socket in &sockets {
         socket.connect(to)?;
         socket.set_read_timeout(Some(ANSWER))?;
@@ -252,6 +255,44 @@ fn b041_b044_copies_and_samples() -> Result<()> {
 }
 
 #[test]
+fn only_datagrams_of_chosen_clients_are_copied_in_every_way() -> Result<()> {
+    for way in WAYS {
+        let lab = way.lab(Plan { clients: 2, offloads: false, ..Plan::default() }, 1)?;
+        let online = Server::start(lab.online(), PORT, "online")?;
+        let target = Server::start(lab.target(), PORT, "target")?;
+        let service = |online: IpAddr, target: IpAddr| {
+            format!("udp:{}-{}", SocketAddr::new(online, PORT), SocketAddr::new(target, PORT))
+        };
+        let services = [
+            service(lab.online().v4().into(), lab.target().v4().into()),
+            service(lab.online().v6().into(), lab.target().v6().into()),
+        ];
+        // All of the first client's network but one address that is nobody's, nothing of the second's.
+        let choice =
+            ["--clients", "172.28.1.0/24,fd00:28:0:1::/64", "--exclude-clients", "172.28.1.99,172.28.0.0/16"];
+        let replay = way.start_services(&lab, &services, &choice)?;
+        for to in
+            [SocketAddr::new(lab.online().v4().into(), PORT), SocketAddr::new(lab.online().v6().into(), PORT)]
+        {
+            for host in [lab.client(), lab.host("client2")] {
+                ask_from(host, to, EACH)?;
+            }
+        }
+        let sent = online.ledger(4 * ALL as usize);
+        assert_eq!(sent.len() as u64, 4 * ALL);
+        let first = [IpAddr::from(lab.client().v4()), lab.client().v6().into()];
+        let expected: Vec<Received> =
+            sent.into_iter().filter(|(from, _)| first.contains(&from.ip())).collect();
+        assert_eq!(expected.len() as u64, 2 * ALL);
+        assert_same(target.ledger(expected.len()), expected);
+        let (report, _) = replay.stop()?;
+        assert_eq!(report.counter("packets_datagrams"), 2 * ALL, "{way:?}");
+        assert_eq!(way.verdict(&report, "client_not_chosen")?, 2 * ALL, "{way:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn b044_a_ramp_grows_to_the_sample_and_keeps_whom_it_has() -> Result<()> {
     const RAMP: Duration = Duration::from_secs(3);
     let World { lab, online, target } = world()?;
@@ -260,7 +301,7 @@ fn b044_a_ramp_grows_to_the_sample_and_keeps_whom_it_has() -> Result<()> {
     let replay = Replay::start_services(&lab, &[service(&lab, false)], assistant, &arguments)?;
     // It began a little earlier, so after this time it is over.
     let began = Instant::now();
-    let sockets = clients(&lab, SocketAddr::new(lab.online().v4().into(), PORT))?;
+    let sockets = clients(lab.client(), SocketAddr::new(lab.online().v4().into(), PORT))?;
     let mut rounds = 0;
     loop {
         let over = began.elapsed() > RAMP;

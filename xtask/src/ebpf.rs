@@ -335,8 +335,13 @@ fn differences(committed: &BTreeMap<String, Piece>, built: &BTreeMap<String, Pie
     lines
 }
 
-/// Keeps what the cargo that runs this program set for it away from another build.
+/// Keeps away from another build what the cargo that runs this program set for it, and profiles that the environment changes.
 fn clean_environment(command: &mut Command) {
+    for (name, _) in env::vars_os() {
+        if name.to_string_lossy().starts_with("CARGO_PROFILE_") {
+            command.env_remove(name);
+        }
+    }
     for name in
         ["CARGO_ENCODED_RUSTFLAGS", "RUSTFLAGS", "CARGO_TARGET_DIR", "CARGO_BUILD_TARGET", "RUSTC_WRAPPER"]
     {

@@ -95,6 +95,7 @@ fn replay(files: Files, choice: u8) {
         figures.packets_given
             + figures.packets_responses
             + figures.packets_not_service
+            + figures.packets_client_not_chosen
             + figures.packets_sampled_out
             + figures.packets_unparsable
             + figures.packets_fragments

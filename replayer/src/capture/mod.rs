@@ -23,6 +23,7 @@ use replayer_common::packet::Protocol;
 use serde_json::{Map, Value, json};
 
 use crate::afxdp::{Endpoint, Frame, Port, Received};
+use crate::clients::Clients;
 use crate::net::Device;
 use crate::programs::{Program, Programs};
 
@@ -59,7 +60,8 @@ enum Parts {
 }
 
 impl Capture {
-    /// Makes everything of a back end but what is on the device itself, for requests to `services` and at most `workers` workers.
+    /// Makes everything of a back end but what is on the device itself, for requests of `clients` to `services` and at most
+    /// `workers` workers.
     ///
     /// # Errors
     /// What the kernel refused, with the remedy. Nothing is left behind.
@@ -67,9 +69,11 @@ impl Capture {
         backend: Backend,
         device: &Device,
         services: &BTreeSet<(Protocol, Ip, u16)>,
+        clients: &Clients,
         workers: u32,
     ) -> Result<Capture> {
-        let mut config = CaptureConfig { shards: workers, ..CaptureConfig::default() };
+        let choose_clients = u8::from(!clients.is_everybody());
+        let mut config = CaptureConfig { shards: workers, choose_clients, ..CaptureConfig::default() };
         let mut how = String::new();
         let mirror = match backend {
             Backend::Mirror => Some(Mirror::create(device.mtu, workers)?),
@@ -77,6 +81,7 @@ impl Capture {
         };
         let mut programs = Programs::load()?;
         programs.set_services(services)?;
+        programs.set_clients(clients)?;
         let parts = match mirror {
             Some(mirror) => {
                 config.mirror_ifindex = mirror.near_index();
@@ -213,6 +218,12 @@ pub fn lost(verdicts: &Value) -> u64 {
 pub fn left_out(verdicts: &Value) -> u64 {
     let of_program = |program: &'static str| ["not_sampled", "pure_ack"].map(|name| &verdicts[program][name]);
     ["mirror", "ring", "span"].into_iter().flat_map(of_program).filter_map(Value::as_u64).sum()
+}
+
+/// Of the same: packets to services of clients that were not chosen.
+pub fn not_chosen(verdicts: &Value) -> u64 {
+    let of_program = |program: &'static str| verdicts[program]["client_not_chosen"].as_u64();
+    ["mirror", "ring", "span"].into_iter().filter_map(of_program).sum()
 }
 
 /// One line for people: where it captures, and how.

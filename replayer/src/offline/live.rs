@@ -180,7 +180,7 @@ impl Running {
                     let kernel = serde_json::Value::Null;
                     metrics.publish(metrics::of_replay(&figures, kernel, seconds, cpu));
                 }
-                for trouble in diagnosis.look(started.elapsed(), &figures, 0) {
+                for trouble in diagnosis.look(started.elapsed(), &figures, 0, 0) {
                     if terminal {
                         show!("\r\x1b[K");
                     }

@@ -107,6 +107,7 @@ fn start_feed(
         files: args.files.clone(),
         order: order(args),
         services: services.iter().map(|s| (s.protocol, s.service.online)).collect(),
+        clients: args.replay.whose.chosen()?,
         sample_threshold: sample_threshold(args.replay.sample.0),
         loops: args.loops.0,
         start_ns: nanoseconds(args.start, "--start", 0.0, LONGEST)?,
@@ -244,6 +245,10 @@ fn not_given(file: &FileFigures) -> String {
         (file.packets_unparsable, "packets without whole TCP or UDP headers"),
         (file.packets_fragments, "fragments to the services' addresses: not replayed"),
         (file.packets_too_large, "datagrams that are larger than a frame: not replayed"),
+        (
+            file.packets_client_not_chosen,
+            "packets of clients that were not chosen (--clients, --exclude-clients)",
+        ),
         (file.packets_sampled_out, "packets of connections outside the sample"),
     ] {
         if count > 0 {
@@ -272,6 +277,12 @@ fn conclude(
         caution!("{problem}");
     }
     if file.packets_given == 0 && file.packets_sampled_out == 0 && !interrupted {
+        if file.packets_client_not_chosen > 0 {
+            bail!(
+                "all {} packets to the services are of clients that --clients and --exclude-clients leave out",
+                file.packets_client_not_chosen
+            );
+        }
         bail!("{}", nothing_matched(args, services, file.packets));
     }
     if let Some(first) = problems.first() {

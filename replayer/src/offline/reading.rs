@@ -6,6 +6,7 @@
 
 use super::shown::{FileFigures, Shown};
 use crate::capture::pieces::{Pieces, USUAL};
+use crate::clients::Clients;
 use crate::pcap::files::Progress;
 use crate::pcap::{Files, Order, ReadError};
 use crate::privileges::{self, Keep};
@@ -42,6 +43,8 @@ pub struct FeedConfig {
     pub order: Order,
     /// Online endpoints of the services.
     pub services: Vec<(Protocol, Endpoint)>,
+    /// Whose packets are kept, by the addresses in the file.
+    pub clients: Clients,
     /// Connections kept: flow hashes below this (of 2^32), by the addresses in the file.
     pub sample_threshold: u64,
     /// How often; `None`: for ever.
@@ -61,6 +64,7 @@ impl FeedConfig {
             files,
             order: Order::Merged,
             services,
+            clients: Clients::default(),
             sample_threshold: 1 << 32,
             loops: Some(1),
             start_ns: 0,
@@ -277,6 +281,18 @@ impl Reading {
         })
     }
 
+    /// Whether packets of the client to a service are given to the engine; counts one that is not.
+    fn is_wanted(&mut self, client: &Endpoint) -> bool {
+        if !self.config.clients.contains(&client.ip) {
+            self.seen.packets_client_not_chosen += 1;
+            return false;
+        }
+        let in_sample =
+            u64::from(flow_hash(FLOW_SEED, &client.ip, client.port)) < self.config.sample_threshold;
+        self.seen.packets_sampled_out += u64::from(!in_sample);
+        in_sample
+    }
+
     fn packet(&mut self, time_ns: u64, frame: &[u8], number: u64, turn: u64) -> Result<(), Gone> {
         let found = locate(&frame).and_then(|packet| match packet {
             IpPacket { fragment: true, .. } => Ok((packet, None)),
@@ -306,8 +322,7 @@ impl Reading {
             }
             return Ok(());
         }
-        if u64::from(flow_hash(FLOW_SEED, &source.ip, source.port)) >= self.config.sample_threshold {
-            self.seen.packets_sampled_out += 1;
+        if !self.is_wanted(&source) {
             return Ok(());
         }
         self.seen.packets_given += 1;
@@ -361,8 +376,7 @@ impl Reading {
                 1;
             return Ok(());
         }
-        if u64::from(flow_hash(FLOW_SEED, &source.ip, source.port)) >= self.config.sample_threshold {
-            self.seen.packets_sampled_out += 1;
+        if !self.is_wanted(&source) {
             return Ok(());
         }
         let end = usize::from(datagram.payload_offset) + datagram.payload_len as usize;

@@ -14,6 +14,7 @@ pub(super) struct Counters {
     cut_to_segments: AtomicU64,
     responses: AtomicU64,
     other: AtomicU64,
+    client_not_chosen: AtomicU64,
     sampled_out: AtomicU64,
     unparsable: AtomicU64,
     fragments: AtomicU64,
@@ -36,6 +37,8 @@ pub struct FileFigures {
     pub packets_responses: u64,
     /// Packets that are neither to nor from a service.
     pub packets_not_service: u64,
+    /// Packets to a service of clients that were not chosen.
+    pub packets_client_not_chosen: u64,
     /// Packets of connections outside the sample.
     pub packets_sampled_out: u64,
     /// Packets that are no whole headers of TCP or UDP.
@@ -65,6 +68,7 @@ impl Counters {
             (&self.given, seen.packets_given),
             (&self.responses, seen.packets_responses),
             (&self.other, seen.packets_not_service),
+            (&self.client_not_chosen, seen.packets_client_not_chosen),
             (&self.sampled_out, seen.packets_sampled_out),
             (&self.unparsable, seen.packets_unparsable),
             (&self.fragments, seen.packets_fragments),
@@ -87,6 +91,7 @@ impl Counters {
             packets_given: load(&self.given),
             packets_responses: load(&self.responses),
             packets_not_service: load(&self.other),
+            packets_client_not_chosen: load(&self.client_not_chosen),
             packets_sampled_out: load(&self.sampled_out),
             packets_unparsable: load(&self.unparsable),
             packets_fragments: load(&self.fragments),
