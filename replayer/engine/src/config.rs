@@ -154,9 +154,12 @@ pub(crate) mod timing {
     pub(crate) const FIN_TIMEOUT: u32 = ticks(60_000 * MS);
     /// How long an identity from a pool rests after use.
     pub(crate) const QUARANTINE: u32 = ticks(super::QUARANTINE_SECONDS as u64 * 1_000 * MS);
-    /// A connection from which nothing was captured for so long is forgotten: by then a keepalive would have been seen. They come after two hours
-    /// (RFC 9293 section 3.8.4), and with Linux up to an eighth of that later (kernel/time/timer.c: the granularity of long timers).
-    pub(crate) const CONNECTION_IDLE: u32 = ticks(8_100 * 1000 * MS);
+    /// A connection from which nothing was captured for so long is forgotten: a weekend, and less than the clock's turn. Without data nothing of it
+    /// may be captured, not even keepalives.
+    pub(crate) const CONNECTION_IDLE: u32 = ticks(72 * 3_600 * 1000 * MS);
+    /// The same where half of the places are taken: what a NAT has to keep a connection for at least, 2 h 4 min (RFC 5382 section 5), and then the
+    /// lateness of a keepalive timer (kernel/time/timer.c: an eighth of 2 hours is the granularity there).
+    pub(crate) const CROWDED_IDLE: u32 = ticks(8_100 * 1000 * MS);
     /// A SYN whose client never acknowledged the SYN-ACK is forgotten sooner: it may be one of a flood.
     pub(crate) const HALF_OPEN_IDLE: u32 = ticks(60_000 * MS);
     /// A connection that never became more than one packet in the middle of nowhere is forgotten sooner.

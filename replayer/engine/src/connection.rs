@@ -367,11 +367,13 @@ impl Connection {
         !self.interrupted
     }
 
-    /// How long nothing may be captured of it until it is forgotten, ticks.
-    pub(crate) fn idle_limit(&self) -> u32 {
+    /// How long nothing may be captured of it until it is forgotten, ticks. `crowded`: whether others may soon need its place.
+    pub(crate) fn idle_limit(&self, crowded: bool) -> u32 {
         match self.phase {
             Phase::Watching | Phase::Encrypted if self.first_session == NONE => timing::WATCHED_IDLE,
             _ if !self.is_known() => timing::HALF_OPEN_IDLE,
+            // One whose place another has taken is likely to be over.
+            _ if crowded || self.place != Place::Current => timing::CROWDED_IDLE,
             _ => timing::CONNECTION_IDLE,
         }
     }

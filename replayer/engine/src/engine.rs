@@ -779,11 +779,14 @@ impl Engine {
         }
         let all = self.connections.high_water();
         let to = all.min(from + timing::IDLE_LOOK_MOST);
+        let limits = &self.config.limits;
+        let crowded =
+            self.connections.len() > limits.connections / 2 || self.sessions.len() > limits.sessions / 2;
         for c in from..to {
             let connection = &self.connections[c];
-            let until = connection.last_seen.wrapping_add(connection.idle_limit());
+            let idle = now.wrapping_sub(connection.last_seen) >= connection.idle_limit(crowded);
             // One with a hole has that timer.
-            if connection.phase != Phase::Forgotten && !before(now, until) && !self.connections.has_hole(c) {
+            if connection.phase != Phase::Forgotten && idle && !self.connections.has_hole(c) {
                 self.on_idle(now_ns, c, out);
             }
         }
@@ -800,7 +803,7 @@ impl Engine {
         }
         // The client is gone without a word: its sessions end as if it had closed. Whether they have, and it can be forgotten, the next round
         // sees.
-        connection.last_seen = tick(now_ns).wrapping_sub(connection.idle_limit());
+        connection.last_seen = tick(now_ns).wrapping_sub(timing::CONNECTION_IDLE);
         let mut s = connection.first_session;
         while s != NONE {
             let next = self.sessions[s].next_copy;

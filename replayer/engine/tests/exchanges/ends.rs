@@ -330,12 +330,45 @@ fn b033_a_connection_that_began_before_and_is_reset_is_forgotten() {
     assert_eq!(lab.engine.gauges().connections_live, 0);
 }
 
-#[test]
-fn a_client_that_keeps_alive_keeps_its_session() {
-    let mut lab = Lab::new();
+/// A connection that had a request and its response, where there is room for `connections`.
+fn silent_one_of(connections: usize) -> Lab {
+    let mut config = config();
+    config.limits.connections = connections;
+    let mut lab = Lab::with(config);
     lab.handshake();
     lab.client("PA 1+100 ack 1");
     lab.target("PA 1+50 ack 101");
+    lab.sent();
+    lab
+}
+
+/// The session closes, and with it the connection is forgotten.
+fn is_closed(lab: &mut Lab) {
+    let sent = lab.sent();
+    assert_eq!(lab.text(sent.last().unwrap()), "FA 101 ack 51");
+    lab.target("FA 51 ack 102");
+    assert_eq!(lab.engine.gauges().sessions_live, 0);
+    lab.pass(17 * S);
+    assert_eq!(lab.engine.gauges().connections_live, 0);
+}
+
+#[test]
+fn b034_a_client_that_is_silent_over_a_weekend_keeps_its_session_where_there_is_room() {
+    let mut lab = silent_one_of(2);
+    lab.pass(70 * 3600 * S);
+    lab.sent();
+    lab.client("PA 101+100 ack 51");
+    lab.expect(&["PA 101+100 ack 51"]);
+    lab.target("PA 51+50 ack 201");
+    lab.client("A 201 ack 101");
+    lab.pass(72 * 3600 * S + 20 * S);
+    let sent = lab.sent();
+    assert_eq!(lab.text(sent.last().unwrap()), "FA 201 ack 101");
+}
+
+#[test]
+fn where_half_of_the_room_is_taken_a_client_that_keeps_alive_keeps_its_session() {
+    let mut lab = silent_one_of(1);
     lab.client("A 101 ack 51");
     for _ in 0..3 {
         // Linux's timer is late by as much as its granularity is there.
@@ -348,21 +381,12 @@ fn a_client_that_keeps_alive_keeps_its_session() {
 }
 
 #[test]
-fn a_client_that_is_gone_without_a_word_is_forgotten_after_two_hours_and_a_quarter() {
-    let mut lab = Lab::new();
-    lab.handshake();
-    lab.client("PA 1+100 ack 1");
-    lab.target("PA 1+50 ack 101");
-    lab.sent();
+fn where_half_of_the_room_is_taken_a_silent_client_is_forgotten_after_two_hours_and_a_quarter() {
+    let mut lab = silent_one_of(1);
     lab.pass(8_100 * S - 10 * S);
     assert_eq!(lab.engine.gauges().sessions_live, 1);
     lab.pass(20 * S);
-    let sent = lab.sent();
-    assert_eq!(lab.text(sent.last().unwrap()), "FA 101 ack 51");
-    lab.target("FA 51 ack 102");
-    assert_eq!(lab.engine.gauges().sessions_live, 0);
-    lab.pass(17 * S);
-    assert_eq!(lab.engine.gauges().connections_live, 0);
+    is_closed(&mut lab);
 }
 
 #[test]
