@@ -17,8 +17,8 @@ use std::str::FromStr;
 
 /// What is below the help of a role that runs until it is stopped.
 const SIGNALS: &str = "Signals:
-  SIGTERM and SIGINT end it cleanly, SIGHUP does not: it has the report written as it is then (record: completes the file), and ends
-  only a role whose terminal is gone.";
+  SIGTERM and SIGINT end it cleanly, SIGHUP does not: it has the file of --config read again and the report written as it is then
+  (record: completes the file), and ends only a role whose terminal is gone.";
 
 /// Replays the live requests of a production server, TCP and UDP, to a target server.
 #[derive(Debug, Parser)]
@@ -369,24 +369,23 @@ impl FromStr for PercentArg {
     }
 }
 
-/// An assistant's address: `HOST`, `HOST:PORT`, `[IPv6]`, `[IPv6]:PORT` or a bare IPv6 address.
+/// An assistant's addresses: `HOST`, `HOST:PORT`, `[IPv6]`, `[IPv6]:PORT` or a bare IPv6 address.
 ///
 /// # Errors
 /// When it is neither an address nor a name that resolves.
-pub fn assistant_address(text: &str, default_port: u16) -> Result<SocketAddr> {
+pub fn assistant_addresses(text: &str, default_port: u16) -> Result<Vec<SocketAddr>> {
     if let Ok(address) = SocketAddr::from_str(text) {
-        return Ok(address);
+        return Ok(vec![address]);
     }
     let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
     if let Ok(ip) = IpAddr::from_str(bare) {
-        return Ok(SocketAddr::new(ip, default_port));
+        return Ok(vec![SocketAddr::new(ip, default_port)]);
     }
     let with_port = if text.contains(':') { text.to_owned() } else { format!("{text}:{default_port}") };
-    with_port
+    let found = with_port
         .to_socket_addrs()
-        .with_context(|| format!("-s {text}: neither an address nor a name that resolves"))?
-        .next()
-        .ok_or_else(|| anyhow!("-s {text}: the name has no address"))
+        .with_context(|| format!("-s {text}: neither an address nor a name that resolves"))?;
+    Ok(found.collect())
 }
 
 #[cfg(test)]
@@ -450,7 +449,7 @@ mod tests {
 
     #[test]
     fn assistants() {
-        let address = |text| assistant_address(text, 36_524).map(|a| a.to_string());
+        let address = |text| assistant_addresses(text, 36_524).map(|found| found[0].to_string());
         assert_eq!(address("192.0.2.1").unwrap(), "192.0.2.1:36524");
         assert_eq!(address("192.0.2.1:7").unwrap(), "192.0.2.1:7");
         assert_eq!(address("2001:db8::1").unwrap(), "[2001:db8::1]:36524");

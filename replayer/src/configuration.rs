@@ -1,9 +1,10 @@
-//! `--config FILE`: flags from a TOML file.
+//! `--config FILE`: flags from a TOML file, at the start and again on SIGHUP.
 //!
 //! The file has a table for each role, whose keys are the role's long flags. They are turned into arguments behind those that were typed, so that
 //! there is one place where a flag is defined and checked: the command line. What is typed, or in the environment, wins over what is in the file.
 
-use crate::cli::Cli;
+use crate::cli::{Cli, Role};
+use crate::say::{caution, say};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::error::{ContextKind, ContextValue};
 use clap::parser::ValueSource;
@@ -22,12 +23,21 @@ const CONFIG: &str = "config";
 /// Names the file.
 #[derive(Clone, Debug, Default, Args)]
 pub struct ConfigArg {
-    /// Take flags from this TOML file: the table with the role's name has the long flags as keys. What is typed wins
+    /// Take flags from this TOML file: the table with the role's name has the long flags as keys. What is typed wins; SIGHUP has it read again
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
-/// By key: what has effect.
+/// What was typed, and what the file adds to it.
+#[derive(Debug, Default)]
+pub struct Configuration {
+    typed: Vec<OsString>,
+    file: Option<PathBuf>,
+    /// What has effect.
+    settings: Settings,
+}
+
+/// By key.
 type Settings = BTreeMap<String, Setting>;
 
 /// One key of the file.
@@ -38,30 +48,77 @@ struct Setting {
     arguments: Vec<String>,
 }
 
-/// Parses what was typed, the program's name first, together with the file that it names.
-///
-/// # Errors
-/// A [`clap::Error`] for what was typed, which may be no mistake but a call for help; another one for the file, with line and key.
-pub fn parse(typed: &[OsString]) -> Result<Cli> {
-    // Where something is wrong with what was typed, or a required flag is in the file only, this tells what is there all the same.
-    let mut command = Cli::command().ignore_errors(true);
-    command.build();
-    let seen = command.clone().try_get_matches_from(typed);
-    let named = seen.as_ref().ok().and_then(|seen| {
-        let (command, seen) = role_of(&command, seen);
-        let names_it = command.get_arguments().any(|argument| argument.get_id() == CONFIG);
-        let file = names_it.then(|| seen.get_one::<PathBuf>(CONFIG)).flatten()?;
-        Some((command, seen, file))
-    });
-    let Some((command, seen, file)) = named else { return Ok(Cli::try_parse_from(typed)?) };
-    let text = std::fs::read_to_string(file)
-        .with_context(|| format!("--config {}: cannot be read; name a TOML file", file.display()))?;
-    let mut settings = settings(&text, command).map_err(|mistake| mistake.of(file))?;
-    let overridden = overridden(command, seen);
-    settings.retain(|key, _| !overridden.contains(key));
-    let from_file = settings.values().flat_map(|setting| &setting.arguments).map(OsString::from);
-    Cli::try_parse_from(typed.iter().cloned().chain(from_file))
-        .map_err(|error| locate(error, file, &settings))
+impl Configuration {
+    /// Parses what was typed, the program's name first, together with the file that it names.
+    ///
+    /// # Errors
+    /// A [`clap::Error`] for what was typed, which may be no mistake but a call for help; another one for the file, with line and key.
+    pub fn parse(typed: Vec<OsString>) -> Result<(Cli, Configuration)> {
+        // Where something is wrong with what was typed, or a required flag is in the file only, this tells what is there all the same.
+        let mut command = Cli::command().ignore_errors(true);
+        command.build();
+        let seen = command.clone().try_get_matches_from(&typed);
+        let named = seen.as_ref().ok().and_then(|seen| {
+            let (command, seen) = role_of(&command, seen);
+            let names_it = command.get_arguments().any(|argument| argument.get_id() == CONFIG);
+            let file = names_it.then(|| seen.get_one::<PathBuf>(CONFIG)).flatten()?;
+            Some((command, seen, file))
+        });
+        let Some((command, seen, file)) = named else {
+            return Ok((Cli::try_parse_from(&typed)?, Configuration::default()));
+        };
+        let text = std::fs::read_to_string(file)
+            .with_context(|| format!("--config {}: cannot be read; name a TOML file", file.display()))?;
+        let mut settings = settings(&text, command).map_err(|mistake| mistake.of(file))?;
+        let overridden = overridden(command, seen);
+        settings.retain(|key, _| !overridden.contains(key));
+        let from_file = settings.values().flat_map(|setting| &setting.arguments).map(OsString::from);
+        let cli = Cli::try_parse_from(typed.iter().cloned().chain(from_file))
+            .map_err(|error| locate(error, file, &settings))?;
+        let file = Some(file.clone());
+        Ok((cli, Configuration { typed, file, settings }))
+    }
+
+    /// What SIGHUP asks for: reads the file again, if there is one. `apply` takes over what a running role can, or fails and changes nothing;
+    /// `live` are the keys of that. Says what has come of it, and names the keys that need a restart.
+    pub fn reload(&mut self, live: &[&str], apply: impl FnOnce(Option<Role>) -> Result<()>) {
+        if let Err(error) = self.try_reload(live, apply) {
+            caution!("SIGHUP: {error:#}; everything stays as it is");
+        }
+    }
+
+    fn try_reload(&mut self, live: &[&str], apply: impl FnOnce(Option<Role>) -> Result<()>) -> Result<()> {
+        let Some(file) = &self.file else { return apply(None) };
+        let (cli, new) = Configuration::parse(self.typed.clone()).map_err(|error| {
+            error.downcast::<clap::Error>().map_or_else(|other| other, |it| anyhow!(text_of(&it)))
+        })?;
+        apply(Some(cli.role))?;
+        let (changed, later): (Vec<&str>, Vec<&str>) =
+            changes(&self.settings, &new.settings).into_iter().partition(|key| live.contains(key));
+        let file = file.display();
+        if !changed.is_empty() {
+            say!("SIGHUP: from now on as {file} says: {}", changed.join(", "));
+        }
+        if !later.is_empty() {
+            caution!("SIGHUP: changed in {file}, but needs a restart: {}", later.join(", "));
+        }
+        if changed.is_empty() && later.is_empty() {
+            say!("SIGHUP: {file} says what it said before");
+        }
+        // What waits for a restart is compared with what has effect next time too.
+        let waiting: BTreeSet<String> = later.into_iter().map(str::to_owned).collect();
+        let before = std::mem::take(&mut self.settings);
+        self.settings = new.settings.into_iter().filter(|(key, _)| !waiting.contains(key)).collect();
+        self.settings.extend(before.into_iter().filter(|(key, _)| waiting.contains(key)));
+        Ok(())
+    }
+}
+
+/// The keys that do not say the same.
+fn changes<'a>(before: &'a Settings, now: &'a Settings) -> BTreeSet<&'a str> {
+    let says = |settings: &'a Settings, key: &str| settings.get(key).map(|setting| &setting.arguments);
+    let keys = before.keys().chain(now.keys());
+    keys.filter(|key| says(before, key) != says(now, key)).map(String::as_str).collect()
 }
 
 /// The command of the role that was typed, to be checked only or not.
@@ -232,7 +289,7 @@ mod tests {
         std::fs::write(&path, text).unwrap();
         let mut line: Vec<OsString> = format!("replayer {typed}").split(' ').map(OsString::from).collect();
         line.extend(["--config".into(), path.clone().into()]);
-        let result = parse(&line);
+        let result = Configuration::parse(line).map(|(cli, _)| cli);
         std::fs::remove_file(path).unwrap();
         result
     }
@@ -325,7 +382,7 @@ mod tests {
             assert!(error.contains(says), "{text}: {error}");
         }
         let typed = ["replayer", "online", "--config", "/nowhere/a.toml"].map(OsString::from);
-        let error = format!("{:#}", parse(&typed).unwrap_err());
+        let error = format!("{:#}", Configuration::parse(typed.into()).unwrap_err());
         assert!(error.contains("/nowhere/a.toml") && error.contains("name a TOML file"), "{error}");
     }
 
@@ -339,6 +396,46 @@ mod tests {
         assert_eq!(wrong.kind(), clap::error::ErrorKind::ValueValidation);
         assert_eq!(usage(parsed(FILE, "online --help")).kind(), clap::error::ErrorKind::DisplayHelp);
         assert_eq!(usage(parsed(FILE, "top 127.0.0.1:1")).kind(), clap::error::ErrorKind::UnknownArgument);
+    }
+
+    /// What SIGHUP takes over, and what it leaves.
+    #[test]
+    fn b063_a_file_that_is_read_again() {
+        let path = std::env::temp_dir().join(format!("replayer-{}-again.toml", std::process::id()));
+        let write = |text: &str| {
+            std::fs::write(&path, format!("[online]\nservice = '80-192.0.2.7:80'\nassistant = 'a'\n{text}"))
+                .unwrap();
+        };
+        let says = |configuration: &Configuration, key: &str| {
+            configuration.settings.get(key).map(|setting| setting.arguments[0].clone())
+        };
+        write("sample = 10\nstats = 1\nworkers = 1");
+        let typed = ["replayer", "online", "--stats", "7", "--config"].map(OsString::from);
+        let typed = typed.into_iter().chain([path.clone().into()]).collect();
+        let (_, mut configuration) = Configuration::parse(typed).unwrap();
+        let live = ["sample", "stats"];
+        write("sample = 20\nstats = 2\nworkers = 2\nspread = 5");
+        let mut sample = None;
+        configuration.reload(&live, |role| {
+            let Some(Role::Online(args)) = role else { panic!("{role:?}") };
+            sample = Some((args.replay.sample.0, args.replay.stats));
+            Ok(())
+        });
+        // What is typed wins again; what needs a restart is not forgotten.
+        assert_eq!(sample, Some((20.0, Some(7))));
+        assert_eq!(says(&configuration, "sample").as_deref(), Some("--sample=20"));
+        assert_eq!(says(&configuration, "workers").as_deref(), Some("--workers=1"));
+        assert_eq!(says(&configuration, "spread"), None);
+        for wrong in ["sample = 200", "sampel = 1", "sample = "] {
+            write(wrong);
+            configuration.reload(&live, |_| panic!("{wrong}"));
+            assert_eq!(says(&configuration, "sample").as_deref(), Some("--sample=20"));
+        }
+        write("sample = 30");
+        configuration.reload(&live, |_| bail!("the role cannot"));
+        assert_eq!(says(&configuration, "sample").as_deref(), Some("--sample=20"));
+        std::fs::remove_file(&path).unwrap();
+        configuration.reload(&live, |_| panic!("there is no file"));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The command: parses what was typed, and the file that it names, and hands it to a role.
 
 use replayer::cli::Role;
-use replayer::{configuration, say};
+use replayer::configuration::Configuration;
+use replayer::say;
 use replayer_huge_pages::HugePages;
 use std::process::ExitCode;
 
@@ -10,9 +11,8 @@ use std::process::ExitCode;
 static ALLOCATOR: HugePages = HugePages;
 
 fn main() -> ExitCode {
-    let typed: Vec<_> = std::env::args_os().collect();
-    let cli = match configuration::parse(&typed) {
-        Ok(cli) => cli,
+    let (cli, configuration) = match Configuration::parse(std::env::args_os().collect()) {
+        Ok(parsed) => parsed,
         Err(error) => match error.downcast::<clap::Error>() {
             Ok(usage) => usage.exit(),
             Err(error) => {
@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         },
     };
     say::begin(cli.role.name(), cli.log_format);
-    let result = run(cli.role);
+    let result = run(cli.role, configuration);
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -32,14 +32,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(role: Role) -> anyhow::Result<()> {
+fn run(role: Role, configuration: Configuration) -> anyhow::Result<()> {
     match role {
-        Role::Online(args) => replayer::online::run(&args),
-        Role::Assistant(args) => replayer::assistant::run(args),
-        Role::Offline(args) => replayer::offline::run(&args),
-        Role::Record(args) => replayer::record::run(&args),
+        Role::Online(args) => replayer::online::run(*args, configuration),
+        Role::Assistant(args) => replayer::assistant::run(args, configuration),
+        Role::Offline(args) => replayer::offline::run(*args, configuration),
+        Role::Record(args) => replayer::record::run(args, configuration),
         Role::Inspect(args) => replayer::inspect::run(&args),
-        Role::Check(args) => run(args.told_to_check()),
+        Role::Check(args) => run(args.told_to_check(), configuration),
         Role::Top(args) => replayer::top::run(&args),
     }
 }

@@ -7,11 +7,11 @@
 use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig, PortError};
 use crate::capture::choice::{self, Facts};
 use crate::capture::{self, Backend, Capture, CaptureArg, Source, span};
-use crate::channel::client::{Client, ClientConfig};
+use crate::channel::assistants::Assistants;
 use crate::channel::random_instance;
-use crate::channel::wire::ServiceEntry;
-use crate::cli::{OnlineArgs, ServiceArg, StatsFormat, assistant_address};
+use crate::cli::{OnlineArgs, Role, ServiceArg, StatsFormat};
 use crate::clock;
+use crate::configuration::Configuration;
 use crate::connections::{self, Connection};
 use crate::diagnosis::{self, Diagnosis};
 use crate::growth::Growth;
@@ -24,11 +24,10 @@ use crate::report::{self, Figures};
 use crate::say::{self, caution, plain, say};
 use crate::signals::{Asked, Signals};
 use crate::sizing::{self, Demand, Supply};
-use crate::worker::{MAX_CHANNELS, Shared, Snapshot, Worker};
+use crate::worker::{Ask, Shared, Worker};
 use anyhow::{Context, Result, bail};
 use core_affinity::CoreId;
 use nix::net::if_::if_nameindex;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use replayer_common::addr::{ANY, Endpoint, to_std};
 use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
 use replayer_common::packet::Protocol;
@@ -37,9 +36,9 @@ use replayer_engine::config::Limits;
 use serde_json::{Value, json};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io::ErrorKind;
-use std::net::{SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -58,18 +57,21 @@ const FRAMES_MIN: u32 = 16_384;
 /// An Ethernet header with two VLAN tags.
 const ETHERNET_HEADER: u32 = 22;
 
-/// Runs the role until SIGTERM or SIGINT. SIGHUP has the report written as it is then.
+/// Keys of `--config` that a running role takes over.
+const LIVE: [&str; 2] = ["sample", "ramp"];
+
+/// Runs the role until SIGTERM or SIGINT. SIGHUP has the configuration read again and the report written as it is then.
 ///
 /// # Errors
 /// When the role cannot start, with the cause and the remedy; when a worker dies or an interface is removed; when the report cannot
 /// be written.
-pub fn run(args: &OnlineArgs) -> Result<()> {
+pub fn run(mut args: OnlineArgs, configuration: Configuration) -> Result<()> {
     privileges::check()?;
     let signals = Signals::install()?;
     let started = Instant::now();
-    let Some(mut online) = Online::start(args, &signals)? else { return Ok(()) };
+    let Some(mut online) = Online::start(&args, configuration, &signals)? else { return Ok(()) };
     privileges::drop_all_but(Keep::Main);
-    let ended = online.serve(args, &signals, started);
+    let ended = online.serve(&mut args, &signals, started);
     // After an error too: the sessions end cleanly, and what was done until then is told.
     online.stop();
     online.say_tls();
@@ -101,6 +103,8 @@ pub(crate) fn spent(started: Instant) -> (f64, f64) {
 
 /// The running role. Dropping it detaches everything.
 struct Online {
+    configuration: Configuration,
+    assistants: Assistants,
     capture: Capture,
     /// Verdicts at the time of the stop.
     verdicts: Value,
@@ -125,7 +129,7 @@ struct Running {
 
 impl Online {
     /// `None`: everything was found to be there, and that is all that was asked for, or a signal came.
-    fn start(args: &OnlineArgs, signals: &Signals) -> Result<Option<Online>> {
+    fn start(args: &OnlineArgs, configuration: Configuration, signals: &Signals) -> Result<Option<Online>> {
         args.replay.check()?;
         if args.spread > 60_000 {
             bail!("--spread {}: give at most 60000 milliseconds", args.spread);
@@ -158,13 +162,8 @@ impl Online {
             }
         };
         let metrics = Metrics::serve(args.replay.metrics)?;
-        let mut channels = connect(
-            &args.assistants,
-            args.replay.assistant_port,
-            &args.replay.key,
-            &services,
-            placement.workers,
-        )?;
+        let (assistants, mut channels) =
+            Assistants::connect(&args.replay.named(&args.assistants), &services, placement.workers)?;
         let monitor = Monitor::start(
             services.iter().map(|service| to_std(&service.service.target.ip)).collect(),
             args.replay.output_interface.clone(),
@@ -187,7 +186,7 @@ impl Online {
             .zip(&ports)
             .map(|(worker, port)| capture.source(worker, workers, Some(port)))
             .collect::<Result<_>>()?;
-        let ramp = Ramp::new(args.ramp, threshold);
+        let ramp = Ramp::new(args.ramp, 0, threshold);
         capture.configure(workers, ramp.threshold(Duration::ZERO))?;
 
         let mut config = args.replay.engine_config(ports.len())?;
@@ -200,12 +199,7 @@ impl Online {
             config.worker = number as u32;
             config.seed = random_instance();
             config.frame_room = port.area() as u16;
-            let shared = Arc::new(Shared {
-                snapshot: Mutex::new(Snapshot::default()),
-                stop: AtomicBool::new(false),
-                wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
-                    .context("eventfd")?,
-            });
+            let shared = Shared::new()?;
             let engine = Engine::new(config, clock::now());
             let mut worker =
                 Worker::new(engine, port, Some(source), channels, monitor.watch(), shared.clone());
@@ -242,6 +236,8 @@ impl Online {
         let later = open_connections();
         let (quiet, others) = between_turns(&earlier, &later);
         let mut online = Online {
+            configuration,
+            assistants,
             capture,
             verdicts: Value::Null,
             _monitor: monitor,
@@ -301,10 +297,11 @@ impl Online {
     }
 
     /// Prints a line now and then, until a signal comes or something is broken beyond repair.
-    fn serve(&mut self, args: &OnlineArgs, signals: &Signals, started: Instant) -> Result<()> {
+    fn serve(&mut self, args: &mut OnlineArgs, signals: &Signals, started: Instant) -> Result<()> {
         let mut before = Figures::default();
-        let interval = Duration::from_secs(u64::from(args.replay.stats.unwrap_or(1).max(1)));
+        let mut interval = args.replay.stats_interval();
         let attached = Instant::now();
+        self.ramp.began = attached;
         let mut next_line = attached + interval;
         let mut next_look = attached + diagnosis::INTERVAL;
         let mut diagnosis = Diagnosis::new(true);
@@ -313,15 +310,21 @@ impl Online {
             match signals.wait_until(self.next_step().map_or(next_look, |step| step.min(next_look)))? {
                 Some(Asked::Stop) => return Ok(()),
                 Some(Asked::Reload) => {
+                    self.reload(args);
                     let figures = self.figures();
                     longest_lag_us = longest_lag_us.max(figures.lag_us);
                     let (seconds, cpu) = spent(started);
                     let report = figures.report(self.capture.verdicts(), seconds, cpu);
                     report::write_interim(args.replay.report.as_deref(), report);
+                    if interval != args.replay.stats_interval() {
+                        interval = args.replay.stats_interval();
+                        next_line = Instant::now() + interval;
+                        before = figures;
+                    }
                 }
                 None => {}
             }
-            self.take_step(attached)?;
+            self.take_step()?;
             if Instant::now() < next_look {
                 continue;
             }
@@ -359,6 +362,43 @@ impl Online {
         }
     }
 
+    /// Takes over what the configuration file says now, as far as no session notices, and where the assistants' names lead now.
+    fn reload(&mut self, args: &mut OnlineArgs) {
+        let live = [&LIVE[..], &ReplayArgs::LIVE].concat();
+        let Online { configuration, assistants, capture, ramp, workers, .. } = self;
+        configuration.reload(&live, |role| {
+            let new = match role {
+                Some(Role::Online(new)) => Some(*new),
+                _ => None,
+            };
+            if let Some(new) = &new {
+                new.replay.check()?;
+            }
+            let names = new.as_ref().unwrap_or(args);
+            let count = workers.len() as u32;
+            let changes = assistants.reload(&names.replay.named(&names.assistants), count)?;
+            for (worker, change) in workers.iter().zip(changes) {
+                worker.shared.ask(Ask::Assistants(change));
+            }
+            let Some(new) = new else { return Ok(()) };
+            if (new.ramp, new.replay.sample) != (args.ramp, args.replay.sample) {
+                let threshold = sample_threshold(new.replay.sample.0);
+                // What leaves the sample is not captured any more before its sessions end, and what enters it, only when it is welcome.
+                if threshold < capture.threshold() {
+                    capture.configure(count, threshold)?;
+                }
+                for worker in workers.iter() {
+                    worker.shared.ask(Ask::Sample(threshold));
+                }
+                *ramp = Ramp::new(new.ramp, capture.threshold(), threshold);
+                (args.ramp, args.replay.sample) = (new.ramp, new.replay.sample);
+            }
+            args.assistants = new.assistants;
+            args.replay.adopt(new.replay);
+            Ok(())
+        });
+    }
+
     /// When the share of connections grows next; `None`: it does not any more.
     fn next_step(&self) -> Option<Instant> {
         let growing = self.capture.threshold() < self.ramp.full;
@@ -366,8 +406,8 @@ impl Online {
     }
 
     /// Lets the program take the share of connections that the ramp has come to.
-    fn take_step(&mut self, attached: Instant) -> Result<()> {
-        let threshold = self.ramp.threshold(attached.elapsed());
+    fn take_step(&mut self) -> Result<()> {
+        let threshold = self.ramp.threshold(self.ramp.began.elapsed());
         if threshold != self.capture.threshold() {
             self.capture.configure(self.workers.len() as u32, threshold)?;
         }
@@ -436,7 +476,10 @@ impl Drop for Online {
 /// `-g`: the share of connections grows evenly. By the hash, so that who is in it stays in it.
 #[derive(Clone, Copy, Debug)]
 struct Ramp {
+    began: Instant,
     duration: Duration,
+    /// The threshold at its beginning.
+    from: u64,
     /// The threshold at its end.
     full: u64,
 }
@@ -445,16 +488,18 @@ impl Ramp {
     /// Between two steps.
     const STEP: Duration = Duration::from_millis(100);
 
-    fn new(seconds: u32, full: u64) -> Ramp {
-        Ramp { duration: Duration::from_secs(u64::from(seconds)), full }
+    /// One that begins now.
+    fn new(seconds: u32, from: u64, full: u64) -> Ramp {
+        Ramp { began: Instant::now(), duration: Duration::from_secs(u64::from(seconds)), from, full }
     }
 
-    /// The threshold of flow hashes so long after the start.
+    /// The threshold of flow hashes so long after its beginning.
     fn threshold(&self, elapsed: Duration) -> u64 {
         if elapsed >= self.duration {
             return self.full;
         }
-        (self.full as f64 * (elapsed.as_secs_f64() / self.duration.as_secs_f64())) as u64
+        let part = elapsed.as_secs_f64() / self.duration.as_secs_f64();
+        self.from + (self.full.saturating_sub(self.from) as f64 * part) as u64
     }
 }
 
@@ -660,53 +705,6 @@ fn capture_device(network: &mut Network, args: &OnlineArgs, services: &[ServiceA
     Ok(device)
 }
 
-/// Connects each worker to every assistant; the role does not start without them.
-pub(crate) fn connect(
-    assistants: &[String],
-    default_port: u16,
-    key: &str,
-    services: &[ServiceArg],
-    workers: u32,
-) -> Result<Vec<Vec<Client>>> {
-    if assistants.len() > MAX_CHANNELS {
-        bail!("-s names {} assistants; at most {MAX_CHANNELS} are possible", assistants.len());
-    }
-    let instance = random_instance();
-    let entries: Vec<ServiceEntry> = (0..)
-        .zip(services)
-        .map(|(number, &ServiceArg { protocol, service })| ServiceEntry {
-            service: number,
-            protocol,
-            target: service.target,
-        })
-        .collect();
-    let mut addresses: Vec<SocketAddr> = Vec::new();
-    for text in assistants {
-        let assistant = assistant_address(text, default_port)?;
-        if addresses.contains(&assistant) {
-            bail!("-s names {assistant} twice");
-        }
-        addresses.push(assistant);
-    }
-    let mut all = Vec::new();
-    for worker in 0..workers {
-        let mut channels = Vec::new();
-        for &assistant in &addresses {
-            let mut channel = Client::new(ClientConfig {
-                assistant,
-                key: key.as_bytes().to_vec(),
-                instance,
-                worker: worker as u16,
-                services: entries.clone(),
-            })?;
-            channel.wait_until_up(clock::now)?;
-            channels.push(channel);
-        }
-        all.push(channels);
-    }
-    Ok(all)
-}
-
 fn open_connections(ports: &[u16]) -> Vec<Connection> {
     connections::established(ports).unwrap_or_else(|error| {
         caution!(
@@ -769,12 +767,16 @@ mod tests {
 
     #[test]
     fn b044_a_ramp_only_grows_and_ends_at_the_sample() {
-        let ramp = Ramp::new(10, sample_threshold(20.0));
+        let ramp = Ramp::new(10, 0, sample_threshold(20.0));
         let at = |tenths: u64| ramp.threshold(Duration::from_millis(100 * tenths));
         assert_eq!(at(0), 0);
         assert!((0..150).all(|tenths| at(tenths) <= at(tenths + 1)));
         assert_eq!(at(50), sample_threshold(10.0));
         assert_eq!((at(100), at(1000)), (ramp.full, ramp.full));
-        assert_eq!(Ramp::new(0, 7).threshold(Duration::ZERO), 7);
+        assert_eq!(Ramp::new(0, 0, 7).threshold(Duration::ZERO), 7);
+        // To a larger share while it runs: from what there is.
+        let ramp = Ramp::new(10, sample_threshold(20.0), sample_threshold(40.0));
+        let at = |seconds| ramp.threshold(Duration::from_secs(seconds));
+        assert_eq!([at(0), at(5), at(10)], [20.0, 30.0, 40.0].map(sample_threshold));
     }
 }

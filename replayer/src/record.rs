@@ -8,10 +8,10 @@ use crate::afxdp::{Port, PortConfig, Received};
 use crate::capture::choice::{self, Facts};
 use crate::capture::ring::Reader;
 use crate::capture::{self, Backend, Capture, CaptureArg, Source};
-use crate::cli::{PercentArg, online_endpoint, protocol_of};
+use crate::cli::{PercentArg, Role, online_endpoint, protocol_of};
 use crate::clients::ClientArgs;
 use crate::clock;
-use crate::configuration::ConfigArg;
+use crate::configuration::{ConfigArg, Configuration};
 use crate::net::{Device, NetError, Network};
 use crate::pcap::writer::NgWriter;
 use crate::privileges::{self, Keep};
@@ -129,16 +129,20 @@ impl FromStr for RecordedArg {
     }
 }
 
-/// Records until a limit is reached, or SIGTERM or SIGINT. SIGHUP completes the file that is being written; the next packet begins another.
+/// Keys of `--config` that a running role takes over.
+const LIVE: [&str; 7] = ["duration", "file-seconds", "file-size", "files", "packets", "report", "sample"];
+
+/// Records until a limit is reached, or SIGTERM or SIGINT. SIGHUP has the configuration read again and completes the file that is being written; the
+/// next packet begins another.
 ///
 /// # Errors
 /// When it cannot start, with the cause and the remedy; when a file cannot be written; when packets were lost.
-pub fn run(args: &RecordArgs) -> Result<()> {
+pub fn run(mut args: RecordArgs, mut configuration: Configuration) -> Result<()> {
     privileges::check()?;
     report::check_writable(args.report.as_deref())?;
     let clients = args.whose.chosen()?;
     let signals = Signals::install()?;
-    let mut files = RotatingFiles::new(args)?;
+    let mut files = RotatingFiles::new(&args)?;
     let mut network = Network::open()?;
     let device = network.device(&args.interface)?;
     if !device.up {
@@ -158,7 +162,17 @@ pub fn run(args: &RecordArgs) -> Result<()> {
     say!("{backend}: {why}");
     say::ready(format_args!("stop with SIGTERM or Ctrl-C"));
 
-    let ended = record(args, &signals, &mut taking, &mut files);
+    let ended = record(&mut args, &signals, &mut taking, &mut files, |args, files| {
+        configuration.reload(&LIVE, |role| {
+            let Some(Role::Record(new)) = role else { return Ok(()) };
+            report::check_writable(new.report.as_deref())?;
+            duration_of(&new)?;
+            files.set_limits(&new)?;
+            capture.configure(1, sample_threshold(new.sample.0))?;
+            *args = new;
+            Ok(())
+        });
+    });
     capture.detach();
     // What the kernel had taken before is still written.
     while ended.is_ok() && taking.take(&mut files, args.packets)? > 0 {}
@@ -192,14 +206,19 @@ pub fn run(args: &RecordArgs) -> Result<()> {
     Ok(())
 }
 
+fn duration_of(args: &RecordArgs) -> Result<Option<Duration>> {
+    args.duration.map(Duration::try_from_secs_f64).transpose().context("--duration")
+}
+
 fn record(
-    args: &RecordArgs,
+    args: &mut RecordArgs,
     signals: &Signals,
     taking: &mut Taking,
     files: &mut RotatingFiles,
+    mut reload: impl FnMut(&mut RecordArgs, &mut RotatingFiles),
 ) -> Result<()> {
     let started = Instant::now();
-    let duration = args.duration.map(Duration::try_from_secs_f64).transpose().context("--duration")?;
+    let mut duration = duration_of(args)?;
     let mut taken_at = started;
     loop {
         let count = taking.take(files, args.packets)?;
@@ -215,6 +234,8 @@ fn record(
         match signals.take() {
             Some(Asked::Stop) => return Ok(()),
             Some(Asked::Reload) => {
+                reload(args, files);
+                duration = duration_of(args)?;
                 files.finish()?;
                 say!("SIGHUP: {} files are complete", files.made);
             }
@@ -341,24 +362,16 @@ struct RotatingFiles {
 
 impl RotatingFiles {
     fn new(args: &RecordArgs) -> Result<RotatingFiles> {
-        if !(0.001..=1e9).contains(&args.file_size) {
-            bail!("--file-size {}: give 0.001 to 1000000000 MB", args.file_size);
-        }
-        if args.files == Some(0) {
-            bail!("--files 0: keep at least 1");
-        }
         let directory =
             args.prefix.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
         if !directory.is_dir() {
             bail!("{} is not a directory; name one that exists with -w", directory.display());
         }
-        let max_age =
-            args.file_seconds.map(Duration::try_from_secs_f64).transpose().context("--file-seconds")?;
         let mut files = RotatingFiles {
             prefix: args.prefix.clone(),
-            max_bytes: (args.file_size * 1e6) as u64,
-            max_age,
-            max_files: args.files,
+            max_bytes: 0,
+            max_age: None,
+            max_files: None,
             current: None,
             number: 0,
             kept: VecDeque::new(),
@@ -366,9 +379,25 @@ impl RotatingFiles {
             bytes: 0,
             made: 0,
         };
+        files.set_limits(args)?;
         // A recording before this one is not overwritten.
         files.number = files.highest(directory)?;
         Ok(files)
+    }
+
+    /// How large and how old a file becomes, and how many there are, from now on.
+    fn set_limits(&mut self, args: &RecordArgs) -> Result<()> {
+        if !(0.001..=1e9).contains(&args.file_size) {
+            bail!("--file-size {}: give 0.001 to 1000000000 MB", args.file_size);
+        }
+        if args.files == Some(0) {
+            bail!("--files 0: keep at least 1");
+        }
+        self.max_age =
+            args.file_seconds.map(Duration::try_from_secs_f64).transpose().context("--file-seconds")?;
+        self.max_bytes = (args.file_size * 1e6) as u64;
+        self.max_files = args.files;
+        Ok(())
     }
 
     /// The highest number of the files that are there already.

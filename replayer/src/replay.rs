@@ -1,6 +1,7 @@
 //! What the online and the offline role have in common: the flags that say what is replayed to where, the checks of what clap cannot see,
 //! and the engine's configuration that comes of them.
 
+use crate::channel::assistants::Named;
 use crate::cli::{CopiesArg, PercentArg, PoolArg, ServiceArg, StatsFormat, VlanArg};
 use crate::clients::ClientArgs;
 use crate::net::VlanTag;
@@ -12,6 +13,7 @@ use replayer_common::packet::Protocol;
 use replayer_engine::config::{Config, Limits, Service};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Flags of both roles.
 #[derive(Debug, Args)]
@@ -132,6 +134,28 @@ impl ReplayArgs {
     /// Copies of a connection at most.
     pub fn most_copies(&self) -> u64 {
         self.copies.0.div_ceil(1_000_000)
+    }
+
+    /// Keys of `--config` that a running role takes over ([`ReplayArgs::adopt`]).
+    pub const LIVE: [&str; 6] = ["assistant", "assistant-port", "key", "report", "stats", "stats-format"];
+
+    /// Takes over what can change while the role runs; the assistants' names are the role's.
+    pub fn adopt(&mut self, new: ReplayArgs) {
+        self.assistant_port = new.assistant_port;
+        self.key = new.key;
+        self.report = new.report;
+        self.stats = new.stats;
+        self.stats_format = new.stats_format;
+    }
+
+    /// How often a line of figures is printed, or would be.
+    pub fn stats_interval(&self) -> Duration {
+        Duration::from_secs(u64::from(self.stats.unwrap_or(1).max(1)))
+    }
+
+    /// The assistants called `names`.
+    pub fn named<'a>(&'a self, names: &'a [String]) -> Named<'a> {
+        Named { names, port: self.assistant_port, key: &self.key }
     }
 
     /// Contradictions between the flags.

@@ -1,4 +1,4 @@
-//! SIGTERM, SIGINT and SIGHUP as something to wait for. The first two end a role cleanly. SIGHUP asks it to write its files anew and goes on;
+//! SIGTERM, SIGINT and SIGHUP as something to wait for. The first two end a role cleanly. SIGHUP asks it to look at its files anew and goes on;
 //! but when the terminal that it was started from is gone, nobody is left to stop it, and SIGHUP ends it too. A role that was started by
 //! nohup(1), which has SIGHUP ignored, knows nothing of it.
 
@@ -17,7 +17,7 @@ use std::time::Instant;
 pub enum Asked {
     /// To end cleanly. It is asked for again each time.
     Stop,
-    /// To write the report as it is now, begin new files, and look at the host anew.
+    /// To read the configuration again, write the report as it is now, begin new files, and look at the host anew.
     Reload,
 }
 

@@ -15,6 +15,7 @@
 
 use crate::afxdp::{Flush, Frame, Port, PortCounters, Statistics};
 use crate::capture::Source;
+use crate::channel::assistants::Change;
 use crate::channel::client::{Client, ClientCounters};
 use crate::channel::limits::HURRY;
 use crate::channel::wire::Entry;
@@ -23,8 +24,9 @@ use crate::growth::Growth;
 use crate::moderation::{Moderation, Next};
 use crate::net::Watch;
 use crate::offline::feed::{self, Feed};
+use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, ppoll};
-use nix::sys::eventfd::EventFd;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 use replayer_common::addr::Endpoint;
 use replayer_common::response::ResponseHeader;
@@ -33,7 +35,7 @@ use replayer_engine::histogram::Histogram;
 use replayer_engine::{BATCH, Engine, Gauges, Lag, Link, Output};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The longest pause: what a replayed request may be late by for the sake of CPU time. At 20 000 requests a second a fourth of the wake-ups less
 /// than with 0.3 ms and a sixth of the time; with 0.5 ms little more is gained.
@@ -87,7 +89,6 @@ pub struct Snapshot {
 }
 
 /// What a worker and the role's main thread share.
-#[derive(Debug)]
 pub struct Shared {
     /// The last published figures.
     pub snapshot: Mutex<Snapshot>,
@@ -95,6 +96,42 @@ pub struct Shared {
     pub stop: AtomicBool,
     /// Wakes the worker.
     pub wake: EventFd,
+    /// What it is to change, and whether there is something.
+    asks: Mutex<Vec<Ask>>,
+    asked: AtomicBool,
+}
+
+/// What a running worker can be asked for.
+pub enum Ask {
+    /// Channels to other assistants.
+    Assistants(Change),
+    /// To replay connections with flow hashes below this.
+    Sample(u64),
+}
+
+impl Shared {
+    /// Nothing published, nothing asked for.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn new() -> Result<Arc<Shared>> {
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        Ok(Arc::new(Shared {
+            snapshot: Mutex::default(),
+            stop: AtomicBool::new(false),
+            wake: EventFd::from_flags(flags).context("eventfd")?,
+            asks: Mutex::default(),
+            asked: AtomicBool::new(false),
+        }))
+    }
+
+    /// Has the worker change something in its next turn.
+    pub fn ask(&self, ask: Ask) {
+        self.asks.lock().unwrap_or_else(PoisonError::into_inner).push(ask);
+        self.asked.store(true, Ordering::Release);
+        // A full counter wakes the worker just as well.
+        let _ = self.wake.write(1);
+    }
 }
 
 /// A worker's belongings; [`Worker::run`] is its life.
@@ -326,6 +363,9 @@ impl Worker {
         loop {
             let now = clock::now();
             self.update_links();
+            if self.shared.asked.load(Ordering::Relaxed) {
+                self.change(now);
+            }
             let work = self.turn(now);
             self.keep_pace(now);
             let fed = self.feed.as_mut().is_some_and(|feeding| feeding.is_done(now, &self.engine));
@@ -366,6 +406,31 @@ impl Worker {
         self.publish(now);
         if let Ok(mut snapshot) = self.shared.snapshot.lock() {
             snapshot.pending = Some(self.engine.pending());
+        }
+    }
+
+    /// Does what it was asked for. Rare, and the only thing after the start that may allocate.
+    fn change(&mut self, now: u64) {
+        // Before the look: what comes after it is looked at next time.
+        self.shared.asked.swap(false, Ordering::Acquire);
+        let asks = std::mem::take(&mut *self.shared.asks.lock().unwrap_or_else(PoisonError::into_inner));
+        for ask in asks {
+            match ask {
+                Ask::Sample(threshold) => self.engine.set_sample(now, threshold, &mut self.surroundings),
+                Ask::Assistants(change) => self.change_assistants(change),
+            }
+        }
+    }
+
+    /// A new assistant is told of all live identities, as one that came back is.
+    fn change_assistants(&mut self, Change { keep, new, key }: Change) {
+        let channels = std::mem::take(&mut self.surroundings.channels).into_iter();
+        let kept = channels.zip(std::mem::take(&mut self.renewals));
+        let kept = kept.filter(|(channel, _)| keep.contains(&channel.assistant()));
+        let all = kept.chain(new.into_iter().map(|channel| (channel, None)));
+        (self.surroundings.channels, self.renewals) = all.unzip();
+        for channel in &mut self.surroundings.channels {
+            channel.set_key(key.clone());
         }
     }
 

@@ -135,6 +135,12 @@ impl Role {
         Self::start(lab, host, "online", &fixed, arguments)
     }
 
+    /// Starts a role with a configuration file, ready on return; where its report goes is typed.
+    pub fn configured(lab: &Lab, host: &Host, role: &str, file: &Path) -> Result<Self> {
+        let file = file.to_str().context("the path is not UTF-8")?;
+        Self::start(lab, host, role, &["--config", file], &[])
+    }
+
     fn start(lab: &Lab, host: &Host, role: &str, fixed: &[&str], arguments: &[&str]) -> Result<Self> {
         // A host may run several, at once or one after another: each has files of its own.
         static NEXT: AtomicU32 = AtomicU32::new(1);

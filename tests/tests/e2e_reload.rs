@@ -3,18 +3,22 @@
 //! Root only; each test has a lab of its own.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use replayer_common::addr::Endpoint;
+use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
 use replayer_tests::clients::Load;
-use replayer_tests::lab::{Lab, NIC, Plan};
+use replayer_tests::lab::{Host, Lab, NIC, Plan};
 use replayer_tests::pairs::StreamPair;
 use replayer_tests::process::Process;
 use replayer_tests::replay::{Replay, Role, service};
 use replayer_tests::servers::tool;
+use replayer_tests::stream::{Connection, Record};
 use replayer_tests::wait::wait_for;
 use serde_json::Value;
 
@@ -119,6 +123,185 @@ fn b063_sighup_completes_the_file_of_a_recording_and_has_the_report_of_its_repla
     streams.ensure_equal(30)?;
     let last = report(&written).context("no report")?;
     assert_eq!((&last["role"], requests(&last), &last["running"]), (&"offline".into(), 30, &Value::Null));
+    Ok(())
+}
+
+/// A configuration file for both roles. The online role has `of_online` in it, and the key that both have.
+fn write_file(lab: &Lab, key: &str, of_online: &str) -> Result<PathBuf> {
+    let path = lab.dir().join("replayer.toml");
+    let service = service(STREAM, lab.target().v4(), STREAM);
+    let text = format!(
+        "[assistant]\ninterface = '{NIC}'\nkey = '{key}'\n[online]\ninterface = '{NIC}'\nkey = '{key}'\nservice = '{service}'\n\
+         stats = 1\nstats-format = 'json'\n{of_online}"
+    );
+    fs::write(&path, text)?;
+    Ok(path)
+}
+
+#[test]
+fn b063_sighup_takes_over_other_assistants_and_a_key_and_no_session_notices() -> Result<()> {
+    let lab = Lab::up(Plan { assistants: 2, ..Plan::default() })?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let hosts = [lab.assistant(), lab.host("assistant2")];
+    let [first, second] = hosts.map(Host::v4);
+    let file = write_file(&lab, "one", &format!("assistant = '{first}'"))?;
+    let [mut old, mut new] = [
+        Role::configured(&lab, hosts[0], "assistant", &file)?,
+        Role::configured(&lab, hosts[1], "assistant", &file)?,
+    ];
+    let mut online = Role::configured(&lab, lab.online(), "online", &file)?;
+    let load = format!(
+        "--connect {}:{STREAM} --connections 20 --rate 400 --seconds 6 --body 1-3000",
+        lab.online().v4()
+    );
+    let mut load = Load::start(&lab, lab.client(), "load", &load)?;
+    let mut requests = |wanted: usize| {
+        wait_for("further requests", SOON, || {
+            streams.target.record().is_ok_and(|record| record.requests() >= wanted)
+        })
+    };
+    requests(100)?;
+
+    // The second one can be reached with the new key only.
+    write_file(&lab, "two", &format!("assistant = ['{first}', '{second}']\nmax-sessions = 5000"))?;
+    for assistant in [&mut old, &mut new] {
+        assistant.process.signal(Signal::SIGHUP)?;
+        assistant.process.wait_for_message("replayer.toml says: key", SOON)?;
+    }
+    online.process.signal(Signal::SIGHUP)?;
+    online.process.wait_for_message(&format!("connected to the assistant at {second}:"), SOON)?;
+    online.process.wait_for_message("replayer.toml says: assistant, key", SOON)?;
+    online.process.wait_for_message("needs a restart: max-sessions", SOON)?;
+    requests(500)?;
+
+    lab.route_through(lab.target(), "172.28.1.0/24", hosts[1])?;
+    write_file(&lab, "two", &format!("assistant = '{second}'"))?;
+    online.process.signal(Signal::SIGHUP)?;
+    online.process.wait_for_message(&format!("the assistant at {first}:"), SOON)?;
+    old.process.kill()?;
+    requests(1000)?;
+
+    // A mistake, and an assistant that is not there.
+    for (text, says) in
+        [("sampel = 3", "there is sample"), ("assistant = '172.28.0.250:7'", "cannot reach the assistant")]
+    {
+        write_file(&lab, "two", text)?;
+        online.process.signal(Signal::SIGHUP)?;
+        online.process.wait_for_message(says, SOON)?;
+    }
+    ensure!(
+        online.process.errors().matches("everything stays as it is").count() == 2,
+        "{}",
+        online.process.tail()
+    );
+
+    let summary = load.finish()?;
+    assert_eq!((summary.errors, summary.unanswered), (0, 0), "{summary:?}");
+    streams.ensure_equal(summary.requests as usize)?;
+    let report = online.stop_online()?;
+    assert_eq!((report.counter("sessions_opened"), report.counter("turns_sent")), (20, summary.requests));
+    new.stop::<Value>()?;
+    Ok(())
+}
+
+#[test]
+fn b044_b063_sighup_changes_the_sample_of_a_running_role() -> Result<()> {
+    const CONNECTIONS: u64 = 40;
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let write = |percent: u32| {
+        write_file(&lab, "", &format!("assistant = '{}'\nsample = {percent}", lab.assistant().v4()))
+    };
+    let file = write(100)?;
+    let _assistant = Role::configured(&lab, lab.assistant(), "assistant", &file)?;
+    let mut online = Role::configured(&lab, lab.online(), "online", &file)?;
+    let load = format!(
+        "--connect {}:{STREAM} --connections {CONNECTIONS} --rate 400 --seconds 15 --body 1-3000",
+        lab.online().v4()
+    );
+    let mut load = Load::start(&lab, lab.client(), "load", &load)?;
+    let live = |online: &Role| online.stats().map(|stats| stats.sessions_live);
+    wait_for("all sessions", SOON, || live(&online) == Some(CONNECTIONS))?;
+
+    write(20)?;
+    online.process.signal(Signal::SIGHUP)?;
+    online.process.wait_for_message("replayer.toml says: sample", SOON)?;
+    let after = online.stats().context("no figures")?.t;
+    // By then every session outside has been closed, and nothing of it came again.
+    wait_for("three seconds", SOON, || online.stats().is_some_and(|stats| stats.t > after + 3.0))?;
+    let kept = live(&online).context("no figures")?;
+
+    write(100)?;
+    online.process.signal(Signal::SIGHUP)?;
+    wait_for("all sessions again", SOON, || live(&online) == Some(CONNECTIONS))?;
+    let summary = load.finish()?;
+    assert_eq!((summary.errors, summary.unanswered), (0, 0), "{summary:?}");
+    let in_sample = |local: &str| -> Result<bool> {
+        let local = Endpoint::from(local.parse::<SocketAddr>()?);
+        Ok(u64::from(flow_hash(FLOW_SEED, &local.ip, local.port)) < sample_threshold(20.0))
+    };
+    let mut whole = Vec::new();
+    for connection in &summary.connections {
+        if in_sample(&connection.local)? {
+            whole.push(connection.local.clone());
+        }
+    }
+    assert_eq!(kept, whole.len() as u64, "sessions of a sample of 20 %");
+    let report = online.stop_online()?;
+    // Each of the others was closed and joined again.
+    assert_eq!(report.counter("sessions_opened"), 2 * CONNECTIONS - kept, "{:?}", report.counters);
+    let (at_online, at_target) = (streams.online.record()?, streams.target.record()?);
+    let of = |record: &Record, local: &String| {
+        let ids = |connection: &Connection| (connection.peer == *local).then(|| connection.ids.clone());
+        record.connections.iter().filter_map(ids).collect::<Vec<_>>()
+    };
+    for local in &whole {
+        assert_eq!(of(&at_online, local), of(&at_target, local), "{local}");
+    }
+    assert!(at_target.connections.iter().all(|it| it.at_boundary && it.mismatch.is_none()), "{at_target:?}");
+    Ok(())
+}
+
+#[test]
+fn b063_sighup_has_the_assistants_names_looked_up_again() -> Result<()> {
+    let lab = Lab::up(Plan { assistants: 2, ..Plan::default() })?;
+    let hosts = [lab.assistant(), lab.host("assistant2")];
+    let [mut old, _new] = [Role::assistant(&lab, hosts[0], &[])?, Role::assistant(&lab, hosts[1], &[])?];
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let names = lab.dir().join("hosts");
+    fs::write(&names, format!("{} moving.test\n", hosts[0].v4()))?;
+    // In a mount namespace of its own it has a file of names of its own.
+    let mut command = lab.online().command("unshare");
+    command.args(["--mount", "sh", "-c", "mount --bind \"$0\" /etc/hosts && exec \"$@\""]).arg(&names);
+    command.arg(tool("replayer")?).args(["online", "-i", NIC, "-s", "moving.test"]);
+    command.args(["-x", &service(STREAM, lab.target().v4(), STREAM)]);
+    let mut online = Process::start(&mut command, "online", &lab.dir())?;
+    online.wait_for_message("online ready", SOON)?;
+    let load = |name: &str, first: u64| -> Result<()> {
+        let arguments = format!(
+            "--connect {}:{STREAM} --connections 5 --requests 50 --first-id {first}",
+            lab.online().v4()
+        );
+        assert_eq!(Load::run(&lab, name, &arguments)?.responses, 50);
+        Ok(())
+    };
+    load("first", 1)?;
+    streams.ensure_equal(50)?;
+
+    lab.route_through(lab.target(), "172.28.1.0/24", hosts[1])?;
+    fs::write(&names, format!("{} moving.test\n", hosts[1].v4()))?;
+    online.signal(Signal::SIGHUP)?;
+    online.wait_for_message(&format!("connected to the assistant at {}:", hosts[1].v4()), SOON)?;
+    old.process.kill()?;
+    load("second", 1001)?;
+    streams.ensure_equal(100)?;
+    // A name that is gone leaves the channels as they are.
+    fs::write(&names, "")?;
+    online.signal(Signal::SIGHUP)?;
+    online.wait_for_message("everything stays as it is", Duration::from_secs(30))?;
+    load("third", 2001)?;
+    streams.ensure_equal(150)?;
+    ensure!(online.stop()?.success(), "{}", online.tail());
     Ok(())
 }
 

@@ -864,15 +864,37 @@ impl Engine {
     /// they have, and forgotten, so that packets of the same addresses that come later are of new connections.
     pub fn end_of_capture<O: Output>(&mut self, now_ns: u64, out: &mut O) {
         for c in 0..self.connections.high_water() {
-            if self.connections[c].phase == Phase::Forgotten || self.connections[c].is_detached() {
-                continue;
-            }
-            if self.connections.has_hole(c) {
-                self.give_up_hole(now_ns, c, out);
-            }
-            let connection = &self.connections[c];
-            if connection.phase != Phase::Forgotten && !connection.is_detached() {
-                self.replace(now_ns, c, out);
+            self.end_connection(now_ns, c, out);
+        }
+    }
+
+    /// Nothing more of a connection, if it is one, will be captured.
+    fn end_connection<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+        let over =
+            |this: &Self| this.connections[c].phase == Phase::Forgotten || this.connections[c].is_detached();
+        if over(self) {
+            return;
+        }
+        if self.connections.has_hole(c) {
+            self.give_up_hole(now_ns, c, out);
+        }
+        if !over(self) {
+            self.replace(now_ns, c, out);
+        }
+    }
+
+    // ---- sampling ----
+
+    /// Replays the connections with flow hashes below `threshold` from now on. Those that leave the sample are closed at the targets after what
+    /// they have; those that enter it are joined at their next turn. Walks all connections when it falls.
+    pub fn set_sample<O: Output>(&mut self, now_ns: u64, threshold: u64, out: &mut O) {
+        let before = core::mem::replace(&mut self.config.sample_threshold, threshold);
+        if threshold >= before {
+            return;
+        }
+        for c in 0..self.connections.high_water() {
+            if !self.in_sample(&self.connections[c].client) {
+                self.end_connection(now_ns, c, out);
             }
         }
     }

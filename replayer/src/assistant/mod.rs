@@ -24,8 +24,9 @@ pub mod routing;
 
 use crate::channel::limits::DEFAULT_PORT;
 use crate::channel::{Server, ServerConfig};
+use crate::cli::Role;
 use crate::clock;
-use crate::configuration::ConfigArg;
+use crate::configuration::{ConfigArg, Configuration};
 use crate::metrics::{self, Metrics};
 use crate::moderation::{Moderation, Next};
 use crate::privileges::{self, Keep};
@@ -91,12 +92,16 @@ pub struct AssistantArgs {
     pub stats: Option<u64>,
 }
 
-/// Runs the role until SIGTERM or SIGINT. SIGHUP has the report written as it is then, and this host's addresses looked up anew.
+/// Keys of `--config` that a running role takes over.
+const LIVE: [&str; 3] = ["key", "report", "stats"];
+
+/// Runs the role until SIGTERM or SIGINT. SIGHUP has the configuration read again, the report written as it is then, and this host's addresses
+/// looked up anew.
 ///
 /// # Errors
 /// With cause and remedy: what keeps it from starting (interface, forwarding, permission, port), or from going on (the
 /// interface is gone), or from writing its report.
-pub fn run(args: AssistantArgs) -> Result<()> {
+pub fn run(mut args: AssistantArgs, configuration: Configuration) -> Result<()> {
     crate::report::check_writable(args.report.as_deref())?;
     let interface = host::choose_interface(args.interface.as_deref())?;
     if !args.allow_forwarding {
@@ -128,6 +133,7 @@ pub fn run(args: AssistantArgs) -> Result<()> {
         if args.key.is_empty() { ", without a key" } else { "" }
     ));
     let mut assistant = Assistant {
+        configuration,
         interface,
         ifindex,
         server,
@@ -140,7 +146,7 @@ pub fn run(args: AssistantArgs) -> Result<()> {
         last_look: clock::now(),
     };
     let mut writer = InterimWriter::default();
-    let ended = assistant.serve(&args, &signals, metrics.as_ref(), &mut writer);
+    let ended = assistant.serve(&mut args, &signals, metrics.as_ref(), &mut writer);
     writer.wait();
     let report = assistant.report()?;
     plain!("{}", report.to_string().trim_end());
@@ -171,6 +177,7 @@ const REJECTS: [Reject; 6] = [
 ];
 
 struct Assistant {
+    configuration: Configuration,
     interface: String,
     ifindex: u32,
     server: Server,
@@ -187,12 +194,14 @@ impl Assistant {
     /// Turns until a signal comes.
     fn serve(
         &mut self,
-        args: &AssistantArgs,
+        args: &mut AssistantArgs,
         signals: &Signals,
         metrics: Option<&Metrics>,
         writer: &mut InterimWriter,
     ) -> Result<()> {
-        let stats = args.stats.filter(|&seconds| seconds > 0).map(|seconds| seconds * 1_000_000_000);
+        let interval =
+            |args: &AssistantArgs| args.stats.filter(|&seconds| seconds > 0).map(|it| it * 1_000_000_000);
+        let mut stats = interval(args);
         let mut next_stats = stats.map_or(u64::MAX, |interval| clock::now() + interval);
         let mut next_metrics = metrics.map_or(u64::MAX, |_| clock::now());
         let mut more = false;
@@ -225,6 +234,11 @@ impl Assistant {
                 self.look_at_host(now)?;
             }
             if asked == Some(Asked::Reload) {
+                self.reload(args);
+                if stats != interval(args) {
+                    stats = interval(args);
+                    next_stats = stats.map_or(u64::MAX, |interval| now + interval);
+                }
                 writer.write(args.report.clone(), serde_json::to_value(self.report()?)?);
             }
             if let Some(metrics) = metrics
@@ -240,6 +254,18 @@ impl Assistant {
                 say!("{}", self.report()?.line());
             }
         }
+    }
+
+    /// Takes over what the configuration file says now, as far as nobody notices.
+    fn reload(&mut self, args: &mut AssistantArgs) {
+        let Assistant { configuration, server, .. } = self;
+        configuration.reload(&LIVE, |role| {
+            let Some(Role::Assistant(new)) = role else { return Ok(()) };
+            crate::report::check_writable(new.report.as_deref())?;
+            server.set_key(new.key.clone().into_bytes())?;
+            (args.key, args.report, args.stats) = (new.key, new.report, new.stats);
+            Ok(())
+        });
     }
 
     /// When the next turn is due if nothing happens.

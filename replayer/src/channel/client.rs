@@ -202,6 +202,11 @@ impl Client {
         }
     }
 
+    /// The key from the next hello on.
+    pub fn set_key(&mut self, key: Vec<u8>) {
+        self.config.key = key;
+    }
+
     /// Whether the assistant has said welcome and the connection stands.
     pub fn is_connected(&self) -> bool {
         matches!(self.state, State::Up { .. })

@@ -34,8 +34,9 @@
 //!   session engine retransmits, and the target acknowledges again.
 //!
 //! Modules: [`wire`] the bytes, [`limits`] every limit with its reason, [`queue`] the buffers, [`client`] the worker's
-//! side, [`server`] the assistant's.
+//! side, [`assistants`] all of these in a role, [`server`] the assistant's side.
 
+pub mod assistants;
 pub mod client;
 pub mod limits;
 pub mod queue;

@@ -233,6 +233,18 @@ impl Server {
         })
     }
 
+    /// The key that further connections have to have.
+    ///
+    /// # Errors
+    /// When it is too long.
+    pub fn set_key(&mut self, key: Vec<u8>) -> Result<(), ServerError> {
+        if key.len() > MAX_KEY {
+            return Err(ServerError::Key(key.len()));
+        }
+        self.key = key;
+        Ok(())
+    }
+
     /// Where it listens.
     ///
     /// # Errors

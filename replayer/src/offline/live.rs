@@ -4,30 +4,32 @@ use super::{
     LAST_RESPONSE_NS, OfflineArgs, conclude, engine_config, not_given, order, report_of, start_feed,
 };
 use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
-use crate::cli::{ServiceArg, StatsFormat};
+use crate::channel::assistants::Assistants;
+use crate::cli::{Role, ServiceArg, StatsFormat};
 use crate::clock;
+use crate::configuration::Configuration;
 use crate::diagnosis::{self, Diagnosis};
 use crate::growth::Growth;
 use crate::inspect::progress_line;
 use crate::metrics::{self, Metrics};
 use crate::net::{Monitor, Network};
 use crate::offline::shown::Shown;
-use crate::online::{conclude_check, connect, output_device, spent};
+use crate::online::{conclude_check, output_device, spent};
 use crate::pcap::Files;
 use crate::pcap::input::STANDARD_INPUT;
 use crate::privileges::{self, Keep};
+use crate::replay::ReplayArgs;
 use crate::report::{self, Figures};
 use crate::say::{self, caution, plain, say, show, to_terminal};
 use crate::signals::{Asked, Signals};
-use crate::worker::{Shared, Snapshot, Worker};
+use crate::worker::{Ask, Shared, Worker};
 use anyhow::{Context, Result, bail};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use replayer_common::addr::to_std;
 use replayer_engine::Engine;
 use replayer_engine::counters::Counter;
 use serde_json::json;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -38,13 +40,17 @@ const ETHERNET_HEADER: u32 = 22;
 /// How often it is looked whether the worker has ended.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
-pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
+pub(super) fn run(
+    args: &mut OfflineArgs,
+    configuration: Configuration,
+    services: &[ServiceArg],
+) -> Result<()> {
     privileges::check()?;
     let signals = Signals::install()?;
     let metrics = Metrics::serve(args.replay.metrics)?;
     let mut network = Network::open()?;
     let output = output_device(&mut network, &args.replay, services)?;
-    let mut channels = connect(&args.assistants, args.replay.assistant_port, &args.replay.key, services, 1)?;
+    let (assistants, mut channels) = Assistants::connect(&args.replay.named(&args.assistants), services, 1)?;
     let channels = channels.pop().context("-s names no assistant")?;
     let monitor = Monitor::start(
         services.iter().map(|service| to_std(&service.service.target.ip)).collect(),
@@ -72,11 +78,7 @@ pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     let room = port.area();
     let feed = start_feed(args, services, room, args.in_flight)?;
     let shown = feed.shown();
-    let shared = Arc::new(Shared {
-        snapshot: Mutex::new(Snapshot::default()),
-        stop: AtomicBool::new(false),
-        wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).context("eventfd")?,
-    });
+    let shared = Shared::new()?;
     let port_mode = port.mode().to_owned();
     let engine = Engine::new(engine_config(args, room as u16)?, clock::now());
     let mut worker = Worker::new(engine, port, None, channels, monitor.watch(), shared.clone());
@@ -94,7 +96,7 @@ pub(super) fn run(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
             worker.run();
         })
         .context("start a thread")?;
-    let mut running = Running { shared, worker: Some(worker) };
+    let mut running = Running { configuration, assistants, shared, worker: Some(worker) };
     privileges::drop_all_but(Keep::Main);
     say::ready(format_args!("stop with SIGTERM or Ctrl-C"));
 
@@ -135,6 +137,8 @@ fn reasons(figures: &Figures) -> String {
 
 /// The worker's thread. Dropping it ends it.
 struct Running {
+    configuration: Configuration,
+    assistants: Assistants,
     shared: Arc<Shared>,
     worker: Option<JoinHandle<()>>,
 }
@@ -142,16 +146,16 @@ struct Running {
 impl Running {
     /// Shows progress until the files are replayed, or a signal comes: true for a signal.
     fn serve(
-        &self,
-        args: &OfflineArgs,
+        &mut self,
+        args: &mut OfflineArgs,
         services: &[ServiceArg],
         signals: &Signals,
         metrics: Option<&Metrics>,
         shown: &Shown,
         started: Instant,
     ) -> Result<bool> {
-        let terminal = to_terminal() && args.replay.stats_format == StatsFormat::Text;
-        let interval = Duration::from_secs(u64::from(args.replay.stats.unwrap_or(1).max(1)));
+        let mut terminal = to_terminal() && args.replay.stats_format == StatsFormat::Text;
+        let mut interval = args.replay.stats_interval();
         let mut next = Instant::now() + interval;
         let mut before = Figures::default();
         let mut diagnosis = Diagnosis::new(false);
@@ -164,6 +168,9 @@ impl Running {
                     break;
                 }
                 Some(Asked::Reload) => {
+                    self.reload(args);
+                    terminal = to_terminal() && args.replay.stats_format == StatsFormat::Text;
+                    interval = args.replay.stats_interval();
                     let figures = self.figures();
                     longest_lag_us = longest_lag_us.max(figures.lag_us);
                     let report = report_of(&figures, shown, spent(started))?;
@@ -215,6 +222,29 @@ impl Running {
             show!("\r\x1b[K");
         }
         Ok(signalled)
+    }
+
+    /// Takes over what the configuration file says now, as far as no session notices, and where the assistants' names lead now.
+    fn reload(&mut self, args: &mut OfflineArgs) {
+        let Running { configuration, assistants, shared, .. } = self;
+        configuration.reload(&ReplayArgs::LIVE, |role| {
+            let new = match role {
+                Some(Role::Offline(new)) => Some(*new),
+                _ => None,
+            };
+            if let Some(new) = &new {
+                super::check(new)?;
+            }
+            let names = new.as_ref().unwrap_or(args);
+            for change in assistants.reload(&names.replay.named(&names.assistants), 1)? {
+                shared.ask(Ask::Assistants(change));
+            }
+            if let Some(new) = new {
+                args.assistants = new.assistants;
+                args.replay.adopt(new.replay);
+            }
+            Ok(())
+        });
     }
 
     fn figures(&self) -> Figures {

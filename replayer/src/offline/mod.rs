@@ -21,6 +21,7 @@ mod target;
 use crate::channel::random_instance;
 use crate::cli::ServiceArg;
 use crate::clock;
+use crate::configuration::Configuration;
 use crate::inspect::{inspect, progress_line};
 use crate::pcap::input::STANDARD_INPUT;
 use crate::pcap::writer::Writer;
@@ -50,18 +51,19 @@ const LAST_RESPONSE_NS: u64 = 1_000_000_000;
 /// How often progress is shown.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Runs the role until the files are replayed, or SIGTERM or SIGINT. SIGHUP has the report written as it is then.
+/// Runs the role until the files are replayed, or SIGTERM or SIGINT. SIGHUP has the configuration read again and the
+/// report written as it is then.
 ///
 /// # Errors
 /// When the role cannot start, with the cause and the remedy; when a file cannot be read to its end, after what was before that was
 /// replayed; when nothing in the files is for a service.
-pub fn run(args: &OfflineArgs) -> Result<()> {
+pub fn run(mut args: OfflineArgs, configuration: Configuration) -> Result<()> {
     let services = args.replay.services();
-    check(args)?;
+    check(&args)?;
     if !args.check && (args.dry_run || args.write.is_some()) {
-        return run_dry(args, &services);
+        return run_dry(&args, &services);
     }
-    live::run(args, &services)
+    live::run(&mut args, configuration, &services)
 }
 
 /// What clap cannot see.

@@ -189,6 +189,36 @@ fn b044_a_sample_is_a_fifth_of_the_connections_whole_and_always_the_same() {
 }
 
 #[test]
+fn b044_a_smaller_sample_closes_what_leaves_it_and_a_larger_one_joins_it_at_a_turn() {
+    let mut lab = Lab::new();
+    let hash = u64::from(flow_hash(FLOW_SEED, &lab.client.ip, lab.client.port));
+    lab.handshake();
+    lab.client("PA 1+100 ack 1");
+    lab.expect(&["PA 1+100 ack 1"]);
+    // It is in this one too.
+    lab.engine.set_sample(lab.now, hash + 1, &mut lab.wire);
+    lab.client("PA 101+100 ack 51");
+    lab.target("PA 1+50 ack 101");
+    lab.expect(&["PA 101+100 ack 51"]);
+    // Out of this one, and what it has sent is still answered and acknowledged.
+    lab.engine.set_sample(lab.now, hash, &mut lab.wire);
+    lab.check();
+    lab.client("PA 201+100 ack 101");
+    assert_eq!((lab.count(Counter::PacketsSampledOut), lab.count(Counter::BytesSampledOut)), (1, 100));
+    lab.target("PA 51+50 ack 201");
+    lab.pass(100 * MS);
+    assert!(lab.sent().iter().any(|segment| lab.text(segment).starts_with("FA 201")));
+    lab.target("FA 101 ack 202");
+    assert_eq!((lab.engine.gauges().sessions_live, lab.engine.gauges().connections_live), (0, 0));
+    lab.sent();
+    lab.engine.set_sample(lab.now, 1 << 32, &mut lab.wire);
+    lab.client("PA 301+100 ack 151");
+    lab.expect(&[]);
+    lab.client("PA 401+100 ack 201");
+    assert_eq!((lab.sent().len(), lab.count(Counter::SessionsOpened)), (1, 2));
+}
+
+#[test]
 fn b041_copies_beyond_what_a_backlog_holds_wait_for_others_to_be_answered() {
     let mut config = config();
     config.copies_millionths = 30_000_000;
