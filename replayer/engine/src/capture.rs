@@ -318,11 +318,22 @@ impl Engine {
         if !self.in_sample(&client) {
             return Err((Counter::PacketsSampledOut, Counter::BytesSampledOut));
         }
-        let found = self.find_connection(hash, &client, &server);
+        let mut found = self.find_connection(hash, &client, &server);
+        if let (Some(time), Some(c)) = (self.capture_time, found)
+            && let Some(since) = self.connections.gap_since(c)
+            && !before(time, since.wrapping_add(self.gap_timeout))
+        {
+            // Its timer may be late by that clock.
+            self.end_hole(now_ns, c, out);
+            found = self.find_connection(hash, &client, &server);
+            if found.is_none() && !segment.is_opening() {
+                return Err((Counter::PacketsAfterEnd, Counter::BytesAfterEnd));
+            }
+        }
         let options = &Self::options(segment, out, in_hand);
         if segment.is_opening() {
             let connection = NewConnection::new(client, server, Phase::Following, tick(now_ns));
-            return self.on_client_syn(now_ns, hash, found, connection, segment, options, in_hand, out);
+            return self.on_client_syn(now_ns, found, connection, segment, options, in_hand, out);
         }
         let found = if self.earlier == 0 && found.is_none_or(|c| self.connections[c].is_uninterrupted()) {
             found
@@ -338,16 +349,6 @@ impl Engine {
             );
         };
         self.connections[c].last_seen = tick(now_ns);
-        if let Some(time) = self.capture_time
-            && let Some(since) = self.connections.gap_since(c)
-            && !before(time, since.wrapping_add(self.gap_timeout))
-        {
-            // Its timer may be late by that clock.
-            self.give_up_hole(now_ns, c, out);
-            if self.connections[c].phase == Phase::Forgotten {
-                return Err((Counter::PacketsAfterEnd, Counter::BytesAfterEnd));
-            }
-        }
         if segment.flags & flags::RST != 0 {
             return self.on_client_reset(now_ns, c, segment, out);
         }
@@ -380,7 +381,6 @@ impl Engine {
     fn on_client_syn<O: Output>(
         &mut self,
         now_ns: u64,
-        hash: u32,
         found: Option<u32>,
         mut new: NewConnection,
         segment: &TcpSegment,
@@ -403,7 +403,7 @@ impl Engine {
                     return Ok(Counter::PacketsDoubtful);
                 }
                 // Its data would have to be kept until it is known whose it is.
-                let c = self.open_inside(now_ns, hash, c, &syn, out)?;
+                let c = self.open_inside(now_ns, c, &syn, out)?;
                 return self.on_syn_data(now_ns, c, segment, in_hand, out);
             }
             self.replace(now_ns, c, out);
@@ -525,20 +525,12 @@ impl Engine {
             self.open_sessions(now_ns, c, segment.seq.wrapping_sub(1), true, out);
             return self.on_stream(now_ns, c, segment, segment.seq, in_hand, out);
         }
-        let end = segment.seq.wrapping_add(segment.payload_len);
-        // Far behind is no repetition: the number that was there was not the client's.
-        if connection.next_seq.wrapping_sub(end).wrapping_sub(1) >= NEAR {
-            connection.next_seq = end;
-        }
         // Not known yet of one that was shed at the data in its SYN.
         if connection.ack_advances(segment.ack) || !connection.ack_known {
             connection.last_ack = segment.ack;
             connection.ack_known = true;
         }
-        if segment.flags & flags::FIN != 0 {
-            self.connections.set_end(c, End::Fin { need: 0 });
-            self.forget_if_over(c);
-        }
+        self.follow_idly(c, segment, segment.seq);
         Err((Counter::PacketsMidstream, Counter::BytesMidstream))
     }
 
@@ -571,10 +563,7 @@ impl Engine {
         if segment.is_pure_ack() {
             return Ok(Counter::PacketsAck);
         }
-        if segment.flags & flags::FIN != 0 {
-            self.connections.set_end(c, End::Fin { need: 0 });
-            self.forget_if_over(c);
-        }
+        self.follow_idly(c, segment, segment.seq);
         Err((Counter::PacketsTls, Counter::BytesTls))
     }
 
@@ -628,25 +617,21 @@ impl Engine {
         if segment.is_pure_ack() {
             // The lowest tells where the server's stream begins: for servers that speak first, and after data in the SYN.
             let lower = !connection.any_data && seq_before(segment.ack, connection.last_ack);
-            if (!connection.ack_known || lower) && segment.flags & flags::ACK != 0 {
+            let is_near = seq.wrapping_sub(connection.next_seq).wrapping_add(NEAR) < 2 * NEAR;
+            if (!connection.ack_known || lower) && is_near && segment.flags & flags::ACK != 0 {
                 connection.ack_known = true;
                 connection.last_ack = segment.ack;
             }
             return Ok(Counter::PacketsAck);
         }
-        let ahead = seq.wrapping_sub(connection.next_seq) as i32;
-        if ahead.unsigned_abs() > MAX_DISTANCE {
-            return Err((Counter::PacketsOutOfWindow, Counter::BytesOutOfWindow));
-        }
         if self.connections.origin(c).copies() == 0 {
-            if ahead >= 0 {
-                self.connections[c].next_seq = seq.wrapping_add(len);
-            }
-            if fin {
-                self.connections.set_end(c, End::Fin { need: 0 });
-                self.forget_if_over(c);
-            }
+            self.follow_idly(c, segment, seq);
             return Err((Counter::PacketsSampledOut, Counter::BytesSampledOut));
+        }
+        let ahead = seq.wrapping_sub(self.connections[c].next_seq) as i32;
+        if ahead.unsigned_abs() > MAX_DISTANCE {
+            self.look_far(now_ns, c, segment, out);
+            return Err((Counter::PacketsOutOfWindow, Counter::BytesOutOfWindow));
         }
         if self.connections.end(c) != End::Open {
             let next_seq = self.connections[c].next_seq;
@@ -688,7 +673,14 @@ impl Engine {
         } else {
             self.counters[Counter::BytesDuplicate] += u64::from(len);
         }
-        if fin && self.connections.end(c) == End::Open {
+        let next_seq = self.connections[c].next_seq;
+        let fin = fin && self.connections.end(c) == End::Open;
+        // One that may be a stranger's is not taken instead of another.
+        if fin
+            && (self.connections.early_end(c).is_none()
+                || self.fits(c, seq.wrapping_add(len), segment.ack)
+                || seq.wrapping_add(len) == next_seq)
+        {
             let end = EarlyEnd { seq: seq.wrapping_add(len), ack: segment.ack, is_reset: false };
             self.connections.set_early_end(c, Some(end));
         }
@@ -773,6 +765,7 @@ impl Engine {
                     self.connections[c].held_places -= stored.places();
                     self.store.remove(segment);
                     self.counters[Counter::BytesTls] += u64::from(stored.len);
+                    self.connections[c].next_seq = stored.end();
                     self.begin_encrypted(now_ns, c, out);
                     return Counter::PacketsTls;
                 }

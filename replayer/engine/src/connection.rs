@@ -301,6 +301,22 @@ impl NewConnection {
         (connection.timestamps, connection.ts_offset) = (syn.timestamps, syn.ts_offset);
     }
 
+    /// The same client's, of whose connection `old` a part was not seen.
+    pub(crate) fn beside(old: &Connection, server: Endpoint, origin: &Origin, now: Tick) -> NewConnection {
+        let mut new = NewConnection::new(old.client, server, Phase::Watching, now);
+        new.origin.copies = origin.copies;
+        new.origin.set(Origin::SACK_REFUSED, !origin.sack_permitted());
+        let connection = &mut new.connection;
+        (connection.mss, connection.window_scale) = (old.mss, old.window_scale);
+        (connection.timestamps, connection.ts_offset) = (old.timestamps, old.ts_offset);
+        new
+    }
+
+    /// How many copies it wants of each of its services, if that is known.
+    pub(crate) fn copies(&self) -> Option<u16> {
+        (self.origin.copies > 0).then_some(self.origin.copies)
+    }
+
     /// How many copies it wants of each of so many services.
     pub(crate) fn set_copies(&mut self, copies: u16, services: usize) {
         self.origin.copies = copies;
@@ -371,6 +387,7 @@ impl Connection {
     pub(crate) fn idle_limit(&self, crowded: bool) -> u32 {
         match self.phase {
             Phase::Watching | Phase::Encrypted if self.first_session == NONE => timing::WATCHED_IDLE,
+            _ if self.place == Place::Earlier && self.first_session == NONE => timing::WATCHED_IDLE,
             _ if !self.is_known() => timing::HALF_OPEN_IDLE,
             // One whose place another has taken is likely to be over.
             _ if crowded || self.place != Place::Current => timing::CROWDED_IDLE,
@@ -412,6 +429,11 @@ impl Connections {
     /// Connections that are not forgotten.
     pub(crate) fn len(&self) -> usize {
         self.connections.len()
+    }
+
+    /// Whether there is no room for another.
+    pub(crate) fn is_full(&self) -> bool {
+        self.connections.is_full()
     }
 
     /// One past the highest place that was ever in use.

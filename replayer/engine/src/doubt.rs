@@ -1,6 +1,7 @@
-//! SYNs and RSTs inside an open connection: anybody can send them in the client's name. A server takes an RST only at the very number that
-//! it expects next, and no SYN at all; it answers by a challenge ACK, and the connection goes on (RFC 5961 sections 3 and 4). Here the server is
-//! not seen, so what the client sends next decides. Nothing of that ends a session whose client goes on.
+//! Segments that anybody can send in the name of an open connection's client. A server takes an RST only at the very number that it expects next,
+//! no SYN at all, and data only within its window and with an acknowledgment that may be; it answers the rest by a challenge ACK, and the
+//! connection goes on (RFC 5961 sections 3 to 5). Here the server is not seen, nor most of what the client acknowledges, and captured packets may be
+//! missing. So what the client sends next decides. Nothing of that ends a session whose client goes on.
 //!
 //! - **RST** at the next number: believed. Ahead of it, where the client may have sent what the capture has missed: the end behind a hole. When
 //!   nothing else comes, the sessions end as with any hole, and the connection is joined at its next turn; new bytes show that it was not the
@@ -8,11 +9,13 @@
 //! - **SYN**: remembered, the last one only. A segment that follows its number shows that the server has answered it; then it opens a connection.
 //!   One with data (Fast Open) does so at once. But a stranger can send all that. So the connection before keeps its sessions, and if the next bytes
 //!   of its stream come, it has its place again and the other one closes. Each client's address and port has one such connection before at most.
+//! - **Data or a FIN far ahead** of the stream, or with an acknowledgment far from the last: where nothing fills the hole before it, the connection
+//!   stays, behind another one that waits for what follows that data, as with a SYN. Nothing is refused, for it may be the client's.
 //!
 //! A genuine SYN that the server did not take, for it still has an older connection, does no harm either: the client answers the challenge ACK
 //! by an RST at the very number, and sends its SYN again.
 
-use crate::connection::{EarlyEnd, NewConnection, Phase, Place, Syn};
+use crate::connection::{EarlyEnd, End, NewConnection, Phase, Place, Syn};
 use crate::counters::Counter;
 use crate::engine::Engine;
 use crate::output::Output;
@@ -21,10 +24,12 @@ use crate::timer::tick;
 use replayer_common::addr::Endpoint;
 use replayer_common::packet::{TcpSegment, flags};
 
-/// So many bytes of a stream may be missing before an RST, or before what shows that a stream goes on: more than most windows are, and so few
-/// that who guesses a number rarely hits.
+/// So many bytes of a stream may be missing before what shows that a stream goes on, or ends: more than most windows are, and so few that who
+/// guesses a number rarely hits.
 pub(crate) const NEAR: u32 = 1 << 20;
-/// The response may have gone on by so much since the client's last data, bytes.
+/// Where more is missing, so much behind the hole is the client's all the same, bytes: a stranger would have to send it for each number that he guesses.
+const MUCH: u32 = 1 << 16;
+/// The response may have gone on by so much since the client's last data, bytes, as far as that is no reason for doubt.
 const READ: u32 = 1 << 28;
 /// How far behind a SYN's number the first segment that follows it may be: no server offers a larger window before it knows the client's
 /// scale (RFC 7323 section 2.2), but the first ones may be missing.
@@ -36,16 +41,114 @@ impl Engine {
     pub(crate) fn is_reset_believed(&self, c: u32, seq: u32) -> bool {
         let connection = &self.connections[c];
         // Where no number is known, nothing is replayed either.
-        if matches!(connection.phase, Phase::BetweenTurns | Phase::Encrypted) {
+        if connection.phase == Phase::BetweenTurns || seq == connection.next_seq {
             return true;
         }
+        // Behind a hole it counts only with what is the client's.
         let last = match self.connections.out_of_order(c) {
             NONE => None,
-            _ => Some(self.store[self.connections.out_of_order_tail(c)].end()),
+            _ => Some(&self.store[self.connections.out_of_order_tail(c)]),
         };
-        let fin =
-            self.connections.early_end(c).filter(|end| !end.is_reset).map(|fin| fin.seq.wrapping_add(1));
-        seq == connection.next_seq || last == Some(seq) || fin == Some(seq)
+        let fin = self.connections.early_end(c).filter(|end| !end.is_reset);
+        last.is_some_and(|last| seq == last.end() && self.fits(c, last.seq, last.ack))
+            || fin.is_some_and(|fin| seq == fin.seq.wrapping_add(1) && self.fits(c, fin.seq, fin.ack))
+    }
+
+    /// Whether a segment at `seq`, ahead of the stream, is the client's beyond reasonable doubt: near, with an acknowledgment near the last.
+    pub(crate) fn fits(&self, c: u32, seq: u32, ack: u32) -> bool {
+        seq.wrapping_sub(self.connections[c].next_seq) < NEAR && self.acknowledgment_fits(c, ack)
+    }
+
+    /// Whether `ack` is near what the client has acknowledged before. Pure acknowledgments are not captured, so a client that has read much is
+    /// further on.
+    fn acknowledgment_fits(&self, c: u32, ack: u32) -> bool {
+        let connection = &self.connections[c];
+        !connection.ack_known || ack.wrapping_sub(connection.last_ack).wrapping_add(READ) < 2 * READ
+    }
+
+    /// The time of a hole is over. Where what is behind it may be a stranger's, the sessions stay, and another connection waits for what
+    /// follows it.
+    pub(crate) fn end_hole<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+        let mut next = self.connections.out_of_order(c);
+        let end = self.connections.early_end(c);
+        let (mut seq, mut ack) = end.map_or((0, 0), |end| (end.seq, end.ack));
+        let (mut last, mut bytes) = (None, 0);
+        if next != NONE {
+            (seq, ack) = (self.store[next].seq, self.store[next].ack);
+        }
+        while next != NONE {
+            let stored = &self.store[next];
+            bytes += stored.len;
+            last = Some((stored.end(), stored.ack));
+            next = stored.next;
+        }
+        let is_the_clients = self.fits(c, seq, ack) || bytes >= MUCH && self.acknowledgment_fits(c, ack);
+        // Behind another one it has had its time, and behind an end nothing follows.
+        let waits = self.connections[c].place == Place::Current && end.is_none();
+        let is_alone = waits && !self.may_stay(c);
+        if self.connections[c].phase != Phase::Following || is_the_clients || is_alone {
+            return self.give_up_hole(now_ns, c, out);
+        }
+        self.drop_out_of_order(c, Counter::BytesGap);
+        self.connections.set_early_end(c, None);
+        if let Some((next_seq, ack)) = last.filter(|_| waits) {
+            self.watch_beside(now_ns, c, next_seq, ack, out);
+        }
+    }
+
+    /// Whether `c` may stay behind another connection of its addresses: there is room for that, and none before it.
+    fn may_stay(&self, c: u32) -> bool {
+        let connection = &self.connections[c];
+        connection.place == Place::Current
+            && self.connections.end(c) == End::Open
+            && !self.connections.is_full()
+            && self.before(c).is_none()
+    }
+
+    /// The connection behind `c`.
+    fn before(&self, c: u32) -> Option<u32> {
+        if self.earlier == 0 {
+            return None;
+        }
+        let hash = self.connections.hash(c, self.config.seed);
+        self.find_placed(hash, &self.connections[c].client, self.connections.server(c), Place::Earlier)
+    }
+
+    /// Data up to `end` may be the client's, far from its stream: a connection in the place of `c` waits for what follows, and `c` stays behind it.
+    fn watch_beside<O: Output>(&mut self, now_ns: u64, c: u32, end: u32, ack: u32, out: &mut O) {
+        let (old, server, origin) =
+            (&self.connections[c], *self.connections.server(c), self.connections.origin(c));
+        let mut new = NewConnection::beside(old, server, origin, tick(now_ns));
+        (new.connection.next_seq, new.connection.last_ack) = (end, ack);
+        new.connection.ack_known = true;
+        self.put_before(now_ns, c, new, out);
+    }
+
+    /// A segment is further from the stream than any window is. A part of the stream may not have been captured: it is looked for there as well.
+    pub(crate) fn look_far(&mut self, now_ns: u64, c: u32, segment: &TcpSegment, out: &mut impl Output) {
+        let is_data = segment.payload_len > 0 && segment.flags & (flags::SYN | flags::FIN | flags::RST) == 0;
+        if is_data && self.connections.origin(c).copies() > 0 && self.may_stay(c) {
+            let end = segment.seq.wrapping_add(segment.payload_len);
+            self.watch_beside(now_ns, c, end, segment.ack, out);
+        }
+    }
+
+    /// Takes note of a segment of which nothing is replayed: data from `seq` on, or a FIN.
+    pub(crate) fn follow_idly(&mut self, c: u32, segment: &TcpSegment, seq: u32) {
+        let is_near = self.connections[c].phase == Phase::BetweenTurns || self.distance(c, seq) < NEAR;
+        let end = seq.wrapping_add(segment.payload_len);
+        if is_near && segment.payload_len > 0 {
+            self.stream_goes_on(c, end);
+        }
+        // Far behind is no repetition: the number that was there was not the client's.
+        let connection = &mut self.connections[c];
+        if segment.payload_len > 0 && connection.next_seq.wrapping_sub(end).wrapping_sub(1) >= NEAR {
+            connection.next_seq = end;
+        }
+        if is_near && segment.flags & flags::FIN != 0 {
+            self.connections.set_end(c, End::Fin { need: 0 });
+            self.forget_if_over(c);
+        }
     }
 
     /// An RST at a number that is not the next: it may be behind a hole, if its acknowledgment fits too.
@@ -92,7 +195,7 @@ impl Engine {
         let behind = segment.seq.wrapping_sub(syn.isn).wrapping_sub(1);
         let is_nearer = behind < self.distance(c, segment.seq);
         if behind < FIRST_WINDOW && is_nearer && segment.flags & (flags::SYN | flags::RST) == 0 {
-            return self.open_inside(now_ns, hash, c, &syn, out).map(Some);
+            return self.open_inside(now_ns, c, &syn, out).map(Some);
         }
         Ok(found)
     }
@@ -101,7 +204,7 @@ impl Engine {
     fn distance(&self, c: u32, seq: u32) -> u32 {
         let connection = &self.connections[c];
         // Without any known number, as far as can be.
-        let is_known = !matches!(connection.phase, Phase::BetweenTurns | Phase::Encrypted);
+        let is_known = connection.phase != Phase::BetweenTurns;
         if is_known { (seq.wrapping_sub(connection.next_seq) as i32).unsigned_abs() } else { u32::MAX }
     }
 
@@ -116,29 +219,59 @@ impl Engine {
         out: &mut O,
     ) -> Option<u32> {
         let Some(before) = self.find_placed(hash, client, server, Place::Earlier) else { return found };
-        let ahead = segment.seq.wrapping_sub(self.connections[before].next_seq);
+        let connection = &self.connections[before];
+        // Where none is known, what is near no other stream is of this one.
+        let is_known = connection.phase != Phase::BetweenTurns;
+        let ahead = if is_known { segment.seq.wrapping_sub(connection.next_seq) } else { NEAR - 1 };
         let is_reset = segment.flags & flags::RST != 0;
-        let is_next = if is_reset { ahead == 0 } else { ahead < NEAR && !segment.is_pure_ack() };
-        let is_next = is_next && segment.flags & flags::SYN == 0;
-        if !is_next || found.is_some_and(|c| self.distance(c, segment.seq) <= ahead) {
+        let fits = ahead < NEAR && self.acknowledgment_fits(before, segment.ack);
+        let is_next = ahead == 0 || fits && !is_reset;
+        let is_next = is_next && segment.flags & flags::SYN == 0 && (is_reset || !segment.is_pure_ack());
+        let is_nearer = found.is_none_or(|c| ahead < self.distance(c, segment.seq));
+        if !is_next || !is_nearer || self.connections.end(before) != End::Open {
             return found;
         }
-        if !is_reset {
-            if let Some(c) = found {
-                self.replace(now_ns, c, out);
-            }
-            self.connections[before].place = Place::Current;
-            self.earlier -= 1;
+        if is_reset {
+            return Some(before);
+        }
+        self.connections[before].place = Place::Current;
+        self.earlier -= 1;
+        match found {
+            // Who does not know the very number may be a stranger: the other one stays.
+            Some(c) if ahead > 0 && self.connections.end(c) == End::Open => self.put_behind(hash, c),
+            Some(c) => self.replace(now_ns, c, out),
+            None => {}
         }
         Some(before)
     }
 
-    /// Opens a connection with a SYN that came inside another one, which stays behind it while it has sessions: the first one of these
-    /// addresses does.
+    /// A connection has its place behind another one of its addresses, also in the table, where that is found first.
+    fn put_behind(&mut self, hash: u32, c: u32) {
+        self.by_client.remove(hash, c);
+        self.by_client.insert(hash, c);
+        self.connections[c].place = Place::Earlier;
+        self.earlier += 1;
+    }
+
+    /// Puts a new connection in the place of `c`, which stays behind it while it is open: the first one of these addresses does. `None`: there is
+    /// no room for another.
+    fn put_before<O: Output>(&mut self, now_ns: u64, c: u32, new: NewConnection, out: &mut O) -> Option<u32> {
+        self.connections.set_syn_inside(c, None);
+        // Without room for another, one that has no session makes it.
+        let is_kept = self.connections[c].first_session != NONE || !self.connections.is_full();
+        if is_kept && self.connections.end(c) == End::Open && self.before(c).is_none() {
+            let opened = self.new_connection(new, tick(now_ns))?;
+            self.put_behind(self.connections.hash(c, self.config.seed), c);
+            return Some(opened);
+        }
+        self.replace(now_ns, c, out);
+        self.new_connection(new, tick(now_ns))
+    }
+
+    /// Opens a connection with a SYN that came inside another one.
     pub(crate) fn open_inside<O: Output>(
         &mut self,
         now_ns: u64,
-        hash: u32,
         c: u32,
         syn: &Syn,
         out: &mut O,
@@ -146,24 +279,7 @@ impl Engine {
         let (client, server) = (self.connections[c].client, *self.connections.server(c));
         let mut new = NewConnection::new(client, server, Phase::Following, tick(now_ns));
         new.set_syn(syn);
-        self.connections.set_syn_inside(c, None);
-        let stays = self.connections[c].first_session != NONE
-            && self.find_placed(hash, &client, &server, Place::Earlier).is_none();
-        if stays {
-            // Behind the new one in the table too, where that is found first.
-            self.by_client.remove(hash, c);
-        } else {
-            self.replace(now_ns, c, out);
-        }
-        let opened = self.new_connection(new, tick(now_ns));
-        if stays {
-            self.by_client.insert(hash, c);
-            // Without room for another it has its place as before.
-            if opened.is_some() {
-                self.connections[c].place = Place::Earlier;
-                self.earlier += 1;
-            }
-        }
+        let opened = self.put_before(now_ns, c, new, out);
         let opened = opened.ok_or((Counter::PacketsLimit, Counter::BytesLimit))?;
         self.open_sessions(now_ns, opened, syn.isn, false, out);
         Ok(opened)

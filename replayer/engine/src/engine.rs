@@ -341,7 +341,8 @@ impl Engine {
         let of_it =
             |service: &&ServiceState| service.online == source && self.family_fits(&new.connection, service);
         let services = self.services.iter().filter(of_it).count();
-        new.set_copies(self.next_copies(), services);
+        let copies = new.copies().unwrap_or_else(|| self.next_copies());
+        new.set_copies(copies, services);
         if self.connections.len() == 0 {
             // Nobody needed to look since the last one was forgotten.
             self.idle_look.0 = now.wrapping_add(timing::IDLE_LOOK);
@@ -629,7 +630,7 @@ impl Engine {
         let connection = &self.connections[c];
         if connection.phase != Phase::Forgotten
             && connection.first_session == NONE
-            && (connection.place != Place::Current || self.connections.end(c) != End::Open)
+            && (connection.is_detached() || self.connections.end(c) != End::Open)
         {
             self.forget(c);
         }
@@ -765,7 +766,7 @@ impl Engine {
                 self.arm_hole(hole, now.wrapping_add(timing::CAPTURE_CLOCK));
             }
             None if before(now, at) => self.arm_hole(hole, at),
-            _ => self.give_up_hole(now_ns, c, out),
+            _ => self.end_hole(now_ns, c, out),
         }
     }
 

@@ -7,7 +7,7 @@
 //! - [`output`]: what the engine needs from its surroundings
 //! - `engine`: the state, opening and ending sessions, timers
 //! - `capture`: captured packets: order, turns, joining in the middle, holes
-//! - `doubt`: SYNs and RSTs inside a connection, which its client may not have sent
+//! - `doubt`: segments inside a connection that its client may not have sent
 //! - `connection`: a client connection as it was captured
 //! - `session`: a connection replayed to a target
 //! - `gate`: the turn gate

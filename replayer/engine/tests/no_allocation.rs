@@ -109,7 +109,7 @@ fn live(mut config: Config, client: Ip) {
     };
     // The next number and what was read; 0: nothing was sent.
     let mut orderly = [(0u32, 5000u32); ORDERLY];
-    for _ in 0..1600 {
+    for _ in 0..2000 {
         for _ in 0..BATCH {
             let kind = next(20);
             let mut segment = Segment {

@@ -1,6 +1,6 @@
-//! SYNs and RSTs inside a connection, which anybody can send in the client's name: none of them ends a session whose client goes on.
+//! What anybody can send in the name of a connection's client: none of it ends a session whose client goes on.
 
-use crate::lab::{Lab, MS, S, config};
+use crate::lab::{Lab, MS, ONLINE, S, config, endpoint};
 use replayer_engine::counters::Counter;
 
 /// A request that was answered; the client is quiet since.
@@ -291,15 +291,140 @@ fn a_strangers_fin_ends_nothing_when_the_client_goes_on_after_it() {
     assert_eq!((lab.count(Counter::SessionsGap), lab.count(Counter::SessionsCompleted)), (0, 0));
 }
 
-#[test]
-fn after_a_strangers_data_far_ahead_the_client_is_joined_again() {
-    let mut lab = between_turns();
-    lab.client("PA 200000101+1 ack 51");
-    lab.pass(3 * S);
-    assert_eq!(lab.count(Counter::SessionsGap) + lab.engine.gauges().sessions_live, 1);
+/// The client goes on with its session, and with none else.
+#[track_caller]
+fn goes_on(lab: &mut Lab) {
+    lab.sent();
     lab.client("PA 101+100 ack 51");
+    lab.expect(&["PA 101+100 ack 51"]);
+    lab.target("PA 51+50 ack 201");
+    lab.pass(50 * MS);
     lab.client("PA 201+100 ack 101");
-    assert_eq!(lab.count(Counter::ConnectionsJoined), 1);
+    lab.expect(&["A 201 ack 101", "PA 201+100 ack 101"]);
+    lab.target("A 101 ack 301");
+    assert_eq!((lab.count(Counter::SessionsGap), lab.count(Counter::ConnectionsJoined)), (0, 0));
+    assert_eq!((lab.engine.gauges().sessions_live, lab.engine.gauges().held_bytes), (1, 0));
+}
+
+#[test]
+fn a_strangers_data_or_fin_far_ahead_ends_nothing_however_long_the_client_is_silent() {
+    let far = [
+        "PA 200000101+1 ack 51",
+        "PA 1048678+1400 ack 51",
+        // Near, with an acknowledgment that is not.
+        "PA 300+100 ack 300000000",
+        "PA 300+100 ack -300000000",
+        "FA 200000101 ack 51",
+        "FA 300 ack 300000000",
+        "FPA 200000101+10 ack 51",
+    ];
+    for text in far {
+        let mut lab = between_turns();
+        lab.client(text);
+        lab.pass(3 * S);
+        assert_eq!(lab.engine.pending().out_of_order_bytes, 0, "{text}");
+        lab.pass(1_000 * S);
+        goes_on(&mut lab);
+    }
+    // One after another, and each with what follows it: but for one connection, nothing piles up.
+    let mut lab = between_turns();
+    for text in far {
+        lab.client_segments(&[text, "PA 90000000+10 ack 7", "PA 90000010+10 ack 17", "R 90000020"]);
+        lab.pass(2 * S);
+        lab.client_segments(&["PA 90000020+10 ack 27", "PA 3000000000+10 ack 27"]);
+        assert!(lab.engine.gauges().connections_live <= 2);
+    }
+    let gap = lab.count(Counter::SessionsGap);
+    assert_eq!(gap, 0);
+    lab.sent();
+    lab.client("PA 101+100 ack 51");
+    let texts: Vec<_> = lab.sent().iter().map(|segment| lab.text(segment)).collect();
+    assert!(texts.contains(&"PA 101+100 ack 51".to_owned()), "{texts:?}");
+    lab.stop();
+}
+
+#[test]
+fn a_flood_of_data_at_guessed_numbers_ends_no_session() {
+    let mut lab = between_turns();
+    // Never within what a capture may have missed.
+    for i in 0..400u32 {
+        let (place, ack) = (1_500_000 + i * 10_730_000, u64::from(i) * 10_737_419);
+        lab.client(&format!("PA {place}+100 ack {ack}"));
+        if i % 10 == 0 {
+            lab.pass(1_100 * MS);
+        }
+        assert!(lab.engine.gauges().connections_live <= 2);
+    }
+    lab.pass(10 * S);
+    assert_eq!(lab.engine.gauges().sessions_live, 1);
+    goes_on(&mut lab);
+}
+
+#[test]
+fn b033_a_client_that_goes_on_far_behind_a_hole_is_joined_there() {
+    // More than is taken for the client's at once, and more than there may be between two segments of a stream.
+    for missed in [2_000_000, 250_000_000, 300_000_000, 3_000_000_000u32] {
+        for copies in [500_000, 1_000_000] {
+            let mut config = config();
+            config.copies_millionths = copies;
+            let mut lab = Lab::with(config);
+            // Of half a copy for each, it is every other connection's.
+            if copies < 1_000_000 {
+                lab.client("S 0");
+                lab.client("R 1");
+                lab.sent();
+            }
+            lab.handshake();
+            lab.client("PA 1+100 ack 1");
+            lab.target("PA 1+50 ack 101");
+            lab.pass(50 * MS);
+            lab.sent();
+            let place = 101 + missed;
+            lab.client(&format!("PA {place}+100 ack 51"));
+            lab.pass(2 * S);
+            lab.expect(&[]);
+            lab.client(&format!("PA {}+100 ack 151", place + 100));
+            let sent = lab.sent();
+            assert_eq!(lab.text(&sent[0]), format!("S {}", place + 99), "{missed}");
+            assert_eq!(lab.count(Counter::ConnectionsJoined), 1, "{missed}, {copies}");
+            // The session before was left in the middle, like any other whose client is gone without a word.
+            lab.pass(8_300 * S);
+            lab.target("FA 51 ack 102");
+            lab.pass(20 * S);
+            assert_eq!(lab.engine.gauges().connections_live, 0);
+        }
+    }
+}
+
+#[test]
+fn b033_behind_a_wide_hole_much_data_is_the_clients() {
+    let mut lab = between_turns();
+    for i in 0..50 {
+        lab.client(&format!("A {}+1400 ack 51", 20_000_000 + i * 1400));
+    }
+    lab.pass(1_100 * MS);
+    lab.expect(&["FA 101 ack 51"]);
+    lab.target("FA 51 ack 102");
+    assert_eq!(lab.count(Counter::SessionsGap), 1);
+    assert_eq!(lab.engine.gauges().connections_live, 1);
+}
+
+#[test]
+fn a_reset_at_the_end_of_a_strangers_data_is_not_believed() {
+    for texts in [["PA 200000101+10 ack 51", "R 200000111"], ["FA 200000101 ack 51", "R 200000102"]] {
+        let mut lab = between_turns();
+        lab.client_segments(&texts);
+        lab.pass(3 * S);
+        assert_eq!(lab.count(Counter::SessionsClientReset), 0);
+        goes_on(&mut lab);
+    }
+}
+
+#[test]
+fn a_strangers_fin_does_not_take_the_place_of_the_clients_behind_a_hole() {
+    let mut lab = between_turns();
+    lab.client_segments(&["FA 201 ack 51", "FA 200000101 ack 51", "PA 101+100 ack 51"]);
+    lab.expect(&["PA 101+100 ack 51", "FA 201 ack 51"]);
 }
 
 #[test]
@@ -314,4 +439,258 @@ fn with_no_room_for_another_connection_the_one_that_is_there_goes_on() {
     lab.sent();
     lab.client("PA 101+100 ack 51");
     lab.expect(&["PA 101+100 ack 51"]);
+}
+
+/// Connections without a session that a stranger would like to have replaced: what there was before, and the client's next segments, the last of
+/// which opens a session.
+fn without_sessions() -> Vec<(&'static str, Lab, [&'static str; 2])> {
+    let watched = {
+        let mut lab = Lab::new();
+        lab.client("PA 101+100 ack 51");
+        lab
+    };
+    let between_turns = {
+        let mut lab = Lab::new();
+        lab.engine.expect_turn(lab.now, lab.client, endpoint(ONLINE));
+        lab
+    };
+    let refused = {
+        let mut config = config();
+        config.limits.sessions = 2;
+        let mut lab = Lab::with(config);
+        for port in [40_001, 40_002, 40_000] {
+            lab.client.port = port;
+            lab.client("S 0 mss 1460");
+        }
+        lab.client_segments(&["A 1 ack 1", "PA 1+200 ack 1"]);
+        lab.pass(100 * S);
+        assert_eq!(lab.engine.gauges().sessions_live, 0);
+        lab.sent();
+        lab
+    };
+    vec![
+        ("watched", watched, ["PA 201+100 ack 51", "PA 301+100 ack 101"]),
+        ("between turns", between_turns, ["A 301 ack 101", "PA 301+100 ack 101"]),
+        ("refused", refused, ["PA 201+100 ack 1", "PA 301+100 ack 101"]),
+    ]
+}
+
+#[test]
+fn b013_a_strangers_connection_does_not_replace_one_that_has_no_session() {
+    for (name, mut lab, [next, last]) in without_sessions() {
+        stranger(&mut lab, 77_000_000, &["S 0 mss 1460", "A 1 ack 1", "PA 1+10 ack 1"]);
+        lab.pass(S);
+        lab.sent();
+        lab.client(next);
+        lab.client(last);
+        let sent = lab.sent();
+        assert!(sent.iter().any(|segment| lab.text(segment) == "S 300"), "{name}: {sent:?}");
+        lab.stop();
+    }
+}
+
+#[test]
+fn a_connection_without_a_session_behind_another_is_forgotten_after_a_while() {
+    for (name, mut lab, _) in without_sessions() {
+        stranger(&mut lab, 77_000_000, &["S 0 mss 1460", "A 1 ack 1"]);
+        assert_eq!(lab.engine.gauges().connections_live, 2, "{name}");
+        lab.pass(400 * S);
+        assert_eq!(lab.engine.gauges().connections_live, 1, "{name}");
+    }
+}
+
+#[test]
+fn a_strangers_connection_does_not_replace_one_that_is_tls() {
+    let mut lab = Lab::new();
+    lab.handshake();
+    lab.client_bytes("PA 1 ack 1", &[0x16, 3, 1, 0, 200, 1, 0, 0, 196, 3, 3, 9, 9, 9]);
+    lab.target("FA 1 ack 2");
+    lab.client_bytes("PA 15 ack 4000", &[0x17, 3, 3, 0, 5, 1, 2, 3, 4, 5]);
+    stranger(&mut lab, 77_000_000, &["S 0 mss 1460", "A 1 ack 1", "PA 1+10 ack 1"]);
+    lab.client_bytes("PA 25 ack 5000", &[0x17, 3, 3, 0, 5, 1, 2, 3, 4, 5]);
+    assert_eq!((lab.count(Counter::PacketsTls), lab.count(Counter::ConnectionsTls)), (3, 1));
+}
+
+#[test]
+fn a_syn_inside_a_connection_that_is_not_replayed_is_forgotten_when_its_client_goes_on() {
+    for (name, mut lab, [next, _]) in without_sessions() {
+        if name == "between turns" {
+            continue;
+        }
+        stranger(&mut lab, 77_000_000, &["S 0 mss 1460"]);
+        lab.client(next);
+        stranger(&mut lab, 77_000_000, &["A 1 ack 1", "PA 1+10 ack 1"]);
+        assert_eq!(lab.engine.gauges().connections_live, 1, "{name}");
+        let sent = lab.sent();
+        assert!(!sent.iter().any(|segment| segment.seq == 77_000_000), "{name}: {sent:?}");
+    }
+    // Of no copy.
+    let mut config = config();
+    config.copies_millionths = 500_000;
+    let mut lab = Lab::with(config);
+    lab.client_segments(&["S 0", "A 1 ack 1", "PA 1+10 ack 1"]);
+    stranger(&mut lab, 77_000_000, &["S 0 mss 1460"]);
+    lab.client("PA 11+10 ack 1");
+    stranger(&mut lab, 77_000_000, &["A 1 ack 1", "PA 1+10 ack 1"]);
+    assert_eq!(lab.engine.gauges().connections_live, 1);
+    assert_eq!(lab.count(Counter::PacketsSampledOut), 3);
+}
+
+#[test]
+fn a_strangers_fin_ends_no_connection_that_is_not_replayed() {
+    for (name, mut lab, [next, last]) in without_sessions() {
+        if name != "watched" {
+            continue;
+        }
+        lab.client("FA 50000000 ack 51");
+        lab.client(next);
+        lab.client(last);
+        lab.expect(&["S 300"]);
+    }
+    let mut lab = Lab::new();
+    lab.handshake();
+    lab.client_bytes("PA 1 ack 1", &[0x16, 3, 1, 0, 200, 1, 0, 0, 196, 3, 3, 9, 9, 9]);
+    lab.target("FA 1 ack 2");
+    lab.client("FA 50000000 ack 51");
+    lab.client_bytes("PA 15 ack 4000", &[0x17, 3, 3, 0, 5, 1, 2, 3, 4, 5]);
+    assert_eq!(lab.count(Counter::PacketsTls), 3);
+    lab.client("FA 25 ack 51");
+    assert_eq!(lab.engine.gauges().connections_live, 0);
+    // Of every other connection's copy it is not this one's; nor is it another connection after a stranger's FIN.
+    let mut config = config();
+    config.copies_millionths = 500_000;
+    let mut lab = Lab::with(config);
+    lab.client_segments(&["S 0", "A 1 ack 1", "PA 1+10 ack 1", "FA 50000000 ack 51", "PA 11+10 ack 51"]);
+    assert_eq!(lab.count(Counter::PacketsSampledOut), 3);
+    lab.client("FA 21 ack 51");
+    assert_eq!(lab.engine.gauges().connections_live, 0);
+}
+
+/// A client's first connection, which its server reset, is behind the second.
+fn reset_by_its_server() -> Lab {
+    let mut lab = between_turns();
+    stranger(&mut lab, 77_000_000, &["S 0 mss 1460", "A 1 ack 1", "PA 1+10 ack 1"]);
+    lab.sent();
+    assert_eq!(lab.engine.gauges().connections_live, 2);
+    lab
+}
+
+#[test]
+fn a_connection_has_its_place_again_only_with_an_acknowledgment_of_its_own() {
+    let mut lab = reset_by_its_server();
+    // Near the first one's number, not near what it has read.
+    lab.client("PA 900+10 ack 300000000");
+    lab.client("PA 900+10 ack -300000000");
+    stranger(&mut lab, 77_000_000, &["PA 11+10 ack 1"]);
+    lab.pass(3 * S);
+    assert_eq!((lab.count(Counter::PacketsData), lab.engine.gauges().sessions_live), (3, 2));
+    assert_eq!(lab.count(Counter::SessionsGap), 0);
+}
+
+#[test]
+fn who_guesses_a_number_of_the_connection_before_does_not_end_the_one_in_its_place() {
+    let mut lab = reset_by_its_server();
+    let second = lab.engine.counters()[Counter::SessionsOpened];
+    lab.client("PA 900+10 ack 51");
+    stranger(&mut lab, 77_000_000, &["PA 11+10 ack 1"]);
+    lab.pass(3 * S);
+    stranger(&mut lab, 77_000_000, &["PA 21+10 ack 1"]);
+    // Its own data, one after the other, and of the second session.
+    assert_eq!(lab.count(Counter::SessionsOpened), second);
+    assert_eq!(lab.count(Counter::ReplayBytesOffered), 100 + 10 + 10 + 10);
+}
+
+#[test]
+fn a_connection_before_that_was_reset_does_not_have_its_place_again() {
+    let mut lab = reset_by_its_server();
+    // Its session is in the middle of a turn, and ends after that.
+    lab.client("PA 101+100 ack 51");
+    stranger(&mut lab, 88_000_000, &["S 0 mss 1460", "A 1 ack 1", "PA 1+10 ack 1"]);
+    lab.client("R 201");
+    assert_eq!(lab.engine.gauges().sessions_live, 3);
+    lab.client("PA 201+10 ack 51");
+    stranger(&mut lab, 88_000_000, &["PA 11+10 ack 1"]);
+    lab.pass(S);
+    // Of the third connection: nothing of it was lost.
+    assert_eq!(lab.count(Counter::BytesGap) + lab.count(Counter::BytesAfterEnd), 0);
+    assert_eq!(lab.count(Counter::ReplayBytesOffered), 100 + 10 + 100 + 10 + 10);
+}
+
+#[test]
+fn a_strangers_acknowledgment_before_any_data_does_not_say_what_the_client_has_read() {
+    let mut lab = Lab::new();
+    lab.client("S 0 mss 1460");
+    lab.expect(&["S 0"]);
+    lab.client("A 900000000 ack -40000000");
+    lab.client("A 1 ack 1");
+    lab.client("A 900000000 ack -40000000");
+    lab.target("SA 0 ack 1 mss 1460");
+    lab.expect(&["A 1 ack 1"]);
+    // It waits for nothing.
+    lab.client("PA 1+100 ack 1");
+    lab.expect(&["PA 1+100 ack 1"]);
+}
+
+#[test]
+fn whatever_a_stranger_guesses_the_client_has_its_session_and_every_byte() {
+    for seed in 1..=400u64 {
+        let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut below = |bound: u64| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random % bound
+        };
+        let mut lab = Lab::new();
+        lab.handshake();
+        let (mut sent, mut read, mut arrived) = (1u32, 1u32, 1u32);
+        // What the stranger has sent up to.
+        let mut guess = 1u32 << 31;
+        for _ in 0..60 {
+            if below(4) == 0 {
+                let len = 1 + below(1400) as u32;
+                lab.client(&format!("PA {sent}+{len} ack {read}"));
+                sent += len;
+                lab.pass(MS * below(60));
+                for segment in lab.sent() {
+                    if segment.source == lab.client && !segment.payload.is_empty() {
+                        assert_eq!(segment.seq.wrapping_sub(lab.isns.client), arrived, "seed {seed}");
+                        arrived += segment.payload.len() as u32;
+                    }
+                }
+                assert_eq!(arrived, sent, "seed {seed}: all of it, at once");
+                let answer = 1 + below(1000) as u32;
+                lab.target(&format!("PA {read}+{answer} ack {sent}"));
+                read += answer;
+                lab.pass(60 * MS);
+                continue;
+            }
+            // Anywhere but within what may be missing of the client's stream, or on from the last guess.
+            if below(3) > 0 {
+                guess = sent.wrapping_add((1 << 21) + below((1u64 << 32) - (1 << 22)) as u32);
+            }
+            let len = below(300) as u32;
+            let ack = if below(2) == 0 { u64::from(read) } else { below(1 << 32) };
+            let text = match below(8) {
+                0 => format!("S {guess}"),
+                1 => format!("R {guess}"),
+                2 => format!("RA {guess} ack {ack}"),
+                3 => format!("FA {guess} ack {ack}"),
+                4 => format!("FPA {guess}+{len} ack {ack}"),
+                5 => format!("A {guess} ack {ack}"),
+                _ => format!("PA {guess}+{len} ack {ack}"),
+            };
+            lab.client(&text);
+            guess = guess.wrapping_add(if text.starts_with('S') { 1 } else { len });
+            lab.pass(MS * below(2500));
+        }
+        // The stranger's, which its target never answers.
+        lab.pass(100 * S);
+        assert!(lab.engine.gauges().connections_live <= 2, "seed {seed}: {:?}", lab.engine.gauges());
+        lab.client(&format!("FA {sent} ack {read}"));
+        lab.pass(100 * MS);
+        let last = lab.sent().into_iter().rfind(|segment| segment.source == lab.client).unwrap();
+        assert_eq!(lab.text(&last), format!("FA {sent} ack {read}"), "seed {seed}");
+        lab.stop();
+    }
 }
