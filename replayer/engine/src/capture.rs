@@ -685,9 +685,12 @@ impl Engine {
             self.connections.set_early_end(c, Some(end));
         }
         self.end_stream(now_ns, c, out);
-        let goes_on = ahead <= 0 && seen < len;
-        if (!had_hole || goes_on) && self.connections.has_hole(c) {
-            self.open_hole(c, tick(now_ns));
+        if self.connections.has_hole(c) {
+            if !had_hole {
+                self.open_hole(c, tick(now_ns));
+            } else if ahead <= 0 && seen < len {
+                self.go_on_before_hole(now_ns, c);
+            }
         }
         fate
     }

@@ -190,6 +190,8 @@ struct Rarity {
     syn_inside: Option<Syn>,
     /// Since when there is a hole.
     gap_since: Tick,
+    /// The stream has gone on before it since then.
+    goes_on: bool,
     /// Steps through the held segments behind it that are not made up for yet.
     walked: u32,
     /// The held segment to which the last of these walks led, or `NONE`.
@@ -498,6 +500,7 @@ impl Connections {
                 early_end: None,
                 syn_inside: None,
                 gap_since: 0,
+                goes_on: false,
                 walked: 0,
                 walked_to: NONE,
                 server: connection.client,
@@ -640,8 +643,18 @@ impl Connections {
 
     /// Its hole is open since `since`. Returns the hole's number, which is another's when it is filled.
     pub(crate) fn open_hole(&mut self, c: u32, since: Tick) -> u32 {
-        self.change(c, |rarity| rarity.gap_since = since);
+        self.change(c, |rarity| (rarity.gap_since, rarity.goes_on) = (since, false));
         self.origins[c].rarity
+    }
+
+    /// Takes note that the stream goes on before its hole.
+    pub(crate) fn go_on_before_hole(&mut self, c: u32) {
+        self.change(c, |rarity| rarity.goes_on = true);
+    }
+
+    /// Whether it has gone on since its hole was opened.
+    pub(crate) fn went_on_before_hole(&self, c: u32) -> bool {
+        self.interruption(c).is_some_and(|rarity| rarity.goes_on)
     }
 
     /// Since when its hole is open, if it has one.

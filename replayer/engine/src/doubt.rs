@@ -19,6 +19,7 @@ use crate::connection::{EarlyEnd, End, NewConnection, Phase, Place, Syn};
 use crate::counters::Counter;
 use crate::engine::Engine;
 use crate::output::Output;
+use crate::session::seq_before;
 use crate::slab::NONE;
 use crate::timer::tick;
 use replayer_common::addr::Endpoint;
@@ -34,6 +35,17 @@ const READ: u32 = 1 << 28;
 /// How far behind a SYN's number the first segment that follows it may be: no server offers a larger window before it knows the client's
 /// scale (RFC 7323 section 2.2), but the first ones may be missing.
 const FIRST_WINDOW: u32 = 1 << 16;
+
+/// What is held behind a hole.
+pub(crate) struct Behind {
+    /// The numbers of the first segment, and what it acknowledges.
+    first: (u32, u32),
+    bytes: u32,
+    /// The end of the last segment.
+    pub(crate) end: u32,
+    /// The most that one of them acknowledges.
+    pub(crate) ack: u32,
+}
 
 impl Engine {
     /// Whether a server that has what was captured takes an RST at `seq`: at the next number, and as Linux does, at the end of the last
@@ -66,33 +78,62 @@ impl Engine {
         !connection.ack_known || ack.wrapping_sub(connection.last_ack).wrapping_add(READ) < 2 * READ
     }
 
-    /// The time of a hole is over. Where what is behind it may be a stranger's, the sessions stay, and another connection waits for what
-    /// follows it.
-    pub(crate) fn end_hole<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+    /// What is behind the hole of a stream, as far as it may be of one sender: the first segment and what is near it.
+    pub(crate) fn behind_hole(&self, c: u32) -> Option<Behind> {
         let mut next = self.connections.out_of_order(c);
-        let end = self.connections.early_end(c);
-        let (mut seq, mut ack) = end.map_or((0, 0), |end| (end.seq, end.ack));
-        let (mut last, mut bytes) = (None, 0);
-        if next != NONE {
-            (seq, ack) = (self.store[next].seq, self.store[next].ack);
-        }
-        while next != NONE {
+        let (first, end) = match (next, self.connections.early_end(c)) {
+            (NONE, None) => return None,
+            (NONE, Some(EarlyEnd { seq, ack, .. })) => ((seq, ack), seq),
+            _ => ((self.store[next].seq, self.store[next].ack), self.store[next].seq),
+        };
+        let mut behind = Behind { first, bytes: 0, end, ack: first.1 };
+        while next != NONE && self.store[next].seq.wrapping_sub(behind.end) < NEAR {
             let stored = &self.store[next];
-            bytes += stored.len;
-            last = Some((stored.end(), stored.ack));
+            behind.bytes += stored.len;
+            behind.end = stored.end();
+            if seq_before(behind.ack, stored.ack) {
+                behind.ack = stored.ack;
+            }
             next = stored.next;
         }
-        let is_the_clients = self.fits(c, seq, ack) || bytes >= MUCH && self.acknowledgment_fits(c, ack);
-        // Behind another one it has had its time, and behind an end nothing follows.
-        let waits = self.connections[c].place == Place::Current && end.is_none();
+        Some(behind)
+    }
+
+    /// In a stream that has a hole new bytes come before it: what is behind it is still waited for, if it is the client's.
+    pub(crate) fn go_on_before_hole(&mut self, now_ns: u64, c: u32) {
+        let first = match self.connections.out_of_order(c) {
+            NONE => self.connections.early_end(c).map(|end| (end.seq, end.ack)),
+            first => Some((self.store[first].seq, self.store[first].ack)),
+        };
+        if first.is_some_and(|(seq, ack)| self.fits(c, seq, ack)) {
+            self.open_hole(c, tick(now_ns));
+        } else {
+            self.connections.go_on_before_hole(c);
+        }
+    }
+
+    /// The time of a hole is over. Where what is behind it may be a stranger's, the sessions stay, and unless the stream has gone on, another
+    /// connection waits for what follows that.
+    pub(crate) fn end_hole<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
+        let Some(behind) = self.behind_hole(c) else { return };
+        let end = self.connections.early_end(c);
+        let (seq, ack) = behind.first;
+        let is_the_clients =
+            self.fits(c, seq, ack) || behind.bytes >= MUCH && self.acknowledgment_fits(c, ack);
+        let went_on = self.connections.went_on_before_hole(c);
+        if is_the_clients && went_on {
+            return self.open_hole(c, tick(now_ns));
+        }
+        // Behind another connection it has had its time, and behind an end nothing follows.
+        let waits = !went_on && end.is_none() && self.connections[c].place == Place::Current;
         let is_alone = waits && !self.may_stay(c);
         if self.connections[c].phase != Phase::Following || is_the_clients || is_alone {
             return self.give_up_hole(now_ns, c, out);
         }
         self.drop_out_of_order(c, Counter::BytesGap);
         self.connections.set_early_end(c, None);
-        if let Some((next_seq, ack)) = last.filter(|_| waits) {
-            self.watch_beside(now_ns, c, next_seq, ack, out);
+        if waits {
+            self.watch_beside(now_ns, c, behind.end, behind.ack, out);
         }
     }
 

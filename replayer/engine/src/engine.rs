@@ -816,15 +816,14 @@ impl Engine {
 
     /// A hole stayed open too long: the sessions end after what came before it, and join again at the next turn.
     pub(crate) fn give_up_hole<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
-        let mut segment = self.connections.out_of_order(c);
-        while segment != NONE {
-            let stored = self.store[segment];
+        if let Some(behind) = self.behind_hole(c)
+            && self.connections.out_of_order(c) != NONE
+        {
             let connection = &mut self.connections[c];
-            connection.next_seq = stored.end();
-            if connection.ack_advances(stored.ack) {
-                connection.last_ack = stored.ack;
+            connection.next_seq = behind.end;
+            if connection.ack_advances(behind.ack) {
+                connection.last_ack = behind.ack;
             }
-            segment = stored.next;
         }
         self.drop_out_of_order(c, Counter::BytesGap);
         self.connections[c].phase = Phase::Watching;
