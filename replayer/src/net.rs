@@ -348,6 +348,8 @@ mod tests {
             lower: None,
             master: None,
             gro_max_size: 65_536,
+            xdp_native: None,
+            xdp_generic: None,
             addresses: Vec::new(),
         }
     }

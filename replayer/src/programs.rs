@@ -14,13 +14,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::time::Duration;
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, XskMap};
+use aya::pin::PinError;
 use aya::programs::links::FdLink;
 use aya::programs::tc::{self, NlOptions, TcAttachOptions, TcAttachType};
-use aya::programs::{LinkOrder, ProgramError, SchedClassifier, Xdp, XdpMode};
+use aya::programs::xdp::XdpLink;
+use aya::programs::{LinkOrder, ProgramError, SchedClassifier, Xdp, XdpMode, loaded_programs};
 use aya::{Ebpf, EbpfError};
 use replayer_common::addr::Ip;
 use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict, RingVerdict, SpanVerdict};
@@ -36,6 +39,9 @@ use crate::clients::Clients;
 /// The object with all programs and maps.
 static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../replayer-ebpf/replayer.bpf.o"));
+
+/// Services: protocols, addresses and ports.
+pub type Services = BTreeSet<(Protocol, Ip, u16)>;
 
 /// One loaded copy of the object: its maps, and the programs that were attached. Dropping it detaches them.
 pub struct Programs {
@@ -133,6 +139,16 @@ pub enum ProgramsError {
         name: &'static str,
         /// The device.
         device: String,
+    },
+    /// A link could not be pinned.
+    #[error("pin {name} to {path}: {source}")]
+    Pin {
+        /// The program's name.
+        name: &'static str,
+        /// The file.
+        path: String,
+        /// The cause.
+        source: Box<PinError>,
     },
     /// A map could not be read or written.
     #[error("BPF map {name}: {source}")]
@@ -362,6 +378,34 @@ impl Programs {
         Ok(link.1)
     }
 
+    /// Puts [`Program::Responses`] in the place of the program that `link` has attached, without a moment between them.
+    pub fn replace_responses(&mut self, link: FdLink) -> Result<(), ProgramsError> {
+        let name = Program::Responses.name();
+        let program: &mut Xdp = program(&mut self.ebpf, name)?;
+        loaded(program.load(), name)?;
+        // Both fail only for a link that is none of XDP.
+        let of_xdp = |_| program_error(name)(ProgramError::UnexpectedProgramType);
+        let replaced = program.attach_to_link(XdpLink::try_from(link).map_err(of_xdp)?);
+        let link = replaced.and_then(|link| program.take_link(link)).map_err(program_error(name))?;
+        let link = FdLink::try_from(link).map_err(of_xdp)?;
+        self.links.push((Program::Responses, link));
+        Ok(())
+    }
+
+    /// Pins the link of an attached program to a file: the program stays attached as long as the file is there.
+    pub fn pin(&mut self, which: Program, path: &Path) -> Result<(), ProgramsError> {
+        let at = self.links.iter().position(|(program, _)| *program == which);
+        let Some(at) = at else { return Err(program_error(which.name())(ProgramError::NotAttached)) };
+        let (_, link) = self.links.swap_remove(at);
+        let pinned = link.pin(path).map_err(|source| ProgramsError::Pin {
+            name: which.name(),
+            path: path.display().to_string(),
+            source: Box::new(source),
+        })?;
+        self.links.push((which, FdLink::from(pinned)));
+        Ok(())
+    }
+
     /// Detaches a program; the maps and the counters stay.
     pub fn detach(&mut self, which: Program) {
         self.links.retain(|(program, _)| *program != which);
@@ -424,6 +468,44 @@ impl Programs {
         let map = self.ebpf.map_mut(name).ok_or_else(|| missing(name))?;
         Array::try_from(map).map_err(map_error(name))
     }
+}
+
+/// Of a program `responses` that another process has loaded, by its number: whose responses it takes, and how many packets it has dropped
+/// since there was no socket.
+pub fn responses_of(program: u32) -> Result<(Services, u64), ProgramsError> {
+    let name = Program::Responses.name();
+    let programs = loaded_programs().filter_map(Result::ok);
+    let info = { programs }.find(|info| info.id() == program);
+    let maps =
+        info.ok_or(ProgramError::NotLoaded).and_then(|info| info.map_ids()).map_err(program_error(name))?;
+    let (mut services, mut dropped) = (Services::new(), 0);
+    for id in maps.unwrap_or_default() {
+        let data = MapData::from_id(id).map_err(map_error(names::SERVICES))?;
+        let info = data.info().map_err(map_error(names::SERVICES))?;
+        let map_name = info.name_as_str().unwrap_or_default();
+        if map_name == names::SERVICES {
+            let map = Map::HashMap(data);
+            let map: HashMap<_, [u8; 20], u32> = map.try_into().map_err(map_error(names::SERVICES))?;
+            for key in map.keys() {
+                services.extend(service_of(&key.map_err(map_error(names::SERVICES))?));
+            }
+        } else if !map_name.is_empty() && names::RESPONSES_COUNTERS.starts_with(map_name) {
+            // The kernel keeps the first fifteen bytes of a name.
+            let name = names::RESPONSES_COUNTERS;
+            let map: PerCpuArray<_, u64> = Map::PerCpuArray(data).try_into().map_err(map_error(name))?;
+            let values = map.get(&ResponsesVerdict::NoSocket.index(), 0).map_err(map_error(name))?;
+            dropped = values.iter().sum();
+        }
+    }
+    Ok((services, dropped))
+}
+
+/// The service of a key; `None` for that of an address alone.
+fn service_of(key: &[u8; 20]) -> Option<(Protocol, Ip, u16)> {
+    let (ip, rest) = key.split_first_chunk::<16>()?;
+    let port = u16::from_ne_bytes([rest[0], rest[1]]);
+    let protocol = Protocol::from_number(rest[2])?;
+    (port != 0).then_some((protocol, *ip, port))
 }
 
 impl Program {
@@ -542,6 +624,7 @@ mod tests {
         let (tcp, udp) = (Protocol::Tcp, Protocol::Udp);
         let services = BTreeSet::from([(tcp, ip, 80), (tcp, ip, 81), (udp, ip, 81), (tcp, addr::ANY, 443)]);
         assert_eq!(entries(&services).len(), 7);
+        assert_eq!(entries(&services).iter().filter_map(service_of).collect::<Services>(), services);
         assert_eq!(port_words(&services), BTreeMap::from([(1, 0b11 << 16), (6, 1 << 59)]));
     }
 }

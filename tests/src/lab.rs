@@ -24,6 +24,7 @@ use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde::{Deserialize, Serialize};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -354,6 +355,16 @@ impl Lab {
         state_dir(&self.id)
     }
 
+    /// Mounts a BPF file system of the lab's own, which goes with it; its root. Hosts find it there, since only their `/sys` is their own.
+    pub fn bpf_file_system(&self) -> Result<PathBuf> {
+        let path = bpf_file_system(&self.id);
+        fs::create_dir_all(&path)?;
+        let none: Option<&str> = None;
+        mount(Some("bpf"), &path, Some("bpf"), MsFlags::empty(), none)
+            .context("mounting a BPF file system")?;
+        Ok(path)
+    }
+
     /// All hosts, the switch not among them.
     pub fn hosts(&self) -> &[Host] {
         &self.hosts
@@ -431,6 +442,8 @@ fn remove_parts(id: &str) -> Result<()> {
     for name in Namespace::list(&namespace_name(id, "")) {
         Namespace::open(&name)?.destroy()?;
     }
+    // Most labs have none.
+    let _ = umount2(&bpf_file_system(id), MntFlags::MNT_DETACH);
     match fs::remove_dir_all(state_dir(id)) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).context("removing the lab's files")
@@ -513,6 +526,10 @@ fn start_time(pid: u32) -> Option<u64> {
 
 fn state_dir(id: &str) -> PathBuf {
     Path::new(STATE_DIR).join(id)
+}
+
+fn bpf_file_system(id: &str) -> PathBuf {
+    state_dir(id).join("bpf")
 }
 
 fn namespace_name(id: &str, host: &str) -> String {

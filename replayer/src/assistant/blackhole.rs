@@ -1,16 +1,19 @@
 //! The black hole: the XDP program `responses` on the interface, and an AF_XDP socket on each of its queues.
 //!
 //! It knows frames and endpoints, not peers. The program is attached by a BPF link: it goes when this process goes, even
-//! by SIGKILL, and the kernel has the interface to itself again.
+//! by SIGKILL, and the kernel has the interface to itself again, unless it was told to stay ([`super::pin`]).
 
+use super::pin::{Left, Pin};
 use crate::afxdp::{BATCH, Endpoint as Queue, Port, PortConfig, PortError, Received, SocketStatistics};
-use crate::programs::{Attachment, Counter, Program, Programs};
-use anyhow::{Result, bail};
+use crate::programs::{Attachment, Counter, Program, Programs, Services};
+use crate::say::{caution, say};
+use anyhow::{Result, anyhow, bail};
 use replayer_common::addr::{Endpoint, Ip};
 use replayer_common::maps::MAX_QUEUES;
 use replayer_common::packet::Protocol;
 use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 
 /// Frames of a socket, and of one from the fifth on: an interface with many queues spreads its load, and would take
 /// much memory otherwise. The RX ring is half of it.
@@ -28,16 +31,26 @@ pub struct BlackHole {
     ports: Vec<Port>,
     received: Vec<Received>,
     programs: Programs,
-    targets: BTreeSet<(Protocol, Ip, u16)>,
+    targets: Services,
     attachment: Attachment,
+    /// Where the link is pinned, if it is.
+    pin: Option<Pin>,
 }
 
 impl BlackHole {
-    /// Attaches to an interface. Nothing is taken before [`BlackHole::add_target`].
+    /// Attaches to an interface, and stays there when `keep` says so. Nothing is taken before [`BlackHole::add_target`] but what an
+    /// assistant before took whose program has stayed: those are [`BlackHole::targets`] from the beginning. `local`: as
+    /// [`BlackHole::set_local_addresses`] has it.
     ///
     /// # Errors
-    /// With cause and remedy: no permission, the interface has another XDP program or none is possible, no socket.
-    pub fn open(interface: &str, zero_copy: bool) -> Result<BlackHole> {
+    /// With cause and remedy: no permission, the interface has another XDP program or none is possible, no socket, no file to stay by.
+    pub fn open(
+        interface: &str,
+        zero_copy: bool,
+        local: &BTreeSet<Ip>,
+        pin: Pin,
+        keep: bool,
+    ) -> Result<BlackHole> {
         let mut programs = Programs::load()?;
         let ports = open_ports(interface, zero_copy)?;
         for port in &ports {
@@ -45,18 +58,82 @@ impl BlackHole {
                 programs.set_socket(queue, socket)?;
             }
         }
-        let attachment = programs.attach_responses(interface)?;
+        programs.set_local_addresses(local)?;
         let received = Vec::with_capacity(BATCH);
-        Ok(BlackHole { ports, received, programs, targets: BTreeSet::new(), attachment })
+        if !keep {
+            let attachment = programs.attach_responses(interface).map_err(|error| match pin.left() {
+                Ok(Some(left)) => anyhow!(
+                    "{}: --keep-dropping takes it over, `rm {}` removes it",
+                    left_by_another(&pin, &left),
+                    pin.path().display()
+                ),
+                _ => error.into(),
+            })?;
+            return Ok(BlackHole {
+                ports,
+                received,
+                programs,
+                targets: Services::new(),
+                attachment,
+                pin: None,
+            });
+        }
+        pin.prepare()?;
+        let (targets, attachment) = match pin.left()? {
+            Some(left) => {
+                let said = left_by_another(&pin, &left);
+                programs.set_services(&left.services)?;
+                programs.replace_responses(left.link)?;
+                say!("{said}: taken over");
+                (left.services, left.attachment)
+            }
+            None => {
+                let attachment = programs.attach_responses(interface)?;
+                programs.pin(Program::Responses, pin.path())?;
+                (Services::new(), attachment)
+            }
+        };
+        Ok(BlackHole { ports, received, programs, targets, attachment, pin: Some(pin) })
+    }
+
+    /// Ends a black hole that would stay: it goes with this process.
+    ///
+    /// # Errors
+    /// Its file cannot be removed.
+    pub fn let_go(&mut self) -> Result<()> {
+        self.pin.take().map_or(Ok(()), |pin| pin.remove())
+    }
+
+    /// The file by which it stays, if it does.
+    pub fn file(&self) -> Option<&Path> {
+        self.pin.as_ref().map(Pin::path)
+    }
+
+    /// Whose responses are taken.
+    pub fn targets(&self) -> impl Iterator<Item = (Protocol, Endpoint)> + '_ {
+        self.targets.iter().map(|&(protocol, ip, port)| (protocol, Endpoint { ip, port }))
     }
 
     /// Whether programs and sockets can be had. Attaches nothing: some drivers reset their link then.
     ///
     /// # Errors
     /// As those of [`BlackHole::open`], but for the attachment's.
-    pub fn check(interface: &str, zero_copy: bool) -> Result<()> {
+    pub fn check(interface: &str, zero_copy: bool, pin: &Pin, keep: bool) -> Result<()> {
         Programs::load()?;
         open_ports(interface, zero_copy)?;
+        if keep {
+            pin.check()?;
+        }
+        match pin.left() {
+            Ok(None) => {}
+            Ok(Some(left)) => say!(
+                "{}; --keep-dropping takes it over, `rm {}` removes it",
+                left_by_another(pin, &left),
+                pin.path().display()
+            ),
+            Err(error) if keep => return Err(error),
+            Err(error) => caution!("{error:#}"),
+        }
         Ok(())
     }
 
@@ -144,6 +221,15 @@ impl BlackHole {
     pub fn verdicts(&self) -> Result<Vec<Counter>> {
         Ok(self.programs.counters(Program::Responses)?)
     }
+}
+
+fn left_by_another(pin: &Pin, left: &Left) -> String {
+    format!(
+        "an assistant that is gone left its black hole at {}, which has dropped {} packets since then and drops those of {}",
+        pin.path().display(),
+        left.dropped,
+        left.names()
+    )
 }
 
 /// A socket for each queue: as many as the kernel lets be bound.

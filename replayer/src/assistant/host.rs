@@ -80,7 +80,7 @@ pub fn refuse_forwarding(interface: &str) -> Result<()> {
         bail!(
             "this host forwards IP packets: if the assistant stopped, the target's responses would be routed to the real \
              clients. Switch forwarding off with `sysctl -w {}`, or pass --allow-forwarding if no client can be reached \
-             from here",
+             from here, and --keep-dropping with it if one can: then they are dropped all the same",
             on.join(" ")
         );
     }

@@ -11,7 +11,7 @@
 //! carries many records ([`crate::moderation`]); idle, it sleeps in poll(2) and wakes once a second to send heartbeats, or every
 //! ten seconds when there is no peer.
 //!
-//! - [`blackhole`]: the XDP program and the AF_XDP sockets
+//! - [`blackhole`]: the XDP program and the AF_XDP sockets; [`pin`]: how it stays when the process is killed
 //! - [`routing`]: whose response is it; [`early`]: responses that overtook their registration
 //! - [`host`]: interfaces, addresses, forwarding
 //! - [`report`]: what was counted
@@ -19,6 +19,7 @@
 pub mod blackhole;
 pub mod early;
 pub mod host;
+pub mod pin;
 pub mod report;
 pub mod routing;
 
@@ -36,6 +37,7 @@ use anyhow::{Context, Result, bail};
 use blackhole::BlackHole;
 use nix::net::if_::if_nametoindex;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use pin::Pin;
 use replayer_common::addr::Endpoint;
 use replayer_common::packet::{self, PROTOCOL_UDP, Protocol, Reject, TcpSegment, UdpDatagram};
 use replayer_common::response::ResponseHeader;
@@ -75,6 +77,10 @@ pub struct AssistantArgs {
     /// Start even though this host forwards IP packets
     #[arg(long)]
     pub allow_forwarding: bool,
+    /// Go on dropping the target's responses if this process is killed, or fails, until it is started again: FILE, on a BPF file system, keeps
+    /// the program in its place. A clean stop removes it [default of FILE: /sys/fs/bpf/replayer/assistant-IFACE]
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    pub keep_dropping: Option<Option<PathBuf>>,
     /// Use zero-copy sockets, where the driver supports them
     #[arg(long)]
     pub zero_copy: bool,
@@ -116,28 +122,37 @@ pub fn run(mut args: AssistantArgs, configuration: Configuration) -> Result<()> 
     })?;
     let metrics = Metrics::serve(args.metrics)?;
     let listening = server.local_addr().context("cannot read the address that it listens on")?;
+    let keep = args.keep_dropping.is_some();
+    let pin = Pin::new(args.keep_dropping.as_ref().and_then(Option::as_deref), &interface);
     if args.check {
-        BlackHole::check(&interface, args.zero_copy)?;
+        BlackHole::check(&interface, args.zero_copy, &pin, keep)?;
         say!("everything is there: {interface} for the target's responses, {listening} for online roles");
         return Ok(());
     }
-    let mut blackhole = BlackHole::open(&interface, args.zero_copy)?;
-    blackhole.set_local_addresses(&host::local_addresses()?)?;
+    let blackhole = BlackHole::open(&interface, args.zero_copy, &host::local_addresses()?, pin, keep)?;
+    let mut routing = Routing::new(crate::channel::random_instance());
+    for (protocol, target) in blackhole.targets() {
+        routing.inherit(clock::now(), protocol, target);
+    }
     // Pauses are a fraction of a millisecond: the default slack of 50 us would stretch them.
     nix::sys::prctl::set_timerslack(1_000).context("cannot set the timer slack")?;
 
     privileges::drop_all_but(if args.report.is_some() { Keep::Writing } else { Keep::Nothing });
     say::ready(format_args!(
-        "takes responses at {interface}, {}; listens on {listening}{}",
+        "takes responses at {interface}, {}; listens on {listening}{}{}",
         blackhole.mode(),
-        if args.key.is_empty() { ", without a key" } else { "" }
+        if args.key.is_empty() { ", without a key" } else { "" },
+        blackhole.file().map_or_else(String::new, |file| format!(
+            "; if it is killed, {} keeps dropping them",
+            file.display()
+        ))
     ));
     let mut assistant = Assistant {
         configuration,
         interface,
         ifindex,
         server,
-        routing: Routing::new(crate::channel::random_instance()),
+        routing,
         blackhole,
         moderation: Moderation::new(LONGEST_PAUSE),
         frames: Frames::default(),
@@ -150,10 +165,19 @@ pub fn run(mut args: AssistantArgs, configuration: Configuration) -> Result<()> 
     writer.wait();
     let report = assistant.report()?;
     plain!("{}", report.to_string().trim_end());
+    let let_go = match (&ended, assistant.blackhole.file()) {
+        (Ok(()), _) => assistant.blackhole.let_go(),
+        (Err(_), Some(file)) => {
+            let file = file.display();
+            caution!("the target's responses go on being dropped: `rm {file}` ends that");
+            Ok(())
+        }
+        (Err(_), None) => Ok(()),
+    };
     if let Some(path) = &args.report {
         crate::report::write(path, &serde_json::to_value(&report)?)?;
     }
-    ended
+    ended.and(let_go)
 }
 
 /// The longest pause, ns: at a million records a second the rings, 4096 places each, do not overflow meanwhile; and one
@@ -350,6 +374,10 @@ impl Assistant {
         self.last_look = now;
         // One of the same name may have taken its place, without the program.
         if if_nametoindex(self.interface.as_str()) != Ok(self.ifindex) {
+            // What is attached to nothing is nothing to be taken over.
+            if let Err(error) = self.blackhole.let_go() {
+                caution!("{error:#}");
+            }
             bail!(
                 "interface {} is gone, and the target's responses with it; start the assistant again when it is back",
                 self.interface

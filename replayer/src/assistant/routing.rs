@@ -295,6 +295,15 @@ impl Routing {
         }
     }
 
+    /// A target whose responses are taken already, though no worker has named it yet: it stays for [`TARGET_LINGER`] like one that the last
+    /// worker has left. Where there are too many targets it does nothing.
+    pub fn inherit(&mut self, now: u64, protocol: Protocol, endpoint: Endpoint) {
+        let Ok(place) = self.find_or_add_target(protocol, endpoint) else { return };
+        if let Some(target) = &mut self.targets[usize::from(place)] {
+            target.unused_since = now;
+        }
+    }
+
     /// Whether a worker has said that it is behind.
     pub fn is_hurried(&self, now: u64) -> bool {
         now < self.hurry_until

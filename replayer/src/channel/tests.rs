@@ -292,6 +292,27 @@ fn a_worker_that_reconnects_finds_its_identities_and_a_dead_one_is_forgotten() {
 }
 
 #[test]
+fn targets_of_an_assistant_before_stay_for_those_who_name_them_in_time() {
+    let mut assistant = Assistant::start(0);
+    let other = Endpoint { port: 81, ..TARGET };
+    for target in [TARGET, other] {
+        assistant.routing.inherit(assistant.now, Protocol::Tcp, target);
+    }
+    assert_eq!(assistant.routing.targets(), 2);
+    // A response before the worker is back waits for it.
+    assert_eq!(assistant.respond(header(1000, 1)), None);
+    let mut worker = Worker::new(assistant.address(), 1);
+    until(&mut assistant, &mut worker, |_, w| w.client.is_connected());
+    worker.client.register(identity(1000));
+    until(&mut assistant, &mut worker, |_, w| w.got.len() == 1);
+    assistant.routing.take_changes().for_each(drop);
+    assistant.now += TARGET_LINGER;
+    assistant.routing.tick(assistant.now);
+    let changes: Vec<_> = assistant.routing.take_changes().collect();
+    assert_eq!(changes, [TargetChange::Remove(Protocol::Tcp, other)]);
+}
+
+#[test]
 fn the_newest_of_two_workers_with_the_same_identity_wins() {
     let (mut assistant, mut first) = connected(1);
     let mut second = Worker::new(assistant.address(), 2);

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+    InfoData, InfoKind, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp,
 };
 
 use super::{Mac, NetError, Network};
@@ -44,6 +44,10 @@ pub struct Device {
     pub master: Option<u32>,
     /// The largest packet that receive offload puts together, bytes.
     pub gro_max_size: u32,
+    /// The number of the XDP program in its driver.
+    pub xdp_native: Option<u32>,
+    /// That of the generic one.
+    pub xdp_generic: Option<u32>,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
 }
@@ -194,6 +198,8 @@ fn parse(message: RouteNetlinkMessage) -> Option<Device> {
         lower: None,
         master: None,
         gro_max_size: 0,
+        xdp_native: None,
+        xdp_generic: None,
         addresses: Vec::new(),
     };
     let mut lower = None;
@@ -212,6 +218,15 @@ fn parse(message: RouteNetlinkMessage) -> Option<Device> {
             LinkAttribute::Controller(master) => device.master = Some(master).filter(|&master| master != 0),
             LinkAttribute::GroMaxSize(size) | LinkAttribute::GroIpv4MaxSize(size) => {
                 device.gro_max_size = device.gro_max_size.max(size);
+            }
+            LinkAttribute::Xdp(attributes) => {
+                for attribute in attributes {
+                    match attribute {
+                        LinkXdp::DrvProgId(program) => device.xdp_native = Some(program),
+                        LinkXdp::SkbProgId(program) => device.xdp_generic = Some(program),
+                        _ => {}
+                    }
+                }
             }
             LinkAttribute::LinkInfo(infos) => parse_info(infos, &mut device),
             _ => {}
