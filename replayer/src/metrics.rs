@@ -24,6 +24,8 @@ pub const INTERVAL: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Readers at once: for one more the oldest has to go.
 const MOST_READERS: usize = 16;
+/// The sample whose labels say which role a page is of, behind `replayer_`.
+const BUILD_INFO: &str = "build_info";
 /// A request that is longer is none.
 const LONGEST_REQUEST: usize = 8192;
 
@@ -174,9 +176,9 @@ fn answer(request: &[u8], text: &Mutex<String>) -> String {
     )
 }
 
-/// The figures of a role that replays; `kernel` are the programs' verdicts.
-pub fn of_replay(figures: &Figures, kernel: Value, seconds: f64, cpu_seconds: f64) -> String {
-    let mut text = Text::default();
+/// The figures of a role that replays, `online` or `offline`; `kernel` are the programs' verdicts.
+pub fn of_replay(role: &str, figures: &Figures, kernel: Value, seconds: f64, cpu_seconds: f64) -> String {
+    let mut text = Text::new(role, "");
     for &counter in Counter::ALL {
         text.counter(counter.name(), counter.what(), figures.counters[counter]);
     }
@@ -222,7 +224,7 @@ pub fn of_replay(figures: &Figures, kernel: Value, seconds: f64, cpu_seconds: f6
 
 /// The figures of an assistant, by its report.
 pub fn of_assistant(report: &Value) -> String {
-    let mut text = Text { role: "assistant_", ..Text::default() };
+    let mut text = Text::new("assistant", "assistant_");
     text.counter("frames_received", "frames that came out of the AF_XDP rings", whole(&report["received"]));
     text.counter(
         "frames_dropped_by_kernel",
@@ -250,17 +252,24 @@ fn whole(value: &Value) -> u64 {
 }
 
 /// What is written so far.
-#[derive(Default)]
 struct Text {
     /// What names begin with behind `replayer_`.
-    role: &'static str,
+    prefix: &'static str,
     out: String,
 }
 
 impl Text {
+    /// Begins with whose page it is.
+    fn new(role: &str, prefix: &'static str) -> Text {
+        let mut text = Text { prefix: "", out: String::new() };
+        text.family(BUILD_INFO, "gauge", "1, of this role and version");
+        text.sample(BUILD_INFO, &[("role", role), ("version", env!("CARGO_PKG_VERSION"))], 1.0);
+        Text { prefix, ..text }
+    }
+
     fn family(&mut self, name: &str, kind: &str, help: &str) {
         let help = help.replace('\\', "\\\\").replace('\n', " ");
-        let name = format!("replayer_{}{name}", self.role);
+        let name = format!("replayer_{}{name}", self.prefix);
         // Writing to a string does not fail.
         let _ = write!(self.out, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
     }
@@ -269,7 +278,7 @@ impl Text {
         let labels: Vec<String> =
             labels.iter().map(|(label, value)| format!("{label}=\"{value}\"")).collect();
         let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
-        let _ = writeln!(self.out, "replayer_{}{name}{labels} {value}", self.role);
+        let _ = writeln!(self.out, "replayer_{}{name}{labels} {value}", self.prefix);
     }
 
     fn counter(&mut self, name: &str, help: &str, value: u64) {
@@ -364,12 +373,13 @@ mod tests {
         let mut figures = Figures::default();
         figures.counters[Counter::TurnsSent] = 7;
         let kernel = json!({"capture_by": "ring", "ring": {"copied": 12, "ring_full": 0}});
-        let text = of_replay(&figures, kernel, 3.0, 0.5);
+        let text = of_replay("offline", &figures, kernel, 3.0, 0.5);
         let families = check(&text);
         for counter in Counter::ALL {
             assert!(families.contains(format!("replayer_{}_total", counter.name()).as_str()), "{counter:?}");
         }
         for line in [
+            concat!("replayer_build_info{role=\"offline\",version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
             "replayer_turns_sent_total 7",
             "replayer_cpu_seconds_total 0.5",
             "replayer_kernel_packets_total{program=\"ring\",verdict=\"copied\"} 12",

@@ -341,7 +341,7 @@ impl Online {
             let not_chosen = capture::not_chosen(&verdicts);
             if let Some(metrics) = &self.metrics {
                 let (seconds, cpu) = spent(started);
-                metrics.publish(metrics::of_replay(&figures, verdicts, seconds, cpu));
+                metrics.publish(metrics::of_replay("online", &figures, verdicts, seconds, cpu));
             }
             for trouble in diagnosis.look(attached.elapsed(), &figures, left_out, not_chosen) {
                 let text = trouble.describe(&self.services, &args.replay, &self.devices[0].name);

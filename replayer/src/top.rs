@@ -225,10 +225,12 @@ impl Watched {
 }
 
 /// Whose page it is, and since when it runs, seconds; `None`: it has no figures yet.
-fn running(page: &Page) -> Option<(&'static str, f64)> {
-    let of = |name| page.get(name).copied();
-    let online = of("replayer_running_seconds").map(|seconds| ("replayer", seconds));
-    online.or_else(|| of("replayer_assistant_running_seconds").map(|seconds| ("assistant", seconds)))
+fn running(page: &Page) -> Option<(&str, f64)> {
+    let role =
+        page.keys().find_map(|sample| sample.strip_prefix("replayer_build_info{role=\"")?.split('"').next());
+    let seconds = ["replayer_running_seconds", "replayer_assistant_running_seconds"];
+    let seconds = seconds.iter().find_map(|name| page.get(*name))?;
+    Some((role?, *seconds))
 }
 
 /// A role's page.
@@ -295,7 +297,7 @@ mod tests {
         (figures.sessions_live, figures.lag_us) = (7, 1500);
         figures.counters[Counter::TurnsSent] = turns;
         figures.counters[Counter::PacketsTls] = tls;
-        of_replay(&figures, json!({"ring": {"ring_full": 3}}), seconds, 0.5 * seconds)
+        of_replay("online", &figures, json!({"ring": {"ring_full": 3}}), seconds, 0.5 * seconds)
     }
 
     #[test]
@@ -303,6 +305,7 @@ mod tests {
         // The same page again is none: half a second is between the two.
         let role = watched(&[page(10.0, 100, 0), page(10.5, 200, 1), page(10.5, 200, 1)]);
         let line = role.line();
+        assert!(line.starts_with("online at 127.0.0.1:"), "{line}");
         for part in [": 200 requests/s,", " 7 sessions,", " 1.5 ms lag,", " 50 % of a CPU,"] {
             assert!(line.contains(part), "{part}: {line}");
         }

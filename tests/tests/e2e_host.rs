@@ -299,7 +299,7 @@ fn b066_figures_of_both_roles_for_prometheus() -> Result<()> {
     })
     .with_context(|| of_online.clone())?;
     assert_eq!(shown(&of_online, "sessions")?, 5.0, "{of_online}");
-    assert!(of_online.starts_with("replayer at 127.0.0.1:9464") && of_online.contains("1 of 1 assistants"));
+    assert!(of_online.starts_with("online at 127.0.0.1:9464") && of_online.contains("1 of 1 assistants"));
     let of_assistant = top(lab.assistant())?;
     assert!(shown(&of_assistant, "responses/s")? > 0.0, "{of_assistant}");
     assert!(of_assistant.starts_with("assistant at") && of_assistant.contains("1 workers"), "{of_assistant}");

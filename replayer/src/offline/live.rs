@@ -185,7 +185,7 @@ impl Running {
                 if let Some(metrics) = metrics {
                     let (seconds, cpu) = spent(started);
                     let kernel = serde_json::Value::Null;
-                    metrics.publish(metrics::of_replay(&figures, kernel, seconds, cpu));
+                    metrics.publish(metrics::of_replay("offline", &figures, kernel, seconds, cpu));
                 }
                 for trouble in diagnosis.look(started.elapsed(), &figures, 0, 0) {
                     if terminal {
