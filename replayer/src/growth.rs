@@ -4,6 +4,7 @@
 //! every request with it. So a worker says how far its tables are filled ([`Growth::look`]), and where one will soon need its next page, it is asked for
 //! here. What does not grow takes nothing.
 
+use crate::placement;
 use crate::privileges::{self, Keep};
 use replayer_engine::Engine;
 use replayer_engine::slab::Frontier;
@@ -37,11 +38,15 @@ struct Table {
 }
 
 impl Growth {
-    /// Starts the thread, which ends with this value. To be called where threads may run on any CPU.
-    pub fn start() -> Result<Growth> {
+    /// Starts the thread, which ends with this value. To be called where threads may run on any CPU; of a worker that is bound to one, `cpu` is that
+    /// one: the kernel takes a page from the memory node of the CPU that touches it first.
+    pub fn start(cpu: Option<usize>) -> Result<Growth> {
         let (asked, wanted) = sync_channel(MOST_ASKED);
         thread::Builder::new().name("memory".to_owned()).spawn(move || {
             privileges::drop_all_but(Keep::Nothing);
+            if let Some(cpu) = cpu {
+                placement::stay_near(cpu);
+            }
             wanted.into_iter().for_each(populate);
         })?;
         Ok(Growth { tables: Vec::new(), asked })

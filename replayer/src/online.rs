@@ -204,7 +204,8 @@ impl Online {
             let mut worker =
                 Worker::new(engine, port, Some(source), channels, monitor.watch(), shared.clone());
             worker.poll_busily(u64::from(args.busy_poll) * 1000);
-            worker.grow_by(Growth::start().context("start a thread")?);
+            let cpu = placement.cpu(number as u32).map(|cpu| cpu.id);
+            worker.grow_by(Growth::start(cpu).context("start a thread")?);
             made.push((worker, shared));
         }
 

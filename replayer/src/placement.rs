@@ -6,7 +6,11 @@
 
 use anyhow::{Context, Result, bail};
 use core_affinity::CoreId;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use replayer_common::maps::MAX_QUEUES;
+use std::fs;
+use std::path::Path;
 use std::str::FromStr;
 
 /// `--workers`: how many.
@@ -62,6 +66,38 @@ impl FromStr for CpuList {
         }
         Ok(CpuList(cpus))
     }
+}
+
+/// Where the kernel tells of CPUs (Documentation/ABI/stable/sysfs-devices-node).
+const CPUS: &str = "/sys/devices/system/cpu";
+
+/// Keeps the calling thread to the CPUs of the memory node that `cpu` is of, as far as it may use them. Where there are no nodes, or there is
+/// only one, nothing changes.
+pub fn stay_near(cpu: usize) {
+    let Some(CpuList(near)) = node_of(Path::new(CPUS), cpu) else { return };
+    let this_thread = Pid::from_raw(0);
+    let (Ok(allowed), mut chosen) = (sched_getaffinity(this_thread), CpuSet::new()) else { return };
+    for cpu in near {
+        if allowed.is_set(cpu) == Ok(true) {
+            // It is one that the set has room for: the other one has.
+            let _ = chosen.set(cpu);
+        }
+    }
+    if let Err(error) = sched_setaffinity(this_thread, &chosen) {
+        log::debug!("a thread stays where it is instead of near CPU {cpu}: {error}");
+    }
+}
+
+/// The CPUs of the node that a CPU is of; `None` where the kernel knows of no nodes.
+fn node_of(cpus: &Path, cpu: usize) -> Option<CpuList> {
+    let mut entries = fs::read_dir(cpus.join(format!("cpu{cpu}"))).ok()?.flatten();
+    // `node1`, a link to the node.
+    let node = entries.find(|entry| {
+        let number =
+            entry.file_name().to_str().and_then(|name| name.strip_prefix("node")?.parse::<u32>().ok());
+        number.is_some()
+    })?;
+    fs::read_to_string(node.path().join("cpulist")).ok()?.trim().parse().ok()
 }
 
 /// What was asked for and what the CPUs allow.
@@ -132,6 +168,43 @@ fn decide(workers: Option<Workers>, cpus: Option<&CpuList>, usable: &[CoreId]) -
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_node_of_a_cpu_as_the_kernel_tells_it() {
+        let cpus = std::env::temp_dir().join(format!("replayer-cpus-{}", std::process::id()));
+        for (cpu, files) in
+            [("cpu3", ["node1", "nodes", "cpufreq"]), ("cpu0", ["cpufreq", "topology", "power"])]
+        {
+            for file in files {
+                fs::create_dir_all(cpus.join(cpu).join(file)).unwrap();
+                fs::write(cpus.join(cpu).join(file).join("cpulist"), "2-3,6\n").unwrap();
+            }
+        }
+        assert_eq!(node_of(&cpus, 3), Some(CpuList(vec![2, 3, 6])));
+        assert_eq!((node_of(&cpus, 0), node_of(&cpus, 1)), (None, None));
+        fs::remove_dir_all(cpus).unwrap();
+    }
+
+    #[test]
+    fn a_thread_near_a_cpu_may_use_that_cpu_and_none_that_it_might_not_before() {
+        let of_thread = || sched_getaffinity(Pid::from_raw(0)).unwrap();
+        let before = of_thread();
+        let all: Vec<usize> = (0..CpuSet::count()).filter(|&cpu| before.is_set(cpu).unwrap()).collect();
+        let (&first, &last) = (all.first().unwrap(), all.last().unwrap());
+        let mut only = CpuSet::new();
+        only.set(last).unwrap();
+        std::thread::spawn(move || {
+            stay_near(first);
+            let now = of_thread();
+            assert!(now.is_set(first).unwrap());
+            assert!((0..CpuSet::count()).all(|cpu| !now.is_set(cpu).unwrap() || all.contains(&cpu)));
+            sched_setaffinity(Pid::from_raw(0), &only).unwrap();
+            stay_near(last);
+            assert_eq!(of_thread(), only);
+        })
+        .join()
+        .unwrap();
+    }
 
     fn four() -> Vec<CoreId> {
         (0..4).map(|id| CoreId { id }).collect()

@@ -19,7 +19,7 @@ const COPIES: u32 = 10;
 pub fn work(name: &str) -> Result<()> {
     if let Some(rate) = name.strip_prefix("growing-") {
         let (rate, growth) = match rate.strip_suffix("-ahead") {
-            Some(rate) => (rate, Some(replayer::growth::Growth::start()?)),
+            Some(rate) => (rate, Some(replayer::growth::Growth::start(None)?)),
             None => (rate, None),
         };
         let turns = Bench::new(1_000_000, 1).open_paced(200_000, rate.parse()?, growth);

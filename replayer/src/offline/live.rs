@@ -82,7 +82,7 @@ pub(super) fn run(
     let port_mode = port.mode().to_owned();
     let engine = Engine::new(engine_config(args, room as u16)?, clock::now());
     let mut worker = Worker::new(engine, port, None, channels, monitor.watch(), shared.clone());
-    worker.grow_by(Growth::start().context("start a thread")?);
+    worker.grow_by(Growth::start(None).context("start a thread")?);
     worker.feed(feed, args.replay.hold_limit_ns()? + LAST_RESPONSE_NS);
     say!("sending on {}: {port_mode}", output.name);
     for service in services {
