@@ -142,9 +142,22 @@ fn programs(host: &Host) -> Result<String> {
 
 /// An assistant as a user starts it, on a host where this BPF file system, if any, is in its usual place.
 fn assistant(lab: &Lab, host: &Host, bpf: Option<&Path>, arguments: &str) -> Result<Process> {
+    assistant_by("", lab, host, bpf, arguments)
+}
+
+/// The same by a command that runs it.
+fn assistant_by(
+    runner: &str,
+    lab: &Lab,
+    host: &Host,
+    bpf: Option<&Path>,
+    arguments: &str,
+) -> Result<Process> {
     let mount = bpf.map_or_else(String::new, |dir| format!("mount --bind {} /sys/fs/bpf && ", dir.display()));
     let mut command = host.command("sh");
-    command.arg("-c").arg(format!("{mount}exec {} {arguments} -i {NIC}", tool("replayer")?.display()));
+    command
+        .arg("-c")
+        .arg(format!("{mount}exec {runner} {} {arguments} -i {NIC}", tool("replayer")?.display()));
     Process::start(&mut command, "assistant", &lab.dir())
 }
 
@@ -206,19 +219,16 @@ fn a_black_hole_that_stays_is_found_and_can_be_removed() -> Result<()> {
                   --ambient-caps=-all,+cap_12,+cap_13,+cap_14,+cap_21,+cap_38,+cap_39";
     std::fs::remove_dir(bpf.join("replayer"))?;
     for runner in ["", nobody] {
-        let mut command = host.command("sh");
-        let role = tool("replayer")?;
-        command.arg("-c").arg(format!(
-            "mount --bind {} /sys/fs/bpf && exec {runner} {} assistant -i {NIC} --keep-dropping",
-            bpf.display(),
-            role.display()
-        ));
-        let mut process = Process::start(&mut command, "stopped", &lab.dir())?;
+        let mut process = assistant_by(runner, &lab, host, Some(&bpf), "assistant --keep-dropping")?;
         process.wait_for_message("ready", ARRIVAL)?;
         ensure!(file.exists(), "no file");
         process.signal(Signal::SIGTERM)?;
         ensure!(process.wait(ARRIVAL)?.success(), "{}", process.errors());
-        ensure!(is_gone() && !file.exists() && !bpf.join("replayer").exists(), "{}", programs(host)?);
+        ensure!(
+            holds_within(ARRIVAL, is_gone) && !file.exists() && !bpf.join("replayer").exists(),
+            "{}",
+            programs(host)?
+        );
     }
 
     // With the interface goes what would keep the next one from starting.
