@@ -1,5 +1,4 @@
-//! `replayer inspect` over real captures, `../shared/pcaps`, and over damaged copies of them. Where that folder is missing, the tests say so
-//! and pass.
+//! `replayer inspect` over real captures, those of the project and those of `../shared/pcaps` where that is there, and over damaged copies of them.
 
 use replayer::inspect::{Report, inspect};
 use replayer::pcap::input::Input;
@@ -8,18 +7,22 @@ use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// All capture files, sorted; empty where there are none.
+/// All capture files, sorted.
 fn captures() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/pcaps");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = Vec::new();
-    for folder in ["trex", "zeek"] {
+    for folder in ["../tests/captures", "../../shared/pcaps/trex", "../../shared/pcaps/zeek"] {
         let Ok(entries) = std::fs::read_dir(root.join(folder)) else {
             eprintln!("skipped: {} is not there", root.join(folder).display());
             continue;
         };
         files.extend(entries.flatten().map(|entry| entry.path()));
     }
+    files.retain(|file| {
+        file.extension().is_some_and(|extension| extension.to_string_lossy().contains("pcap"))
+    });
     files.sort();
+    assert!(!files.is_empty());
     files
 }
 
@@ -31,6 +34,9 @@ fn report(bytes: Vec<u8>) -> Option<Report> {
 
 /// What is known of some of them: server, connections, requests, client bytes, and requests that can be replayed.
 const KNOWN: &[(&str, &str, u64, u64, u64, u64)] = &[
+    ("keep-alive.pcap", "172.28.0.11:8080", 1, 5, 3336, 5),
+    ("keep-alive-ipv6.pcap", "[fd00:28::11]:8080", 1, 5, 3336, 5),
+    ("redis-pipelined.pcap", "172.28.0.11:6379", 7, 25, 9797, 25),
     ("get.pcap", "192.150.187.43:80", 1, 1, 136, 1),
     ("http-vlan-0.pcap", "192.150.187.43:80", 1, 1, 136, 1),
     ("handshake-reorder.pcap", "192.150.187.43:80", 1, 1, 136, 1),
@@ -42,7 +48,7 @@ const KNOWN: &[(&str, &str, u64, u64, u64, u64)] = &[
 ];
 
 #[test]
-fn b060_every_shared_capture_is_inspected() {
+fn b060_every_capture_is_inspected() {
     let files = captures();
     for path in &files {
         let mut one = Files::open(std::slice::from_ref(path), Order::Merged).unwrap();

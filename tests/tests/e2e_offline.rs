@@ -16,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use pcap_parser::{PcapBlockOwned, PcapError, create_reader};
-use reassembly::{OTHERS, WHOLE, segments, shared, streams};
+use reassembly::{OTHERS, WHOLE, capture, segments, streams};
 use replayer_tests::capture::Capture;
 use replayer_tests::clients::Load;
 use replayer_tests::lab::{Host, Lab, POOL_V4, POOL_V6, Plan};
@@ -236,7 +236,7 @@ fn b061_real_captures_arrive_as_they_were_captured() -> Result<()> {
     for (whole, (name, port)) in
         WHOLE.iter().map(|file| (true, file)).chain(OTHERS.iter().map(|file| (false, file)))
     {
-        let Some(file) = shared(name) else { continue };
+        let Some(file) = capture(name) else { continue };
         let captured = streams(&segments(&file), *port);
         let v6 = captured.keys().any(SocketAddr::is_ipv6);
         let (target, pool): (IpAddr, _) =

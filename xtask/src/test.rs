@@ -52,6 +52,9 @@ pub(crate) fn main(arguments: &Arguments) -> Result<()> {
     for name in &broken {
         println!("failed: {name}");
     }
+    if !Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/pcaps").is_dir() {
+        println!("\nTests over capture files had those of tests/captures only: there is no ../shared/pcaps.");
+    }
     let Counts { passed, failed, skipped } = counts;
     println!("\n{passed} passed, {failed} failed, {skipped} skipped");
     if failed > 0 || !broken.is_empty() {

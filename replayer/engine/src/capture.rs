@@ -390,14 +390,15 @@ impl Engine {
     ) -> Fate {
         let syn = Syn::new(segment.seq, options, now_ns);
         if let Some(c) = found {
-            if self.connections.origin(c).isn() == Some(segment.seq) {
-                if segment.payload_len > 0 && self.connections.end(c) == End::Open {
+            // Where the stream has ended it is a connection of its own: the same file once more, if not the same number by chance.
+            let is_open = self.connections.end(c) == End::Open;
+            if is_open && self.connections.origin(c).isn() == Some(segment.seq) {
+                if segment.payload_len > 0 {
                     return self.on_syn_data(now_ns, c, segment, in_hand, out);
                 }
-                self.counters[Counter::BytesDuplicate] += u64::from(segment.payload_len);
                 return Ok(Counter::PacketsSynRepeated);
             }
-            if self.connections.end(c) == End::Open && self.connections[c].is_known() {
+            if is_open && self.connections[c].is_known() {
                 if segment.payload_len == 0 {
                     self.connections.set_syn_inside(c, Some(syn));
                     return Ok(Counter::PacketsDoubtful);

@@ -1,5 +1,5 @@
-//! What clients sent according to capture files, by a reassembly that shares no code with the replayer, and the captures that the project's
-//! machines share.
+//! What clients sent according to capture files, by a reassembly that shares no code with the replayer; and those files: the project's own, recorded
+//! in the lab, which are always there, and captures from elsewhere beside the checkout.
 
 #![allow(dead_code, reason = "a test that has this needs a part of it")]
 
@@ -10,8 +10,16 @@ use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-/// A file of the shared captures, where they are.
-pub(crate) fn shared(name: &str) -> Option<PathBuf> {
+/// A file of the project's own.
+pub(crate) fn own(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/captures").join(name)
+}
+
+/// A file of [`WHOLE`] or [`OTHERS`], if it is there.
+pub(crate) fn capture(name: &str) -> Option<PathBuf> {
+    if let Some(name) = name.strip_prefix("own/") {
+        return Some(own(name));
+    }
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/pcaps").join(name);
     if !path.exists() {
         eprintln!("skipped: {} is not there", path.display());
@@ -22,6 +30,9 @@ pub(crate) fn shared(name: &str) -> Option<PathBuf> {
 
 /// Files whose clients' streams are whole from their SYN on: all of them must be sent, byte for byte.
 pub(crate) const WHOLE: &[(&str, u16)] = &[
+    ("own/keep-alive.pcap", 8080),
+    ("own/keep-alive-ipv6.pcap", 8080),
+    ("own/redis-pipelined.pcap", 6379),
     ("trex/delay_10_http_browsing_0.pcap", 80),
     ("trex/http_post.pcap", 80),
     ("trex/tcp2_http_drop_c.pcap", 80),

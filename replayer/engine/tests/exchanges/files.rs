@@ -71,3 +71,22 @@ fn b059_after_the_end_the_same_addresses_are_a_new_connection() {
     assert_eq!(lab.count(Counter::SessionsOpened), 2);
     assert_eq!(lab.count(Counter::PacketsSynRepeated), 0);
 }
+
+#[test]
+fn b061_a_file_right_after_itself_is_every_connection_once_more() {
+    let mut lab = Lab::new();
+    lab.handshake();
+    lab.client("PA 1+100 ack 1");
+    lab.target("PA 1+50 ack 101");
+    lab.client("FA 101 ack 51");
+    let first = lab.client;
+    lab.sent();
+    // The target has not closed yet.
+    lab.client("S 0 mss 1460 scale 7 sackok");
+    let second = lab.sent()[0].source;
+    assert_ne!(second, first);
+    lab.client("PA 1+100 ack 1");
+    lab.target_to(second, &["SA 0 ack 1 mss 1460"]);
+    lab.expect(&["PA 1+100 ack 1"]);
+    assert_eq!((lab.count(Counter::SessionsOpened), lab.count(Counter::PacketsSynRepeated)), (2, 0));
+}

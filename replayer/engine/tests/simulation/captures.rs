@@ -1,4 +1,5 @@
-//! Traffic of real clients, out of the capture files in `../shared/pcaps`: each goes through the engine as it is, and over lossy paths.
+//! Traffic of real clients, out of the project's capture files and those of `../shared/pcaps` where that is there: each goes through the engine as it is,
+//! and over lossy paths.
 //! What must arrive is put together from the file by the code here and in `streams`, with another parser than the engine's.
 
 use crate::for_seeds;
@@ -12,7 +13,8 @@ use std::fs::File;
 use std::path::PathBuf;
 
 const MS: u64 = 1_000_000;
-const DIRECTORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/pcaps");
+const DIRECTORIES: [&str; 3] =
+    ["../../tests/captures", "../../../shared/pcaps/trex", "../../../shared/pcaps/zeek"];
 /// Lives of each file: the first without losses.
 const LIVES: u64 = 50;
 /// Nobody waits longer between two packets of a file.
@@ -20,12 +22,7 @@ const LONGEST_PAUSE: u64 = 3000 * MS;
 
 #[test]
 fn b061_real_captures_arrive_as_they_were_reassembled() {
-    let files = files();
-    if files.is_empty() {
-        println!("skipped: there are no captures in {DIRECTORY}");
-        return;
-    }
-    let captures: Vec<Vec<Packet>> = files.iter().map(|file| packets(file)).collect();
+    let captures: Vec<Vec<Packet>> = files().iter().map(|file| packets(file)).collect();
     let outcome = for_seeds("real_captures", 0..captures.len() as u64 * LIVES, |seed, recording| {
         let path = match seed % LIVES {
             0 => Path { latency_us: 100, ..Path::default() },
@@ -48,10 +45,13 @@ fn b061_real_captures_arrive_as_they_were_reassembled() {
 
 /// In the order of their names.
 fn files() -> Vec<PathBuf> {
-    let folders = std::fs::read_dir(DIRECTORY).into_iter().flatten().map(|entry| entry.unwrap().path());
-    let inside =
-        folders.filter(|folder| folder.is_dir()).flat_map(|folder| std::fs::read_dir(folder).unwrap());
-    let mut files: Vec<PathBuf> = inside.map(|entry| entry.unwrap().path()).collect();
+    let mut files: Vec<PathBuf> = Vec::new();
+    for directory in DIRECTORIES.map(|name| std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(name)) {
+        match std::fs::read_dir(&directory) {
+            Ok(entries) => files.extend(entries.map(|entry| entry.unwrap().path())),
+            Err(_) => println!("skipped: {} is not there", directory.display()),
+        }
+    }
     files.retain(|file| {
         file.extension().is_some_and(|extension| extension.to_string_lossy().contains("pcap"))
     });
