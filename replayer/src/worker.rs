@@ -294,7 +294,7 @@ impl Pace {
 }
 
 impl Worker {
-    /// Puts a worker together. Nothing is allocated by it afterwards.
+    /// Puts a worker together.
     pub fn new(
         engine: Engine,
         port: Port,
@@ -355,9 +355,11 @@ impl Worker {
         }
     }
 
-    /// Works until told to stop.
+    /// Works until told to stop. Allocates nothing while it does.
     pub fn run(mut self) {
         let mut stopping_since = None;
+        // What figures need memory for they get now.
+        self.publish(clock::now());
         // Pauses are a fraction of a millisecond; the kernel's default slack would add a sixth of that.
         let _ = nix::sys::prctl::set_timerslack(1_000);
         loop {

@@ -1,6 +1,6 @@
 //! Where every captured packet, every client byte and every session ends: exactly one counter each.
 //!
-//! The identities that must hold are computed by [`Counters::check`]; `docs/architecture.md` lists them.
+//! The identities that must hold are computed by [`Counters::identities`]; `docs/engine.md` lists them.
 
 /// Defines the counters once: variant, name in reports, what it counts.
 macro_rules! counters {
