@@ -126,6 +126,41 @@ fn b063_sighup_completes_the_file_of_a_recording_and_has_the_report_of_its_repla
     Ok(())
 }
 
+#[test]
+fn b063_sighup_gives_a_recording_the_limits_that_its_file_has_now() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let _streams = StreamPair::start(&lab, STREAM)?;
+    let (file, prefix) = (lab.dir().join("replayer.toml"), lab.dir().join("recorded"));
+    let write = |limits: &str| {
+        let text = format!(
+            "[record]\nservice = {STREAM}\ninterface = '{NIC}'\nwrite = '{}'\n{limits}\n",
+            prefix.display()
+        );
+        fs::write(&file, text)
+    };
+    write("")?;
+    let mut command = lab.online().command(tool("replayer")?);
+    let mut recording =
+        Process::start(command.args(["record", "--config"]).arg(&file), "record", &lab.dir())?;
+    recording.wait_for_message("record ready", SOON)?;
+    let load = format!("--connect {}:{STREAM} --requests 10", lab.online().v4());
+    assert_eq!(Load::run(&lab, "load", &load)?.responses, 10);
+    write("files = 0")?;
+    recording.signal(Signal::SIGHUP)?;
+    recording.wait_for_message("keep at least 1; everything stays as it is", SOON)?;
+    ensure!(recording.ended()?.is_none(), "{}", recording.tail());
+    // It has as many already, and ends by itself.
+    write("packets = 5")?;
+    recording.signal(Signal::SIGHUP)?;
+    let status = recording.wait(SOON)?;
+    ensure!(
+        status.success() && recording.errors().contains("says: packets"),
+        "{status}: {}",
+        recording.tail()
+    );
+    Ok(())
+}
+
 /// A configuration file for both roles. The online role has `of_online` in it, and the key that both have.
 fn write_file(lab: &Lab, key: &str, of_online: &str) -> Result<PathBuf> {
     let path = lab.dir().join("replayer.toml");
