@@ -49,6 +49,6 @@ fn b051_large_requests_through_a_device_that_makes_its_sender_wait() -> Result<(
 
 /// Each response 50 ms later than online: nearly everything waits for its turn.
 #[test]
-fn b012_large_requests_to_a_slower_target() -> Result<()> {
+fn b021_large_requests_to_a_slower_target() -> Result<()> {
     replay_large_requests(Plan::default(), &["--delay-ms", "50"])
 }

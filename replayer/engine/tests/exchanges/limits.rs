@@ -72,7 +72,7 @@ fn b028_segments_of_a_byte_count_as_the_blocks_that_they_take() {
 }
 
 #[test]
-fn b011_a_limit_that_is_reached_behind_a_hole_counts_each_byte_once() {
+fn b028_a_limit_that_is_reached_behind_a_hole_counts_each_byte_once() {
     let mut lab = Lab::new();
     lab.handshake();
     // Pieces with holes between them, then one over all of them that no longer fits.
@@ -281,7 +281,7 @@ fn b037_a_target_that_is_gone_gets_one_syn_in_50_ms_from_all_sessions_together()
 }
 
 #[test]
-fn b045_a_target_of_another_address_family_is_counted_once_a_connection() {
+fn a_target_of_another_address_family_is_counted_once_a_connection() {
     let mut config = config();
     let mut other = config.services[0];
     other.target = endpoint("[fd00::1]:8080");
