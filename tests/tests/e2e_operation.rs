@@ -241,7 +241,9 @@ fn b056_a_syn_ack_that_comes_before_its_registration_is_delivered() -> Result<()
     assert_all_answered(&Load::run(&lab, "load", &load)?, 100);
     streams.ensure_equal(100)?;
     assert_eq!(watch.packets()?["syns"], 50, "no SYN had to be sent again");
-    replay.stop()?;
+    let (_, assistant) = replay.stop()?;
+    let early = assistant["routing"]["early_delivered"].as_u64().context("SYN-ACKs that came early")?;
+    assert_eq!(early, 50, "SYN-ACKs that came before their registration: {assistant}");
     Ok(())
 }
 
