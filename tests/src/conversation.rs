@@ -157,6 +157,23 @@ impl Conversation {
         Ok(())
     }
 
+    /// Reads `count` bytes of an answer that is longer.
+    pub fn read_within_an_answer(&mut self, count: usize) -> Result<()> {
+        let mut bytes = vec![0; count];
+        self.stream.read_exact(&mut bytes).context("the beginning of an answer")?;
+        self.reader
+            .responses(&bytes, |_| ())
+            .map_err(|mismatch| anyhow!("an answer: expected {}", mismatch.expected))?;
+        ensure!(!self.reader.at_boundary(), "the answer is over");
+        Ok(())
+    }
+
+    /// Ends the connection by a reset (tcp(7), SO_LINGER with time 0).
+    pub fn reset(self) -> Result<()> {
+        let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+        setsockopt(&self.stream, sockopt::Linger, &linger).context("setting SO_LINGER")
+    }
+
     /// Sends a request and waits for its answer.
     pub fn ask(&mut self, request: RequestHeader) -> Result<()> {
         self.send(&bytes_of(request))?;

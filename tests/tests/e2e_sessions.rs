@@ -8,13 +8,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use replayer_tests::clients::{Load, Watch, counter, output_of};
+use replayer_tests::conversation::{Conversation, bytes_of};
 use replayer_tests::lab::{Host, Lab, Plan};
 use replayer_tests::ledger;
 use replayer_tests::load::Summary;
 use replayer_tests::pairs::{ARRIVAL, NginxPair, StreamPair};
 use replayer_tests::replay::{Replay, Report};
 use replayer_tests::servers::{Direction, Nginx, impair, start_redis};
-use replayer_tests::stream::{End, Record};
+use replayer_tests::stream::{self, End, Record, RequestHeader};
 use replayer_tests::wait::{holds_within, wait_for};
 
 const HTTP: u16 = 8080;
@@ -132,12 +133,13 @@ fn b015_a_lost_syn_or_syn_ack_is_made_up_for() -> Result<()> {
     for (direction, segment) in [(Direction::ToHost, "syn"), (Direction::FromHost, "syn-ack")] {
         let lab = plain_lab()?;
         let mut streams = StreamPair::start(&lab, STREAM)?;
-        let _cable =
+        let cable =
             impair(&lab, lab.target(), direction, &format!("--only {segment} --loss 100 --lose-at-most 1"))?;
         let replay = Replay::start(&lab, &[STREAM], &[])?;
         let load = format!("--connect {}:{STREAM} --requests 3 --per-connection 3", lab.online().v4());
         assert_all_answered(&Load::run(&lab, "load", &load)?, 3);
         streams.ensure_equal_within(3, Duration::from_secs(4)).with_context(|| format!("{segment} lost"))?;
+        assert_eq!(cable.output().lines().count(), 1, "no {segment} was lost");
         replay.stop()?;
     }
     Ok(())
@@ -312,24 +314,37 @@ fn b035_half_close_and_reset_reach_the_target_after_the_data() -> Result<()> {
 }
 
 #[test]
-fn b035_a_reset_in_the_middle_of_a_response_ends_the_session_after_its_request() -> Result<()> {
+fn b035_a_reset_in_the_middle_of_a_response_ends_the_session_in_the_middle_of_the_target_s() -> Result<()> {
+    const CONNECTIONS: u64 = 10;
+    /// More than sockets on both sides hold, so that the online server is in the middle of it.
+    const RESPONSE: u32 = 32 << 20;
+    const READ: usize = 200_000;
+    const LATER_US: u64 = 300_000;
     let lab = Lab::up(Plan::default())?;
-    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let later = (LATER_US / 1000).to_string();
+    let mut streams = StreamPair::start_with(&lab, STREAM, &[], &["--delay-ms", &later])?;
     let replay = Replay::start(&lab, &[STREAM], &[])?;
-    // The answer would take 500 ms; the client gives up after 100 ms.
-    let load = format!(
-        "--connect {}:{STREAM} --connections 10 --requests 10 --per-connection 1 --body 1-5000 --delay-ms 500 \
-         --patience 0.1 --close rst",
-        lab.online().v4()
-    );
-    let summary = Load::run(&lab, "load", &load)?;
-    assert_eq!((summary.requests, summary.unanswered), (10, 10));
-    let (online, target) = streams.records(10, ARRIVAL)?;
-    assert_eq!(ids(&target), ids(&online));
-    wait_for("the end of all connections at the target", ARRIVAL, || {
-        streams.target.record().is_ok_and(|record| record.connections.iter().all(|it| it.end != End::Open))
-    })?;
-    replay.stop()?;
+    for id in 1..=CONNECTIONS {
+        let mut client = Conversation::open(lab.client(), (lab.online().v4(), STREAM).into())?;
+        client.send(&bytes_of(RequestHeader { id, body: 3000, response: RESPONSE, delay_ms: 0 }))?;
+        client.read_within_an_answer(READ)?;
+        client.reset()?;
+    }
+    let count = CONNECTIONS as usize;
+    let online = streams.online.ended_record_of(count, ARRIVAL)?;
+    let target = streams.target.ended_record_of(count, ARRIVAL)?;
+    assert!(online.connections.iter().all(|it| it.end == End::Rst), "{online:?}");
+    let compared = stream::compare(&online, &target);
+    assert_eq!((compared.equal, compared.differences.len()), (count, 0), "{compared:?}");
+    for connection in &target.connections {
+        // A server that had written all of its answer, or had none to write, would not say so.
+        assert_eq!(connection.end, End::Rst, "{connection:?}");
+        let after_us = connection.ended_us.context("an end")?.saturating_sub(connection.times_us[0]);
+        assert!(after_us >= LATER_US, "reset {after_us} us after the request, before any answer to it");
+    }
+    let (report, _) = replay.stop()?;
+    assert_eq!(report.counter("sessions_client_reset"), CONNECTIONS, "{:?}", report.counters);
+    assert_eq!(report.counter("replay_bytes_delivered"), report.counter("bytes_accepted"));
     Ok(())
 }
 
@@ -367,11 +382,13 @@ fn b040_a_stop_leaves_no_connection_at_the_target() -> Result<()> {
         wait_for("50 connections at the target", Duration::from_secs(5), || {
             established(lab.target(), HTTP).is_ok_and(|count| count == 50)
         })?;
+        // The second begins with the signal, whatever the process does until it ends.
         replay.online.process.signal(signal)?;
-        let report: Report = replay.online.ended_well()?;
         wait_for("no connection at the target", Duration::from_secs(1), || {
             established(lab.target(), HTTP).is_ok_and(|count| count == 0)
         })?;
+        let report: Report = replay.online.ended_well()?;
+        assert_eq!(established(lab.target(), HTTP)?, 0, "a connection came after the stop");
         report.check_accounts()?;
         replay.assistant.stop::<serde_json::Value>()?;
         let summary = load.finish()?;
