@@ -69,6 +69,37 @@ pub fn counter(host: &Host, group: &str, name: &str) -> Result<u64> {
     Ok(values.split(' ').nth(column).context("too few values")?.parse()?)
 }
 
+/// What no client may get: resets, and anything that is not from its server (behaviour 4).
+#[derive(Debug)]
+pub struct Unnoticed<'a>(Watch<'a>);
+
+impl<'a> Unnoticed<'a> {
+    /// Watches what arrives at the first client, whose servers are the first online host's.
+    pub fn by_client(lab: &'a Lab) -> Result<Self> {
+        let from_target = format!("ip saddr {}", lab.target().v4());
+        let from_elsewhere = format!("ip protocol tcp ip saddr != {}", lab.online().v4());
+        let watch = Watch::arriving(
+            lab.client(),
+            &[
+                ("resets", "tcp flags & rst == rst"),
+                ("target", &from_target),
+                ("elsewhere", &from_elsewhere),
+                ("segments", "ip protocol tcp"),
+            ],
+        )?;
+        Ok(Self(watch))
+    }
+
+    /// Until now nothing of that came, among more than `segments` TCP segments.
+    pub fn ensure(&self, segments: u64) -> Result<()> {
+        let packets = self.0.packets()?;
+        ensure!(packets["segments"] > segments, "not all was seen: {packets:?}");
+        let strange = ["resets", "target", "elsewhere"].map(|name| packets[name]);
+        ensure!(strange == [0, 0, 0], "the client got what is not its server's: {packets:?}");
+        Ok(())
+    }
+}
+
 /// Counters of packets that arrive at a host's NIC, before its kernel does anything with them.
 #[derive(Debug)]
 pub struct Watch<'a> {
