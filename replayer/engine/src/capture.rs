@@ -177,7 +177,8 @@ impl Engine {
             return;
         }
         self.sessions[first_session].read_ahead();
-        if connection.ack_advances(packet.data.ack) {
+        // Most likely a turn begins.
+        if packet.data.ack != connection.last_ack {
             self.sessions[first_session].read_ahead_acknowledgment();
             self.sessions.turns(first_session).read_ahead();
         }

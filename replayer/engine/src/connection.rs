@@ -223,6 +223,9 @@ pub(crate) struct Servers {
 /// So many are known.
 const KNOWN_SERVERS: usize = 64;
 const UNKNOWN: u8 = u8::MAX;
+/// An acknowledgment that is behind another by no more than the largest window (RFC 7323 section 2.3) is older. Any other is further on, for a
+/// client may read more than 2 GiB between two requests.
+const LARGEST_WINDOW: u32 = 1 << 30;
 /// No shift is above 14 (RFC 7323 section 2.3).
 const NO_SCALE: u8 = u8::MAX;
 
@@ -399,7 +402,7 @@ impl Connection {
 
     /// Whether `ack` says that the client has read more of the response than `last_ack` says.
     pub(crate) fn ack_advances(&self, ack: u32) -> bool {
-        self.ack_known && (ack.wrapping_sub(self.last_ack) as i32) > 0
+        self.ack_known && self.last_ack.wrapping_sub(ack) > LARGEST_WINDOW
     }
 }
 

@@ -33,6 +33,31 @@ fn b021_without_waiting() {
 }
 
 #[test]
+fn b021_the_request_after_a_response_of_gigabytes_waits_and_so_do_those_behind_it() {
+    for read in [1_000_000_001, 3_000_000_001u32] {
+        let mut lab = Lab::new();
+        lab.handshake();
+        lab.client("PA 1+100 ack 1");
+        lab.expect(&["PA 1+100 ack 1"]);
+        lab.target("A 1 ack 101");
+        // Pure acknowledgments are not captured: the next request is the first to tell of it.
+        lab.client(&format!("PA 101+100 ack {read}"));
+        lab.pass(100 * MS);
+        lab.expect(&[]);
+        lab.target("PA 1+50 ack 101");
+        lab.pass(60 * MS);
+        lab.expect(&["PA 101+100 ack 51"]);
+        lab.target("A 51 ack 201");
+        lab.client(&format!("PA 201+100 ack {}", read + 50));
+        lab.pass(100 * MS);
+        lab.expect(&[]);
+        lab.target("PA 51+50 ack 201");
+        lab.pass(60 * MS);
+        lab.expect(&["PA 201+100 ack 101"]);
+    }
+}
+
+#[test]
 fn b026_a_shorter_response_releases_after_silence() {
     let mut lab = Lab::new();
     lab.handshake();
