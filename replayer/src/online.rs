@@ -47,7 +47,8 @@ const NEXT_HOP_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a target may take to accept a connection of a check.
 const TARGET_PATIENCE: Duration = Duration::from_secs(2);
 /// After so long connections that were in the middle of a request are looked at once more: the kernel's times of their sockets have moved on
-/// by a tick (4 ms at 250 Hz). Also how long a look may take to be worth another one, for captured packets wait meanwhile.
+/// by a tick (4 ms at 250 Hz). Also how long a look may take to be worth another one, for captured packets wait meanwhile; and how long a packet may be on
+/// its way through the programs.
 const MOMENT: Duration = Duration::from_millis(5);
 /// Frames of all workers' ports together, half of them for captured packets that wait for a worker: 128 MiB. Data that waits for the
 /// target is not held in them.
@@ -75,7 +76,8 @@ pub fn run(mut args: OnlineArgs, configuration: Configuration) -> Result<()> {
     // After an error too: the sessions end cleanly, and what was done until then is told.
     online.stop();
     online.say_tls();
-    let figures = online.figures();
+    let mut figures = online.figures();
+    figures.handed_over = Some(capture::handed_over(&online.verdicts));
     let (seconds, cpu) = spent(started);
     let mut summary = figures.summary(seconds, cpu);
     let lost = capture::lost(&online.verdicts);
@@ -449,6 +451,8 @@ impl Online {
     /// Detaches from the production interface, lets the workers end their sessions, and waits for them.
     fn stop(&mut self) {
         self.capture.detach();
+        // What the programs have in hand arrives.
+        std::thread::sleep(MOMENT);
         self.verdicts = self.capture.verdicts();
         for worker in &self.workers {
             worker.shared.stop.store(true, Ordering::Release);

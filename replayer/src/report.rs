@@ -83,6 +83,9 @@ pub struct Figures {
     target_response: Histogram,
     port: PortCounters,
     sockets: Statistics,
+    taken: u64,
+    /// At the end: packets that the capture program gave to the workers' rings or sockets.
+    pub handed_over: Option<u64>,
     /// One for each worker and assistant.
     channels: Vec<ClientCounters>,
     /// By assistant: whether every worker is connected to it.
@@ -112,6 +115,7 @@ impl Figures {
         self.ring_wait.add(&worker.ring_wait);
         self.capture_to_transmit.add(&worker.capture_to_transmit);
         self.target_response.add(&worker.target_response);
+        self.taken += worker.taken;
         let (mine, theirs) = (&mut self.port, &worker.port);
         mine.received += theirs.received;
         mine.misplaced += theirs.misplaced;
@@ -213,7 +217,13 @@ impl Figures {
 
     /// The accounting identities: name, left, right.
     pub fn identities(&self) -> Vec<(&'static str, u64, u64)> {
-        self.counters.identities(&self.pending.unwrap_or_default()).to_vec()
+        let mut identities = self.counters.identities(&self.pending.unwrap_or_default()).to_vec();
+        if let Some(handed_over) = self.handed_over {
+            let accounted = self.taken + self.sockets.rx.rx_dropped + self.sockets.rx.rx_ring_full;
+            let name = "packets handed over by the capture program = taken by a worker + lost at its socket";
+            identities.push((name, handed_over, accounted));
+        }
+        identities
     }
 
     /// Everything, for `--report`. `kernel` are the programs' verdicts.

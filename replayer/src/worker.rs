@@ -78,6 +78,8 @@ pub struct Snapshot {
     pub port: PortCounters,
     /// What the kernel counted for its sockets.
     pub sockets: Statistics,
+    /// Packets that the capture program handed over, taken by this worker.
+    pub taken: u64,
     /// By assistant.
     pub channels: Vec<ClientCounters>,
     /// Which of them are connected.
@@ -614,6 +616,7 @@ impl Worker {
         snapshot.lag_us = snapshot.lag_us.max(std::mem::take(&mut self.pace.longest_us));
         snapshot.port = self.surroundings.port.counters();
         snapshot.sockets = self.surroundings.port.statistics().unwrap_or_default();
+        snapshot.taken = self.source.as_ref().map_or(0, |source| source.taken(&self.surroundings.port));
         snapshot.channels.clear();
         snapshot.channels.extend(self.surroundings.channels.iter().map(|channel| *channel.counters()));
         snapshot.connected.clear();

@@ -214,6 +214,12 @@ pub fn lost(verdicts: &Value) -> u64 {
     lost.chain([&verdicts["mirror_device_dropped"]]).filter_map(Value::as_u64).sum()
 }
 
+/// Of the same: packets that the program which gives them to the workers put into a ring or gave to a socket, which may have lost them still.
+pub fn handed_over(verdicts: &Value) -> u64 {
+    let counters = [("ring", "copied"), ("span", "redirected"), ("capture", "redirected")];
+    counters.iter().filter_map(|&(program, name)| verdicts[program][name].as_u64()).sum()
+}
+
 /// Of the same: clients' packets to services that were not to be captured, for they are outside the sample or say nothing.
 pub fn left_out(verdicts: &Value) -> u64 {
     let of_program = |program: &'static str| ["not_sampled", "pure_ack"].map(|name| &verdicts[program][name]);
@@ -254,6 +260,14 @@ impl Source {
                 count
             }
             Source::Ring(reader) => reader.receive(port, out),
+        }
+    }
+
+    /// How many of the packets that the capture program handed over were taken: [`handed_over`] says how many there were.
+    pub fn taken(&self, port: &Port) -> u64 {
+        match self {
+            Source::Port(_) => port.counters().received,
+            Source::Ring(reader) => reader.taken(),
         }
     }
 

@@ -37,6 +37,7 @@ pub struct Reader {
     shard: u32,
     /// When the program had the first of the packets that were received last, ns.
     first_captured_ns: u64,
+    taken: u64,
 }
 
 impl Reader {
@@ -46,7 +47,7 @@ impl Reader {
         let (ring, sleeping) = programs
             .add_ring(worker, bytes)
             .with_context(|| format!("make a ring of {} MiB for worker {worker}", bytes >> 20))?;
-        Ok(Reader { ring, sleeping, shard: worker, first_captured_ns: 0 })
+        Ok(Reader { ring, sleeping, shard: worker, first_captured_ns: 0, taken: 0 })
     }
 
     /// Appends packets to `out`, in frames of `port`, until there are [`BATCH`] new ones; how many.
@@ -54,6 +55,7 @@ impl Reader {
         let (before, room) = (out.len(), port.area());
         while out.len() - before < BATCH && has_room(port) {
             let Some(record) = self.ring.next() else { break };
+            self.taken += 1;
             let Some((header, packet)) = split(&record) else { continue };
             if out.len() == before {
                 self.first_captured_ns = header.captured_ns;
@@ -67,6 +69,11 @@ impl Reader {
             });
         }
         out.len() - before
+    }
+
+    /// Packets that were taken out of it with [`Reader::receive`], as the program copied them: not yet cut to segments.
+    pub(super) fn taken(&self) -> u64 {
+        self.taken
     }
 
     /// When the program had the first of the packets that were received last, ns of CLOCK_MONOTONIC.
