@@ -1,6 +1,7 @@
 //! The invariants of the engine's state, walked in full: for tests of debug builds. Nothing here changes anything.
 
 use crate::connection::{Phase, Place};
+use crate::counters::{Counter, ServiceCounters};
 use crate::engine::Engine;
 use crate::session::{State, segment_after};
 use crate::slab::NONE;
@@ -98,6 +99,29 @@ impl Engine {
             assert_eq!(unanswered.count() as u32, service.unanswered, "SYNs that wait for an answer");
         }
         assert!(self.dirty.is_empty(), "no session is left over from a batch");
+        self.check_services();
+    }
+
+    /// What is counted by service adds up to what is counted of all.
+    fn check_services(&self) {
+        let mut sum = ServiceCounters::default();
+        for counters in self.service_counters() {
+            sum.add(&counters);
+        }
+        let c = &self.counters;
+        let all = ServiceCounters {
+            sessions_opened: c[Counter::SessionsOpened],
+            sessions_established: sum.sessions_established,
+            sessions_refused: c[Counter::SessionsRefused],
+            sessions_unanswered: c[Counter::SessionsHandshakeTimeout] + c[Counter::SessionsRetransmitTimeout],
+            sessions_ended: c.sum(Counter::SessionsCompleted, Counter::SessionsStopped),
+            datagrams_sent: c[Counter::DatagramsSent],
+            datagrams_answered: c[Counter::DatagramResponses],
+            packets_no_link: c[Counter::SegmentsNoLink] + c[Counter::DatagramsNoLink],
+            heard: sum.heard,
+        };
+        assert_eq!(sum, all, "by service, and of all");
+        assert!(sum.sessions_established + sum.sessions_refused <= sum.sessions_opened, "{sum:?}");
     }
 
     /// One session; takes what it holds off `references`.

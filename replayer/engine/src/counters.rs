@@ -165,6 +165,72 @@ impl core::ops::IndexMut<Counter> for Counters {
     }
 }
 
+/// What became of one service's sessions and datagrams. Counted where they begin and end: a packet in between changes nothing here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServiceCounters {
+    /// Sessions opened.
+    pub sessions_opened: u64,
+    /// Of these, those whose SYN the target answered by its own.
+    pub sessions_established: u64,
+    /// Ended: the target refused the connection.
+    pub sessions_refused: u64,
+    /// Ended: the target did not answer the SYN, or stopped acknowledging.
+    pub sessions_unanswered: u64,
+    /// Ended, for whatever reason.
+    pub sessions_ended: u64,
+    /// Datagrams sent to the target.
+    pub datagrams_sent: u64,
+    /// Datagrams that the target answered with.
+    pub datagrams_answered: u64,
+    /// Packets not sent: no route or next hop to the target.
+    pub packets_no_link: u64,
+    /// Changes when something of the target came, and means nothing else.
+    pub heard: u64,
+}
+
+impl ServiceCounters {
+    /// The counts: name in reports, what is counted, how many.
+    pub const fn named(&self) -> [(&'static str, &'static str, u64); 8] {
+        [
+            ("sessions_opened", "sessions opened: a SYN was sent", self.sessions_opened),
+            ("sessions_established", "of these, those that the target accepted", self.sessions_established),
+            ("sessions_refused", "ended: the target refused the connection", self.sessions_refused),
+            (
+                "sessions_unanswered",
+                "ended: the target did not answer the SYN, or stopped acknowledging",
+                self.sessions_unanswered,
+            ),
+            ("sessions_ended", "ended, for whatever reason", self.sessions_ended),
+            ("datagrams_sent", "datagrams sent to the target", self.datagrams_sent),
+            ("datagrams_answered", "datagrams that the target answered with", self.datagrams_answered),
+            ("packets_no_link", "packets not sent: no route or next hop to the target", self.packets_no_link),
+        ]
+    }
+
+    /// A session has ended.
+    pub(crate) fn ended(&mut self, reason: EndReason) {
+        self.sessions_ended += 1;
+        match reason {
+            EndReason::Refused => self.sessions_refused += 1,
+            EndReason::HandshakeTimeout | EndReason::RetransmitTimeout => self.sessions_unanswered += 1,
+            _ => {}
+        }
+    }
+
+    /// Adds those of another worker, or of another service with the same target.
+    pub fn add(&mut self, other: &ServiceCounters) {
+        self.sessions_opened += other.sessions_opened;
+        self.sessions_established += other.sessions_established;
+        self.sessions_refused += other.sessions_refused;
+        self.sessions_unanswered += other.sessions_unanswered;
+        self.sessions_ended += other.sessions_ended;
+        self.datagrams_sent += other.datagrams_sent;
+        self.datagrams_answered += other.datagrams_answered;
+        self.packets_no_link += other.packets_no_link;
+        self.heard = self.heard.wrapping_add(other.heard);
+    }
+}
+
 /// What is neither delivered nor lost yet, measured by walking all sessions and connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pending {
@@ -184,7 +250,7 @@ impl Counters {
         }
     }
 
-    fn sum(&self, from: Counter, to: Counter) -> u64 {
+    pub(crate) fn sum(&self, from: Counter, to: Counter) -> u64 {
         self.0[from as usize..=to as usize].iter().sum()
     }
 

@@ -9,7 +9,7 @@
 use crate::capture::Looked;
 use crate::config::{Config, timing};
 use crate::connection::{Connection, Connections, End, NewConnection, Origin, Phase, Place};
-use crate::counters::{Counter, Counters, EndReason, Pending};
+use crate::counters::{Counter, Counters, EndReason, Pending, ServiceCounters};
 use crate::gate::{Ahead, Turns};
 use crate::histogram::Histogram;
 use crate::identity::{Copies, Pool, Ports};
@@ -60,6 +60,8 @@ pub(crate) struct ServiceState {
     pub(crate) tls: bool,
     /// The first SYN that was not answered yet.
     pub(crate) unanswered_since: Option<Tick>,
+    /// What became of its sessions. `heard` is `heard_at` of the beginning.
+    pub(crate) counters: ServiceCounters,
 }
 
 impl ServiceState {
@@ -168,6 +170,7 @@ impl Engine {
                 waiting: VecDeque::with_capacity(if amplified { limits.sessions } else { 0 }),
                 tls: false,
                 unanswered_since: None,
+                counters: ServiceCounters { heard: u64::from(now), ..ServiceCounters::default() },
             })
             .collect();
         let pool = (!config.pool.is_empty()).then(|| {
@@ -223,6 +226,15 @@ impl Engine {
     /// The counters.
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// The same by service, those of UDP last.
+    pub fn service_counters(&self) -> impl Iterator<Item = ServiceCounters> {
+        let of_tcp = self.services.iter().map(|service| {
+            let heard = u64::from(service.heard_at).wrapping_sub(service.counters.heard);
+            ServiceCounters { heard, ..service.counters }
+        });
+        of_tcp.chain(self.udp.service_counters())
     }
 
     /// From capture to transmission, of data sent for the first time, and from the first byte of a turn sent to the first byte of its
@@ -461,6 +473,7 @@ impl Engine {
         self.connections[c].first_session = index;
         self.connections[c].takers += 1;
         self.counters[Counter::SessionsOpened] += 1;
+        self.services[usize::from(service)].counters.sessions_opened += 1;
         out.register(service, identity);
         let shift_us = self.shift_us(index);
         if shift_us > 0 {
@@ -543,6 +556,7 @@ impl Engine {
         let (lost, identity) = (self.undelivered(s), self.sessions.identity(s));
         self.counters[reason.lost_bytes()] += lost;
         self.counters[reason.sessions()] += 1;
+        self.services[usize::from(session.service)].counters.ended(reason);
         self.unreference(s, session.una_segment);
         self.by_identity.remove(self.identity_hash(s), s);
         self.release_identity(&identity, now);

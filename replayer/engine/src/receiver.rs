@@ -256,6 +256,7 @@ impl Engine {
         }
         session.state = State::Established;
         self.services[usize::from(session.service)].unanswered -= 1;
+        self.services[usize::from(session.service)].counters.sessions_established += 1;
         session.snd_una = record.ack;
         session.rcv_nxt = record.seq.wrapping_add(1);
         turns.begin_at(session.rcv_nxt);

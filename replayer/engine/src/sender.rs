@@ -139,6 +139,7 @@ impl Engine {
         let session = &self.sessions[s];
         let Some(template) = &service.template else {
             self.counters[Counter::SegmentsNoLink] += 1;
+            service.counters.packets_no_link += 1;
             return;
         };
         service.ip_id = service.ip_id.wrapping_add(1);

@@ -5,7 +5,7 @@
 //! nothing came of it for [`timing::FLOW_IDLE`], and its identities rest then like those of a TCP session.
 
 use crate::config::{Config, Service, timing};
-use crate::counters::Counter;
+use crate::counters::{Counter, ServiceCounters};
 use crate::engine::Engine;
 use crate::output::Output;
 use crate::sender::micros;
@@ -50,6 +50,7 @@ struct UdpService {
     target: Endpoint,
     /// `None`: packets to it cannot leave.
     template: Option<Template>,
+    counters: ServiceCounters,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -167,8 +168,12 @@ impl Udp {
     pub(crate) fn new(config: &Config) -> Udp {
         let capacity = |limit: usize| if config.udp_services.is_empty() { 0 } else { limit };
         let (flows, sessions) = (capacity(config.limits.connections), capacity(config.limits.sessions));
-        let service =
-            |service: &Service| UdpService { online: service.online, target: service.target, template: None };
+        let service = |service: &Service| UdpService {
+            online: service.online,
+            target: service.target,
+            template: None,
+            counters: ServiceCounters::default(),
+        };
         Udp {
             services: config.udp_services.iter().map(service).collect(),
             flows: Slab::new(flows),
@@ -186,6 +191,14 @@ impl Udp {
     pub(crate) fn set_link(&mut self, place: usize, link: Option<Link>) {
         let service = &mut self.services[place];
         service.template = link.map(|link| Template::new(&link, &service.target));
+    }
+
+    /// By service.
+    pub(crate) fn service_counters(&self) -> impl Iterator<Item = ServiceCounters> {
+        self.services.iter().map(|UdpService { counters, .. }| ServiceCounters {
+            heard: counters.datagrams_answered,
+            ..*counters
+        })
     }
 
     pub(crate) fn find_identity(&self, seed: u64, identity: &Endpoint, target: &Endpoint) -> Option<u32> {
@@ -411,6 +424,10 @@ impl Engine {
         self.counters[Counter::DatagramsWanted] += 1;
         let fate = self.try_send_datagram(s, payload_sum, out);
         self.counters[fate] += 1;
+        let place = usize::from(self.udp.sessions[s].service);
+        let of_service = &mut self.udp.services[place].counters;
+        of_service.datagrams_sent += u64::from(fate == Counter::DatagramsSent);
+        of_service.packets_no_link += u64::from(fate == Counter::DatagramsNoLink);
         if fate != Counter::DatagramsSent {
             return;
         }
@@ -459,6 +476,7 @@ impl Engine {
             return;
         };
         self.counters[Counter::DatagramResponses] += 1;
+        self.udp.services[place].counters.datagrams_answered += 1;
         self.counters[Counter::DatagramResponseBytes] += u64::from(record.payload_len);
         let session = &mut self.udp.sessions[s];
         if session.unanswered > 0 {

@@ -281,6 +281,9 @@ fn what_cannot_be_sent_is_counted_by_reason() {
     lab.engine.set_link(1, None);
     assert!(lab.client(CLIENT, ONLINE, b"q").is_empty());
     assert_eq!(lab.counter(Counter::DatagramsNoLink), 1);
+    let by_service: Vec<_> =
+        lab.engine.service_counters().map(|c| (c.datagrams_sent, c.packets_no_link)).collect();
+    assert_eq!(by_service, [(0, 0), (1, 1), (0, 0)]);
     lab.engine.stop(lab.now, &mut lab.wire);
     assert!(lab.engine.stopped());
     assert!(lab.client(CLIENT, ONLINE, b"q").is_empty());
@@ -321,6 +324,8 @@ fn responses_are_counted_and_never_answered() {
     lab.engine.on_responses(lab.now, &[record, record, stranger, no_service], &mut lab.wire);
     assert_eq!(lab.counter(Counter::DatagramResponses), 2);
     assert_eq!(lab.counter(Counter::DatagramResponseBytes), 600);
+    let answered: Vec<_> = lab.engine.service_counters().map(|c| c.datagrams_answered).collect();
+    assert_eq!(answered, [0, 2, 0]);
     assert_eq!(lab.counter(Counter::ResponsesUnknown), 2);
     assert!(!lab.engine.awaits_datagrams(lab.now));
     assert!(lab.wire.sent.is_empty());

@@ -107,6 +107,19 @@ fn b045_one_service_to_two_targets() {
     lab.service = 1;
     lab.target("RA 0 ack 1");
     assert_eq!(lab.engine.gauges().sessions_live, 1);
+    let by_service: Vec<_> = lab
+        .engine
+        .service_counters()
+        .map(|c| [c.sessions_opened, c.sessions_established, c.sessions_refused, c.sessions_ended])
+        .collect();
+    assert_eq!(by_service, [[1, 1, 0, 0], [1, 0, 1, 1]]);
+    let heard = |lab: &Lab| lab.engine.service_counters().map(|c| c.heard).collect::<Vec<_>>();
+    let before = heard(&lab);
+    lab.pass(MS);
+    assert_eq!(heard(&lab), before);
+    lab.service = 0;
+    lab.target("A 1 ack 1");
+    assert_eq!((heard(&lab)[0] != before[0], heard(&lab)[1]), (true, before[1]));
 }
 
 #[test]
