@@ -3,12 +3,11 @@
 //! The role renders them once a second; a thread of its own hands them out. It holds no lock for longer than a copy, and a slow or hostile reader
 //! keeps nobody waiting: neither the role nor other readers.
 
-use crate::capture;
 use crate::privileges::{self, Keep};
-use crate::report::Figures;
+use crate::report::{Figures, ServiceFigures};
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use replayer_engine::counters::Counter;
+use replayer_engine::counters::{Counter, ServiceCounters};
 use serde_json::Value;
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -197,8 +196,9 @@ pub fn of_replay(role: &str, figures: &Figures, kernel: Value, seconds: f64, cpu
     text.counter(
         "packets_lost_in_capture",
         "packets that the kernel had no room for; they are not among those captured",
-        capture::lost(&kernel),
+        figures.lost_in_capture(),
     );
+    text.by_service(&figures.services);
     text.running(seconds);
     let (up, all) = figures.assistants();
     text.gauge("assistants", "assistants that were named", all as u64);
@@ -309,6 +309,22 @@ impl Text {
         self.sample(&format!("{name}_count"), &[], summary["count"].as_f64().unwrap_or_default());
     }
 
+    /// What is counted by service, each count a family with the services as labels.
+    fn by_service(&mut self, services: &[ServiceFigures]) {
+        if services.is_empty() {
+            return;
+        }
+        for (at, (name, help, _)) in ServiceCounters::default().named().into_iter().enumerate() {
+            let name = format!("service_{name}_total");
+            self.family(&name, "counter", help);
+            for service in services {
+                let labels = service.labels();
+                let labels = labels.each_ref().map(|(label, value)| (*label, value.as_str()));
+                self.sample(&name, &labels, service.counters.named()[at].2 as f64);
+            }
+        }
+    }
+
     /// Each number of an object, as a counter.
     fn plain(&mut self, prefix: &str, help: &str, object: &Value) {
         for (name, value) in object.as_object().into_iter().flatten() {
@@ -370,8 +386,11 @@ mod tests {
 
     #[test]
     fn b066_the_figures_of_a_replay() {
-        let mut figures = Figures::default();
+        let services =
+            ["80-192.0.2.7:8080", "udp:192.0.2.1:53-[2001:db8::7]:53"].map(|text| text.parse().unwrap());
+        let mut figures = Figures::of(&services);
         figures.counters[Counter::TurnsSent] = 7;
+        figures.services[1].counters.datagrams_sent = 9;
         let kernel = json!({"capture_by": "ring", "ring": {"copied": 12, "ring_full": 0}});
         let text = of_replay("offline", &figures, kernel, 3.0, 0.5);
         let families = check(&text);
@@ -381,6 +400,8 @@ mod tests {
         for line in [
             concat!("replayer_build_info{role=\"offline\",version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
             "replayer_turns_sent_total 7",
+            "replayer_service_sessions_opened_total{protocol=\"tcp\",service=\"80\",target=\"192.0.2.7:8080\"} 0",
+            "replayer_service_datagrams_sent_total{protocol=\"udp\",service=\"192.0.2.1:53\",target=\"[2001:db8::7]:53\"} 9",
             "replayer_cpu_seconds_total 0.5",
             "replayer_kernel_packets_total{program=\"ring\",verdict=\"copied\"} 12",
             "replayer_target_response_seconds{quantile=\"0.99\"} 0",

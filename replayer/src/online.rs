@@ -76,14 +76,10 @@ pub fn run(mut args: OnlineArgs, configuration: Configuration) -> Result<()> {
     // After an error too: the sessions end cleanly, and what was done until then is told.
     online.stop();
     online.say_tls();
-    let mut figures = online.figures();
+    let mut figures = online.figures(&online.verdicts);
     figures.handed_over = Some(capture::handed_over(&online.verdicts));
     let (seconds, cpu) = spent(started);
     let mut summary = figures.summary(seconds, cpu);
-    let lost = capture::lost(&online.verdicts);
-    if lost > 0 {
-        summary += &format!("\n  {lost} packets were lost in the capture: the kernel had no room for them");
-    }
     let not_chosen = capture::not_chosen(&online.verdicts);
     if not_chosen > 0 {
         summary += &format!(
@@ -307,17 +303,18 @@ impl Online {
         self.ramp.began = attached;
         let mut next_line = attached + interval;
         let mut next_look = attached + diagnosis::INTERVAL;
-        let mut diagnosis = Diagnosis::new(true);
+        let mut diagnosis = Diagnosis::new(true, &self.services);
         let mut longest_lag_us = 0;
         loop {
             match signals.wait_until(self.next_step().map_or(next_look, |step| step.min(next_look)))? {
                 Some(Asked::Stop) => return Ok(()),
                 Some(Asked::Reload) => {
                     self.reload(args);
-                    let figures = self.figures();
+                    let verdicts = self.capture.verdicts();
+                    let figures = self.figures(&verdicts);
                     longest_lag_us = longest_lag_us.max(figures.lag_us);
                     let (seconds, cpu) = spent(started);
-                    let report = figures.report(self.capture.verdicts(), seconds, cpu);
+                    let report = figures.report(verdicts, seconds, cpu);
                     report::write_interim(args.replay.report.as_deref(), report);
                     if interval != args.replay.stats_interval() {
                         interval = args.replay.stats_interval();
@@ -337,10 +334,10 @@ impl Online {
             }
             self.check_devices()?;
             self.say_tls();
-            let mut figures = self.figures();
-            longest_lag_us = longest_lag_us.max(figures.lag_us);
             let verdicts = self.capture.verdicts();
-            let left_out = capture::left_out(&verdicts) + capture::lost(&verdicts);
+            let mut figures = self.figures(&verdicts);
+            longest_lag_us = longest_lag_us.max(figures.lag_us);
+            let left_out = capture::left_out(&verdicts);
             let not_chosen = capture::not_chosen(&verdicts);
             if let Some(metrics) = &self.metrics {
                 let (seconds, cpu) = spent(started);
@@ -437,14 +434,16 @@ impl Online {
         }
     }
 
-    fn figures(&self) -> Figures {
-        let mut figures = Figures::default();
+    /// Those of all workers, and what was lost before it came to them.
+    fn figures(&self, verdicts: &Value) -> Figures {
+        let mut figures = Figures::of(&self.services);
         for worker in &self.workers {
             let mut snapshot =
                 worker.shared.snapshot.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             figures.add(&snapshot, worker.cpu);
             snapshot.lag_us = 0;
         }
+        figures.lost_before(capture::losses(verdicts));
         figures
     }
 

@@ -2,10 +2,13 @@
 
 use crate::afxdp::{PortCounters, SocketStatistics, Statistics};
 use crate::channel::client::ClientCounters;
+use crate::cli::ServiceArg;
 use crate::say::{caution, say};
 use crate::worker::Snapshot;
-use anyhow::{Context, Result};
-use replayer_engine::counters::{Counter, Counters, Pending};
+use anyhow::{Context, Result, bail};
+use replayer_common::addr::ANY;
+use replayer_common::packet::Protocol;
+use replayer_engine::counters::{Counter, Counters, Pending, ServiceCounters};
 use replayer_engine::histogram::Histogram;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -72,6 +75,10 @@ pub fn print(line: &Value) {
 pub struct Figures {
     /// Sums of the engines' counters.
     pub counters: Counters,
+    /// The same by service.
+    pub services: Vec<ServiceFigures>,
+    /// Packets that were to be captured and came to no worker, by where they were lost.
+    pub lost_by_place: Vec<(&'static str, u64)>,
     /// Sessions live.
     pub sessions_live: u64,
     /// Client bytes held.
@@ -94,6 +101,15 @@ pub struct Figures {
     workers: Vec<Share>,
 }
 
+/// What became of a service's sessions and datagrams.
+#[derive(Clone, Copy, Debug)]
+pub struct ServiceFigures {
+    /// Which one.
+    pub service: ServiceArg,
+    /// Sums of the engines' counters.
+    pub counters: ServiceCounters,
+}
+
 /// What one worker did.
 #[derive(Clone, Debug, Serialize)]
 struct Share {
@@ -106,9 +122,19 @@ struct Share {
 }
 
 impl Figures {
+    /// Nothing yet, of these services in the order of their numbers.
+    pub fn of(services: &[ServiceArg]) -> Figures {
+        let of_service =
+            |&service: &ServiceArg| ServiceFigures { service, counters: ServiceCounters::default() };
+        Figures { services: services.iter().map(of_service).collect(), ..Figures::default() }
+    }
+
     /// Adds the figures of a worker, which is bound to `cpu` or to none.
     pub fn add(&mut self, worker: &Snapshot, cpu: Option<usize>) {
         self.counters.add(&worker.counters);
+        for (mine, theirs) in self.services.iter_mut().zip(&worker.services) {
+            mine.counters.add(theirs);
+        }
         self.sessions_live += worker.gauges.sessions_live;
         self.held_bytes += worker.gauges.held_bytes;
         self.lag_us = self.lag_us.max(worker.lag_us);
@@ -155,6 +181,21 @@ impl Figures {
         }
     }
 
+    /// Takes what was lost before the workers' sockets, and adds what was lost in them.
+    pub fn lost_before(&mut self, losses: impl Iterator<Item = (&'static str, u64)>) {
+        self.lost_by_place = losses.collect();
+        let socket = &self.sockets.rx;
+        self.lost_by_place.extend([
+            ("capture_socket.rx_ring_full", socket.rx_ring_full),
+            ("capture_socket.rx_dropped", socket.rx_dropped),
+        ]);
+    }
+
+    /// Packets that were to be captured and came to no worker.
+    pub fn lost_in_capture(&self) -> u64 {
+        self.lost_by_place.iter().map(|(_, count)| count).sum()
+    }
+
     /// What was captured and not replayed, by reason: packets, sessions and bytes whose count is not zero.
     pub fn not_replayed(&self) -> impl Iterator<Item = (&'static str, u64)> {
         Counter::ALL
@@ -177,6 +218,12 @@ impl Figures {
         (self.connected.iter().filter(|&&up| up).count(), self.connected.len())
     }
 
+    /// Which assistants every worker is connected to.
+    #[cfg(test)]
+    pub(crate) fn connected(&mut self, connected: &[bool]) {
+        self.connected = connected.to_vec();
+    }
+
     /// One line of JSON for programs.
     pub fn line_json(&self, seconds: f64) -> Value {
         json!({
@@ -188,6 +235,7 @@ impl Figures {
             "datagram_responses": self.counters[Counter::DatagramResponses],
             "lag_us": self.lag_us,
             "held_bytes": self.held_bytes,
+            "packets_lost_in_capture": self.lost_in_capture(),
             "not_replayed": self.not_replayed().map(|(name, value)| (name.to_owned(), value.into())).collect::<Map<_, _>>(),
         })
     }
@@ -209,7 +257,8 @@ impl Figures {
         if up < all {
             let _ = write!(line, ", {} of {all} assistants unreachable", all - up);
         }
-        for (name, value) in self.not_replayed() {
+        let lost = Some(("packets_lost_in_capture", self.lost_in_capture())).filter(|(_, lost)| *lost > 0);
+        for (name, value) in lost.into_iter().chain(self.not_replayed()) {
             let _ = write!(line, ", {name} {value}");
         }
         line
@@ -224,6 +273,47 @@ impl Figures {
             identities.push((name, handed_over, accounted));
         }
         identities
+    }
+
+    /// Whether the run did what was asked, when it has ended. That some of the traffic was not replayed, for reasons that are counted, is no
+    /// failure; that nothing was, is one.
+    ///
+    /// # Errors
+    /// When the accounts do not add up, or nothing of what was to be replayed came to a target.
+    pub fn ensure_done(&self) -> Result<()> {
+        for (name, left, right) in self.identities() {
+            if left != right {
+                bail!("the accounts do not add up: {name}: {left} against {right}; please report this");
+            }
+        }
+        let c = &self.counters;
+        let established: u64 =
+            self.services.iter().map(|service| service.counters.sessions_established).sum();
+        if c[Counter::SessionsWanted] > 0 && established == 0 {
+            let opened = c[Counter::SessionsOpened];
+            bail!(
+                "not one session with a target was established, and {opened} were tried: {}",
+                self.reasons()
+            );
+        }
+        let sent = c[Counter::ReplayBytesDelivered] + c[Counter::DatagramsSent];
+        if c[Counter::BytesAccepted] + c[Counter::PacketsDatagrams] > 0 && sent == 0 {
+            bail!("the target took nothing: {}", self.reasons());
+        }
+        Ok(())
+    }
+
+    /// Why not everything was replayed.
+    fn reasons(&self) -> String {
+        let c = &self.counters;
+        let ended =
+            Counter::ALL.iter().filter(|counter| counter.what().starts_with("ended: ") && c[**counter] > 0);
+        let ended = ended.map(|counter| (counter.name(), c[*counter], counter.what()));
+        let reasons: Vec<String> = ended
+            .chain(self.losses())
+            .map(|(name, value, what)| format!("{value} {name} ({what})"))
+            .collect();
+        if reasons.is_empty() { "it did not answer".to_owned() } else { reasons.join(", ") }
     }
 
     /// Everything, for `--report`. `kernel` are the programs' verdicts.
@@ -244,6 +334,8 @@ impl Figures {
             "cpu_seconds": cpu_seconds,
             "counters": counters,
             "accounting": identities,
+            "services": self.services.iter().map(ServiceFigures::report).collect::<Vec<_>>(),
+            "packets_lost_in_capture": self.lost_in_capture(),
             "ring_wait_us": histogram(&self.ring_wait),
             "capture_to_transmit_us": histogram(&self.capture_to_transmit),
             "target_response_us": histogram(&self.target_response),
@@ -306,9 +398,11 @@ impl Figures {
         for &counter in Counter::ALL.iter().filter(|&&counter| is_loss(counter) && c[counter] > 0) {
             let _ = write!(text, "\n  {} {}: {}", c[counter], counter.name(), counter.what());
         }
-        let dropped = self.sockets.rx.lost();
-        if dropped > 0 {
-            let _ = write!(text, "\n  {dropped} packets lost between kernel and replayer: it was too slow");
+        for &(place, lost) in self.lost_by_place.iter().filter(|(_, lost)| *lost > 0) {
+            let _ = write!(
+                text,
+                "\n  {lost} packets were lost in the capture ({place}): the workers did not keep up"
+            );
         }
         for (name, left, right) in self.identities() {
             if left != right {
@@ -319,6 +413,28 @@ impl Figures {
             }
         }
         text
+    }
+}
+
+impl ServiceFigures {
+    fn report(&self) -> Value {
+        let mut report = Map::new();
+        for (label, value) in self.labels() {
+            report.insert(label.into(), value.into());
+        }
+        report.extend(self.counters.named().map(|(name, _, count)| (name.to_owned(), count.into())));
+        report.into()
+    }
+
+    /// Which service it is, for programs.
+    pub fn labels(&self) -> [(&'static str, String); 3] {
+        let ServiceArg { protocol, service } = self.service;
+        let protocol = if protocol == Protocol::Udp { "udp" } else { "tcp" };
+        let online = match service.online.ip {
+            ANY => service.online.port.to_string(),
+            _ => service.online.to_string(),
+        };
+        [("protocol", protocol.into()), ("service", online), ("target", service.target.to_string())]
     }
 }
 

@@ -297,7 +297,8 @@ mod tests {
         (figures.sessions_live, figures.lag_us) = (7, 1500);
         figures.counters[Counter::TurnsSent] = turns;
         figures.counters[Counter::PacketsTls] = tls;
-        of_replay("online", &figures, json!({"ring": {"ring_full": 3}}), seconds, 0.5 * seconds)
+        figures.lost_before([("ring.ring_full", 3)].into_iter());
+        of_replay("online", &figures, json!({}), seconds, 0.5 * seconds)
     }
 
     #[test]

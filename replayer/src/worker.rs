@@ -30,7 +30,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 use replayer_common::addr::Endpoint;
 use replayer_common::response::ResponseHeader;
-use replayer_engine::counters::{Counter, Counters, Pending};
+use replayer_engine::counters::{Counter, Counters, Pending, ServiceCounters};
 use replayer_engine::histogram::Histogram;
 use replayer_engine::{BATCH, Engine, Gauges, Lag, Link, Output};
 use std::os::fd::AsFd;
@@ -64,6 +64,8 @@ pub const MAX_CHANNELS: usize = 8;
 pub struct Snapshot {
     /// The engine's counters.
     pub counters: Counters,
+    /// The same by service, those of UDP last.
+    pub services: Vec<ServiceCounters>,
     /// Momentary values.
     pub gauges: Gauges,
     /// At most so long had captured packets waited in the ring when the worker took them, microseconds.
@@ -608,6 +610,8 @@ impl Worker {
         // The main thread holds the lock for the time of a copy; when it does just now, the next time will do.
         let Ok(mut snapshot) = self.shared.snapshot.try_lock() else { return };
         snapshot.counters = *self.engine.counters();
+        snapshot.services.clear();
+        snapshot.services.extend(self.engine.service_counters());
         snapshot.gauges = self.engine.gauges();
         let (capture_to_transmit, target_response) = self.engine.histograms();
         snapshot.ring_wait.clone_from(&self.ring_wait);

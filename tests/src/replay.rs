@@ -42,6 +42,10 @@ pub struct Report {
     pub kernel: Value,
     /// By worker.
     pub workers: Vec<Share>,
+    /// By service.
+    pub services: Vec<ServiceFigures>,
+    /// Packets that were to be captured and came to no worker.
+    pub packets_lost_in_capture: u64,
     /// From a request's transmission to the first byte of the target's response.
     pub target_response_us: Percentiles,
     /// From a packet's capture to its first transmission.
@@ -59,6 +63,27 @@ pub struct Share {
     pub sessions_opened: u64,
     /// Packets that left by its queue.
     pub packets_transmitted: u64,
+}
+
+/// What became of a service.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ServiceFigures {
+    /// Address and port of the target.
+    pub target: String,
+    /// Sessions opened.
+    pub sessions_opened: u64,
+    /// Of these, those that the target accepted.
+    pub sessions_established: u64,
+    /// Ended, for the target refused them.
+    pub sessions_refused: u64,
+    /// Ended, for the target did not answer.
+    pub sessions_unanswered: u64,
+    /// Ended.
+    pub sessions_ended: u64,
+    /// Datagrams sent.
+    pub datagrams_sent: u64,
+    /// Datagrams that came back.
+    pub datagrams_answered: u64,
 }
 
 /// Two sums of counters, each with what the other must come to.
@@ -90,6 +115,9 @@ pub struct Stats {
     /// What was not replayed until now, by reason.
     #[serde(default)]
     pub not_replayed: BTreeMap<String, u64>,
+    /// Packets that were to be captured and came to no worker, until now.
+    #[serde(default)]
+    pub packets_lost_in_capture: u64,
 }
 
 impl Role {

@@ -15,7 +15,7 @@ use replayer_tests::lab::{Host, Lab, NIC, Plan};
 use replayer_tests::pairs::StreamPair;
 use replayer_tests::process::Process;
 use replayer_tests::replay::{Replay, Role, service};
-use replayer_tests::servers::tool;
+use replayer_tests::servers::{StreamServer, tool};
 use replayer_tests::wait::wait_for;
 use serde_json::Value;
 
@@ -107,6 +107,57 @@ fn b065_a_target_without_its_route_and_a_closed_port_are_named_within_ten_second
     replay.online.process.wait_for_message(&refused, Duration::from_secs(10))?;
     assert_eq!(replay.online.process.errors().matches("came back").count(), 1);
     replay.stop()?;
+    Ok(())
+}
+
+#[test]
+fn b065_only_the_target_is_named_that_does_not_answer_also_while_an_assistant_is_away() -> Result<()> {
+    let lab = Lab::up(Plan { targets: 2, assistants: 2, ..Plan::default() })?;
+    let _streams = StreamPair::start(&lab, STREAM)?;
+    let silent = lab.host("target2");
+    let _server = StreamServer::start(&lab, silent, STREAM, &[])?;
+    // Its answers go to the real client, as before Replayer came.
+    silent.namespace().ip(&format!("route replace 172.28.1.0/24 dev {NIC}\n"))?;
+    let assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    let mut other = Role::assistant(&lab, lab.host("assistant2"), &[])?;
+    // Nothing listens at the last one's port.
+    let services = [
+        service(STREAM, lab.target().v4(), STREAM),
+        service(STREAM, silent.v4(), STREAM),
+        service(STREAM, lab.target().v4(), STREAM + 1),
+    ];
+    let assistants = [lab.assistant().v4().into(), lab.host("assistant2").v4().into()];
+    let mut online = Role::online_with(&lab, lab.online(), &services, &assistants, &[])?;
+    other.process.kill()?;
+    online.process.wait_for_message("trying again", Duration::from_secs(10))?;
+    let load = format!("--connect {}:{STREAM} --connections 5 --rate 50 --seconds 8", lab.online().v4());
+    let mut load = Load::start(&lab, lab.client(), "load", &load)?;
+    let said = format!("nothing of {}:{STREAM} came back", silent.v4());
+    online.process.wait_for_message(&said, Duration::from_secs(10))?;
+    assert_eq!(load.finish()?.errors, 0);
+    let said = online.process.errors();
+    assert!(said.contains("1 of 2 assistants cannot be reached"), "{said}");
+    let refused = format!("connections to {}:{} are refused", lab.target().v4(), STREAM + 1);
+    assert!(said.contains(&refused), "{said}");
+    assert_eq!((said.matches("came back").count(), said.matches(" are refused").count()), (1, 1), "{said}");
+    let report = online.stop_online()?;
+    drop(assistant);
+    let of = |target: String| {
+        report
+            .services
+            .iter()
+            .find(|service| service.target == target)
+            .context("no such target in the report")
+    };
+    let good = of(format!("{}:{STREAM}", lab.target().v4()))?;
+    assert!(
+        good.sessions_opened == 5 && good.sessions_established == 5 && good.sessions_ended == 5,
+        "{good:?}"
+    );
+    let silent = of(format!("{}:{STREAM}", silent.v4()))?;
+    assert!(silent.sessions_opened >= 5 && silent.sessions_established == 0, "{silent:?}");
+    let closed = of(format!("{}:{}", lab.target().v4(), STREAM + 1))?;
+    assert!(closed.sessions_refused >= 1 && closed.sessions_refused == closed.sessions_ended, "{closed:?}");
     Ok(())
 }
 

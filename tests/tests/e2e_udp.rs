@@ -391,6 +391,21 @@ fn what_is_larger_than_a_packet_is_counted_and_a_closed_port_harms_nobody() -> R
     Ok(())
 }
 
+/// Nothing listens at the target, and what its kernel says of that (ICMP) comes to nobody.
+#[test]
+fn b065_datagrams_that_nothing_answers_are_told_of_within_ten_seconds() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let _online = Server::start(lab.online(), PORT, "online")?;
+    let mut replay = Replay::start_services(&lab, &[service(&lab, false)], lab.assistant().v4().into(), &[])?;
+    ask(&lab, SocketAddr::new(lab.online().v4().into(), PORT), EACH)?;
+    let said = format!("nothing of {}:{PORT} came back", lab.target().v4());
+    replay.online.process.wait_for_message(&said, Duration::from_secs(10))?;
+    let (report, _) = replay.stop()?;
+    let [service] = report.services.as_slice() else { panic!("{:?}", report.services) };
+    assert_eq!((service.datagrams_sent, service.datagrams_answered), (ALL, 0));
+    Ok(())
+}
+
 /// A replay of files that must end by itself, and well; its report.
 fn offline(lab: &Lab, files: &str, services: &str, arguments: &[&str]) -> Result<Report> {
     let report = lab.dir().join("offline-report.json");

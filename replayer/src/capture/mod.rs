@@ -200,18 +200,29 @@ impl Capture {
     }
 }
 
-/// Of the verdicts of a back end: packets that were to be captured and did not reach a worker, whatever the reason. What the sockets or
-/// the rings lost after that is not among them, but `ring` has no such place.
+/// Where packets are lost that were to be captured and do not reach a worker's socket: a program and its verdict.
+const LOST: [(&str, &str, &str); 8] = [
+    ("mirror.mirror_full", "mirror", "mirror_full"),
+    ("mirror.clone_failed", "mirror", "clone_failed"),
+    ("ring.ring_full", "ring", "ring_full"),
+    ("ring.too_large", "ring", "too_large"),
+    ("ring.copy_failed", "ring", "copy_failed"),
+    ("ring.no_ring", "ring", "no_ring"),
+    ("span.no_socket", "span", "no_socket"),
+    ("capture.no_socket", "capture", "no_socket"),
+];
+
+/// Of the verdicts of a back end: packets that were to be captured and did not reach a worker, by where they were lost. What its socket
+/// lost after that is not among them; `ring` has no such place.
+pub fn losses(verdicts: &Value) -> impl Iterator<Item = (&'static str, u64)> {
+    let of_programs = LOST.iter().map(|&(place, program, verdict)| (place, &verdicts[program][verdict]));
+    let all = of_programs.chain([("mirror_device_dropped", &verdicts["mirror_device_dropped"])]);
+    all.filter_map(|(place, count)| Some((place, count.as_u64()?)))
+}
+
+/// All of them.
 pub fn lost(verdicts: &Value) -> u64 {
-    let counters: &[(&str, &[&str])] = &[
-        ("mirror", &["mirror_full", "clone_failed"]),
-        ("ring", &["ring_full", "too_large", "copy_failed", "no_ring"]),
-        ("span", &["no_socket"]),
-        ("capture", &["no_socket"]),
-    ];
-    let lost =
-        counters.iter().flat_map(|(program, names)| names.iter().map(move |name| &verdicts[*program][*name]));
-    lost.chain([&verdicts["mirror_device_dropped"]]).filter_map(Value::as_u64).sum()
+    losses(verdicts).map(|(_, count)| count).sum()
 }
 
 /// Of the same: packets that the program which gives them to the workers put into a ring or gave to a socket, which may have lost them still.

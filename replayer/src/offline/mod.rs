@@ -179,8 +179,9 @@ fn run_dry(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     }
     let mut snapshot =
         Snapshot { counters: *engine.counters(), pending: Some(engine.pending()), ..Snapshot::default() };
+    snapshot.services.extend(engine.service_counters());
     snapshot.gauges = engine.gauges();
-    let mut figures = Figures::default();
+    let mut figures = Figures::of(services);
     figures.add(&snapshot, None);
     let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
     let replay_seconds = (now - dry_run::START_NS) as f64 / 1e9;
@@ -290,7 +291,7 @@ fn conclude(
     if let Some(first) = problems.first() {
         bail!("{first}");
     }
-    Ok(())
+    figures.ensure_done()
 }
 
 /// For `--report`.
