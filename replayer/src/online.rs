@@ -65,7 +65,7 @@ const LIVE: [&str; 2] = ["sample", "ramp"];
 ///
 /// # Errors
 /// When the role cannot start, with the cause and the remedy; when a worker dies or an interface is removed; when the report cannot
-/// be written.
+/// be written; when nothing of what was captured came to a target, or the accounts do not add up.
 pub fn run(mut args: OnlineArgs, configuration: Configuration) -> Result<()> {
     privileges::check()?;
     let signals = Signals::install()?;
@@ -74,7 +74,7 @@ pub fn run(mut args: OnlineArgs, configuration: Configuration) -> Result<()> {
     privileges::drop_all_but(Keep::Main);
     let ended = online.serve(&mut args, &signals, started);
     // After an error too: the sessions end cleanly, and what was done until then is told.
-    online.stop();
+    let stopped = online.stop();
     online.say_tls();
     let mut figures = online.figures(&online.verdicts);
     figures.handed_over = Some(capture::handed_over(&online.verdicts));
@@ -87,11 +87,11 @@ pub fn run(mut args: OnlineArgs, configuration: Configuration) -> Result<()> {
         );
     }
     say!("{summary}");
-    if let Some(path) = &args.replay.report {
-        let written = report::write(path, &figures.report(online.verdicts.clone(), seconds, cpu));
-        return ended.and(written);
-    }
-    ended
+    let written = match &args.replay.report {
+        Some(path) => report::write(path, &figures.report(online.verdicts.clone(), seconds, cpu)),
+        None => Ok(()),
+    };
+    ended.and(stopped).and(written).and_then(|()| figures.ensure_done())
 }
 
 /// Seconds since the start, and of processor time.
@@ -448,7 +448,10 @@ impl Online {
     }
 
     /// Detaches from the production interface, lets the workers end their sessions, and waits for them.
-    fn stop(&mut self) {
+    ///
+    /// # Errors
+    /// When one has died.
+    fn stop(&mut self) -> Result<()> {
         self.capture.detach();
         // What the programs have in hand arrives.
         std::thread::sleep(MOMENT);
@@ -458,21 +461,26 @@ impl Online {
             // A full counter wakes the worker just as well.
             let _ = worker.shared.wake.write(1);
         }
-        for worker in &mut self.workers {
-            if let Some(thread) = worker.thread.take()
-                && thread.join().is_err()
-            {
-                caution!("a worker died while stopping; some sessions may be open at the target");
-            }
+        let threads: Vec<_> = self.workers.iter_mut().filter_map(|worker| worker.thread.take()).collect();
+        let died = threads.into_iter().filter_map(|thread| thread.join().err()).count();
+        if died > 0 {
+            bail!(
+                "{died} of {} workers died; this is a bug of the replayer, please report it with the lines above. Some sessions may be open \
+                 at the target",
+                self.workers.len()
+            );
         }
+        Ok(())
     }
 }
 
 impl Drop for Online {
     fn drop(&mut self) {
         // After an error: nothing stays attached, no thread stays behind.
-        if self.workers.iter().any(|worker| worker.thread.is_some()) {
-            self.stop();
+        if self.workers.iter().any(|worker| worker.thread.is_some())
+            && let Err(error) = self.stop()
+        {
+            caution!("{error:#}");
         }
     }
 }

@@ -194,26 +194,28 @@ impl Role {
         &self.report
     }
 
-    /// Stops it by SIGTERM: it must end by itself with exit code 0 and leave its report.
+    /// Stops it by SIGTERM: it must end by itself with exit code 0 and leave its report, with the accounts in order.
     pub fn stop<R: DeserializeOwned>(&mut self) -> Result<R> {
         self.process.signal(nix::sys::signal::Signal::SIGTERM)?;
         self.ended_well()
     }
 
-    /// Stops an online role and checks that its accounts are in order.
+    /// Stops an online role.
     pub fn stop_online(&mut self) -> Result<Report> {
-        let report: Report = self.stop()?;
-        report.check_accounts()?;
-        Ok(report)
+        self.stop()
     }
 
-    /// Waits for its end after a signal, which must be a good one, and reads its report.
+    /// Waits for its end after a signal, which must be a good one, and reads its report, whose accounts must be in order.
     pub fn ended_well<R: DeserializeOwned>(&mut self) -> Result<R> {
         let status = self.process.wait(STOP_LIMIT)?;
         ensure!(status.success(), "{} ended with {status}:\n{}", self.process.name(), self.process.tail());
         let text =
             fs::read_to_string(&self.report).with_context(|| format!("reading {}", self.report.display()))?;
-        serde_json::from_str(&text).with_context(|| format!("report {}: {text}", self.report.display()))
+        let context = || format!("report {}: {text}", self.report.display());
+        let report: Value = serde_json::from_str(&text).with_context(context)?;
+        let accounting = Vec::<Identity>::deserialize(&report["accounting"]).with_context(context)?;
+        check_accounts(&accounting).with_context(context)?;
+        serde_json::from_value(report).with_context(context)
     }
 }
 
@@ -254,7 +256,7 @@ impl Replay {
         Ok(Self { online, assistant: role })
     }
 
-    /// Stops both and checks that the online role's accounts are in order; both reports.
+    /// Stops both; both reports.
     pub fn stop(mut self) -> Result<(Report, Value)> {
         let online = self.online.stop_online()?;
         Ok((online, self.assistant.stop()?))
@@ -273,9 +275,13 @@ impl Report {
 
     /// Behaviour 64: what was captured is what was forwarded, is held, or was not replayed for a named reason.
     pub fn check_accounts(&self) -> Result<()> {
-        ensure!(!self.accounting.is_empty(), "the report has no accounts");
-        let wrong: Vec<&Identity> = self.accounting.iter().filter(|sums| sums.left != sums.right).collect();
-        ensure!(wrong.is_empty(), "the accounts are not in order: {wrong:#?}\n{:#?}", self.counters);
-        Ok(())
+        check_accounts(&self.accounting).with_context(|| format!("{:#?}", self.counters))
     }
+}
+
+fn check_accounts(accounting: &[Identity]) -> Result<()> {
+    ensure!(!accounting.is_empty(), "the report has no accounts");
+    let wrong: Vec<&Identity> = accounting.iter().filter(|sums| sums.left != sums.right).collect();
+    ensure!(wrong.is_empty(), "the accounts are not in order: {wrong:#?}");
+    Ok(())
 }

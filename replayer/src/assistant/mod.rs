@@ -106,7 +106,7 @@ const LIVE: [&str; 3] = ["key", "report", "stats"];
 ///
 /// # Errors
 /// With cause and remedy: what keeps it from starting (interface, forwarding, permission, port), or from going on (the
-/// interface is gone), or from writing its report.
+/// interface is gone), or from writing its report; when a frame is in no account.
 pub fn run(mut args: AssistantArgs, configuration: Configuration) -> Result<()> {
     crate::report::check_writable(args.report.as_deref())?;
     let interface = host::choose_interface(args.interface.as_deref())?;
@@ -175,9 +175,9 @@ pub fn run(mut args: AssistantArgs, configuration: Configuration) -> Result<()> 
         (Err(_), None) => Ok(()),
     };
     if let Some(path) = &args.report {
-        crate::report::write(path, &serde_json::to_value(&report)?)?;
+        crate::report::write(path, &report.to_json()?)?;
     }
-    ended.and(let_go)
+    ended.and(let_go).and_then(|()| report.ensure_accounted())
 }
 
 /// The longest pause, ns: at a million records a second the rings, 4096 places each, do not overflow meanwhile; and one
@@ -263,13 +263,13 @@ impl Assistant {
                     stats = interval(args);
                     next_stats = stats.map_or(u64::MAX, |interval| now + interval);
                 }
-                writer.write(args.report.clone(), serde_json::to_value(self.report()?)?);
+                writer.write(args.report.clone(), self.report()?.to_json()?);
             }
             if let Some(metrics) = metrics
                 && now >= next_metrics
             {
                 next_metrics = now + metrics::INTERVAL.as_nanos() as u64;
-                metrics.publish(metrics::of_assistant(&serde_json::to_value(self.report()?)?));
+                metrics.publish(metrics::of_assistant(&self.report()?.to_json()?));
             }
             if let Some(interval) = stats
                 && now >= next_stats
@@ -547,8 +547,8 @@ mod tests {
         report.routing.unknown_target = 4;
         report.routing.early_overflow = 5;
         report.channel.records_sent = 6;
-        assert_eq!(report.unaccounted(), 0);
+        report.ensure_accounted().unwrap();
         report.channel.records_dropped = 1;
-        assert_eq!(report.unaccounted(), -1);
+        assert!(report.ensure_accounted().unwrap_err().to_string().contains("please report"));
     }
 }
