@@ -13,7 +13,6 @@
 //! What may not happen here: nothing is sent but what resolves a next hop's address (ARP, neighbour
 //! discovery); nothing is configured. A worker's loop calls nothing in here but [`Watch::changed`].
 
-use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -194,44 +193,6 @@ pub enum NetError {
 
 fn via(device: &Option<String>) -> String {
     device.as_ref().map_or_else(String::new, |name| format!(" through {name}"))
-}
-
-/// Whether this host forwards packets that are not its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Forwarding {
-    /// IPv4, `net.ipv4.ip_forward`.
-    pub v4: bool,
-    /// IPv6, `net.ipv6.conf.all.forwarding`.
-    pub v6: bool,
-}
-
-impl Forwarding {
-    /// As the calling thread's network namespace is set up. A family that the kernel lacks does not forward.
-    pub fn read() -> Forwarding {
-        let on = |path| std::fs::read_to_string(path).is_ok_and(|text| text.trim() != "0");
-        Forwarding {
-            v4: on("/proc/sys/net/ipv4/ip_forward"),
-            v6: on("/proc/sys/net/ipv6/conf/all/forwarding"),
-        }
-    }
-
-    /// Whether any family is forwarded.
-    pub fn any(self) -> bool {
-        self.v4 || self.v6
-    }
-}
-
-/// The setting, and how to change it.
-impl fmt::Display for Forwarding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let on = [(self.v4, "net.ipv4.ip_forward"), (self.v6, "net.ipv6.conf.all.forwarding")];
-        let on: Vec<_> = on.iter().filter(|(on, _)| *on).map(|(_, name)| *name).collect();
-        if on.is_empty() {
-            return f.write_str("this host does not forward packets");
-        }
-        write!(f, "this host forwards packets ({}); switch it off with", on.join(", "))?;
-        on.iter().try_for_each(|name| write!(f, " `sysctl -w {name}=0`"))
-    }
 }
 
 impl Network {

@@ -10,8 +10,9 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use replayer::assistant::host;
 use replayer::connections::{self, Connection};
-use replayer::net::{Forwarding, Link, Monitor, NetError, Network, Snapshot, Watch};
+use replayer::net::{Link, Monitor, NetError, Network, Snapshot, Watch};
 use replayer::netns::Namespace;
 use replayer_common::addr::Endpoint;
 
@@ -130,12 +131,29 @@ fn the_capture_interface() {
 }
 
 #[test]
-fn forwarding_is_seen() {
+fn b065_a_host_that_forwards_is_no_assistant_in_either_family() {
     in_lab(|_| {
-        assert!(!Forwarding::read().any());
-        std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").expect("set");
-        assert_eq!(Forwarding::read(), Forwarding { v4: false, v6: true });
-        assert!(Forwarding::read().to_string().ends_with("`sysctl -w net.ipv6.conf.all.forwarding=0`"));
+        let is_refused = |settings: &[&str]| {
+            let error = host::refuse_forwarding("out").map_err(|error| error.to_string());
+            assert_eq!(host::forwarding("out"), settings);
+            match error {
+                Ok(()) => assert!(settings.is_empty()),
+                Err(says) => assert!(says.contains(&format!("`sysctl -w {}`", settings.join(" "))), "{says}"),
+            }
+        };
+        let set = |setting: &str, value| {
+            std::fs::write(format!("/proc/sys/net/{setting}/forwarding"), value).expect("set");
+        };
+        is_refused(&[]);
+        // Of one interface only.
+        set("ipv6/conf/out", "1");
+        is_refused(&["net.ipv6.conf.out.forwarding=0"]);
+        // Of all.
+        set("ipv6/conf/all", "1");
+        is_refused(&["net.ipv6.conf.all.forwarding=0", "net.ipv6.conf.out.forwarding=0"]);
+        set("ipv6/conf/all", "0");
+        set("ipv4/conf/out", "1");
+        is_refused(&["net.ipv4.conf.out.forwarding=0"]);
     });
 }
 

@@ -190,6 +190,26 @@ fn b065_clients_outside_the_sample_are_not_said_to_be_missing() -> Result<()> {
 }
 
 #[test]
+fn b065_a_host_that_begins_to_forward_is_told_of_by_the_running_assistant() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    let says = "this host forwards IP packets";
+    lab.assistant().namespace().set_sysctl("ipv4/ip_forward", "1")?;
+    assistant.process.signal(Signal::SIGHUP)?;
+    assistant.process.wait_for_message(says, Duration::from_secs(5))?;
+    // Once is enough.
+    assistant.process.signal(Signal::SIGHUP)?;
+    assistant.process.wait_for_message("SIGHUP", Duration::from_secs(5))?;
+    assistant.stop::<Value>()?;
+    let said = assistant.process.errors();
+    assert_eq!(
+        (said.matches(says).count(), said.contains("sysctl -w net.ipv4.conf.all.forwarding=0")),
+        (1, true)
+    );
+    Ok(())
+}
+
+#[test]
 fn b063_an_assistant_whose_interface_was_replaced_says_so_and_fails() -> Result<()> {
     let lab = Lab::up(Plan::default())?;
     let mut assistant = Role::assistant(&lab, lab.assistant(), &[])?;

@@ -61,14 +61,12 @@ pub fn local_addresses() -> Result<BTreeSet<Ip>> {
         .collect())
 }
 
-/// Refuses a host that would route the target's responses to real clients if the assistant died.
-///
-/// # Errors
-/// Forwarding is on, for the host or for `interface`.
-pub fn refuse_forwarding(interface: &str) -> Result<()> {
+/// The settings that let this host forward what comes in at `interface`, and so route the target's responses to real clients if the assistant
+/// died: each as `sysctl -w` takes it to switch it off.
+pub fn forwarding(interface: &str) -> Vec<String> {
     let mut on = Vec::new();
-    for (family, all) in [("ipv4", "all/forwarding"), ("ipv6", "all/forwarding")] {
-        for which in [all.to_owned(), format!("{interface}/forwarding")] {
+    for family in ["ipv4", "ipv6"] {
+        for which in ["all/forwarding".to_owned(), format!("{interface}/forwarding")] {
             // A host without IPv6 has no such file, and does not forward it.
             let value = std::fs::read_to_string(format!("/proc/sys/net/{family}/conf/{which}"));
             if value.is_ok_and(|value| value.trim() != "0") {
@@ -76,6 +74,15 @@ pub fn refuse_forwarding(interface: &str) -> Result<()> {
             }
         }
     }
+    on
+}
+
+/// Refuses a host that forwards.
+///
+/// # Errors
+/// Forwarding is on, for the host or for `interface`.
+pub fn refuse_forwarding(interface: &str) -> Result<()> {
+    let on = forwarding(interface);
     if !on.is_empty() {
         bail!(
             "this host forwards IP packets: if the assistant stopped, the target's responses would be routed to the real \

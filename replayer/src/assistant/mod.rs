@@ -159,6 +159,7 @@ pub fn run(mut args: AssistantArgs, configuration: Configuration) -> Result<()> 
         start: clock::now(),
         last_tick: 0,
         last_look: clock::now(),
+        forwards: args.allow_forwarding,
     };
     let mut writer = InterimWriter::default();
     let ended = assistant.serve(&mut args, &signals, metrics.as_ref(), &mut writer);
@@ -212,6 +213,8 @@ struct Assistant {
     start: u64,
     last_tick: u64,
     last_look: u64,
+    /// That this host forwards was said, or is allowed.
+    forwards: bool,
 }
 
 impl Assistant {
@@ -381,6 +384,15 @@ impl Assistant {
             bail!(
                 "interface {} is gone, and the target's responses with it; start the assistant again when it is back",
                 self.interface
+            );
+        }
+        let on = host::forwarding(&self.interface);
+        if !on.is_empty() && !std::mem::replace(&mut self.forwards, true) {
+            caution!(
+                "this host forwards IP packets since a moment ago: if the assistant stops, the target's responses are routed to the real clients. \
+                 Switch forwarding off with `sysctl -w {}`, or start the assistant with --allow-forwarding if no client can be reached from \
+                 here, and with --keep-dropping too if one can",
+                on.join(" ")
             );
         }
         self.blackhole.set_local_addresses(&host::local_addresses()?)
