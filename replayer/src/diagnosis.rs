@@ -7,6 +7,7 @@ use crate::report::Figures;
 use replayer_common::addr::{Endpoint, to_std};
 use replayer_common::packet::Protocol;
 use replayer_engine::counters::{Counter, ServiceCounters};
+use serde_json::{Value, json};
 use std::time::Duration;
 
 /// How often a role is to be looked at.
@@ -227,6 +228,15 @@ impl Trouble {
             Trouble::Refused(_) => "refused",
             Trouble::NoLink(_) => "no_link",
         }
+    }
+
+    /// What programs are told of it.
+    pub fn fields(&self) -> Value {
+        let mut fields = json!({"trouble": self.name()});
+        if let Some(targets) = self.targets() {
+            fields["targets"] = targets.iter().map(Endpoint::to_string).collect();
+        }
+        fields
     }
 
     /// Of a trouble with targets, which ones.

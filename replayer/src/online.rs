@@ -345,7 +345,7 @@ impl Online {
             }
             for trouble in diagnosis.look(attached.elapsed(), &figures, left_out, not_chosen) {
                 let text = trouble.describe(&self.services, &args.replay, &self.devices[0].name);
-                caution!(json!({"trouble": trouble.name()}); "{text}");
+                caution!(trouble.fields(); "{text}");
             }
             if args.replay.stats.is_some() && Instant::now() >= next_line {
                 next_line += interval;

@@ -35,6 +35,7 @@ use thiserror::Error;
 
 use crate::capture::mirror::Mirror;
 use crate::clients::Clients;
+use crate::net::Device;
 
 /// The object with all programs and maps.
 static OBJECT: &[u8] =
@@ -193,6 +194,19 @@ impl fmt::Debug for Programs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Programs").field("services", &self.services.len()).finish_non_exhaustive()
     }
+}
+
+/// What is to be said before XDP is attached to a device: `None` where its link stays up for certain.
+pub fn before_xdp(device: &Device) -> Option<String> {
+    let driver = match device.kind.as_deref() {
+        Some("veth") => return None,
+        Some(kind) => kind.to_owned(),
+        None => device.driver().unwrap_or_else(|| "unknown".to_owned()),
+    };
+    Some(format!(
+        "attaching XDP to {} (driver {driver}): some drivers (mlx5, ixgbe, ena) reset the link for that, and it is down for a moment",
+        device.name
+    ))
 }
 
 impl Programs {
@@ -358,8 +372,7 @@ impl Programs {
         Ok(link.1)
     }
 
-    /// Attaches [`Program::Span`] to `device`: in native mode where the driver can, else in generic mode. Some drivers (mlx5, ixgbe,
-    /// ENA) reset their link for native mode.
+    /// Attaches [`Program::Span`] to `device`: in native mode where the driver can, else in generic mode. See [`before_xdp`].
     pub fn attach_span(&mut self, device: &str) -> Result<Attachment, ProgramsError> {
         let program: &mut Xdp = program(&mut self.ebpf, Program::Span.name())?;
         let modes = [Attachment::Native, Attachment::Generic];
@@ -368,8 +381,7 @@ impl Programs {
         Ok(link.1)
     }
 
-    /// Attaches [`Program::Responses`] to `device`: in native mode where the driver can, else in generic
-    /// mode. Some drivers (mlx5, ixgbe, ENA) reset their link for native mode.
+    /// Attaches [`Program::Responses`] to `device`: in native mode where the driver can, else in generic mode. See [`before_xdp`].
     pub fn attach_responses(&mut self, device: &str) -> Result<Attachment, ProgramsError> {
         let program: &mut Xdp = program(&mut self.ebpf, Program::Responses.name())?;
         let modes = [Attachment::Native, Attachment::Generic];

@@ -289,7 +289,15 @@ impl Figures {
         let c = &self.counters;
         let established: u64 =
             self.services.iter().map(|service| service.counters.sessions_established).sum();
-        if c[Counter::SessionsWanted] > 0 && established == 0 {
+        // What of the traffic itself there was nothing to replay is not the target's fault, nor the set-up's.
+        let excused = [
+            Counter::SessionsTls,
+            Counter::SessionsClientReset,
+            Counter::SessionsGap,
+            Counter::SessionsLimit,
+        ];
+        let excused: u64 = excused.into_iter().map(|reason| c[reason]).sum();
+        if c[Counter::SessionsWanted] > excused && established == 0 {
             let opened = c[Counter::SessionsOpened];
             bail!(
                 "not one session with a target was established, and {opened} were tried: {}",
@@ -471,6 +479,44 @@ fn socket(s: &SocketStatistics) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn b064_a_run_that_came_to_nothing_or_does_not_add_up_has_failed() {
+        let services = ["80-192.0.2.7:80".parse().unwrap(), "udp:53-192.0.2.7:53".parse().unwrap()];
+        // What is counted, sessions that were established, and what is said of it.
+        let run = |counters: &[Counter], established: u64| {
+            let mut figures = Figures::of(&services);
+            for &counter in counters {
+                figures.counters[counter] += 1;
+            }
+            figures.services[0].counters.sessions_established = established;
+            figures.ensure_done().map_err(|error| error.to_string()).err().unwrap_or_default()
+        };
+        use Counter as C;
+        let refused = [C::SessionsWanted, C::SessionsOpened, C::SessionsRefused];
+        let told = run(&refused, 0);
+        assert!(
+            told.starts_with("not one session") && told.contains("1 sessions_refused (ended: the"),
+            "{told}"
+        );
+        // One of two is an ordinary loss.
+        let stopped = [C::SessionsWanted, C::SessionsOpened, C::SessionsStopped];
+        assert_eq!(run(&[&refused[..], &stopped[..]].concat(), 1), "");
+        let scanned = [C::SessionsWanted, C::SessionsOpened, C::SessionsClientReset];
+        assert_eq!(run(&scanned, 0), "");
+        let no_room = [C::SessionsWanted, C::SessionsRefusedPool];
+        assert!(run(&no_room, 0).contains("0 were tried: 1 sessions_refused_pool"), "{}", run(&no_room, 0));
+        let datagram = [C::PacketsCaptured, C::PacketsDatagrams, C::DatagramsWanted];
+        let told = run(&[&datagram[..], &[C::DatagramsNoLink]].concat(), 0);
+        assert!(told.starts_with("the target took nothing: 1 datagrams_no_link"), "{told}");
+        assert_eq!(run(&[&datagram[..], &[C::DatagramsSent]].concat(), 0), "");
+        assert_eq!(run(&[], 0), "");
+        let told = run(&[C::PacketsCaptured], 0);
+        assert!(
+            told.contains("do not add up: packets captured = sum by fate: 1 against 0; please report"),
+            "{told}"
+        );
+    }
 
     #[test]
     fn to_look_whether_a_report_can_be_written_leaves_everything_as_it_was() {

@@ -106,7 +106,14 @@ fn b065_a_target_without_its_route_and_a_closed_port_are_named_within_ten_second
     let refused = format!("connections to {}:{STREAM} are refused", lab.target().v4());
     replay.online.process.wait_for_message(&refused, Duration::from_secs(10))?;
     assert_eq!(replay.online.process.errors().matches("came back").count(), 1);
-    replay.stop()?;
+    // The run has not done what was asked.
+    let status = replay.online.process.stop()?;
+    let said = replay.online.process.errors();
+    ensure!(
+        !status.success() && said.contains("not one session with a target was established"),
+        "{status}: {said}"
+    );
+    replay.assistant.stop::<Value>()?;
     Ok(())
 }
 
@@ -206,6 +213,27 @@ fn b065_a_host_that_begins_to_forward_is_told_of_by_the_running_assistant() -> R
         (said.matches(says).count(), said.contains("sysctl -w net.ipv4.conf.all.forwarding=0")),
         (1, true)
     );
+    Ok(())
+}
+
+#[test]
+fn an_assistant_says_before_it_attaches_xdp_to_what_is_no_veth() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    lab.assistant().namespace().ip("link add bridge0 type bridge\nlink set bridge0 up\n")?;
+    let says = "attaching XDP to";
+    for (interface, said) in [(NIC, None), ("bridge0", Some("attaching XDP to bridge0 (driver bridge)"))] {
+        let mut command = lab.assistant().command(tool("replayer")?);
+        let mut process =
+            Process::start(command.args(["assistant", "-i", interface]), interface, &lab.dir())?;
+        process.wait_for_message("assistant ready", Duration::from_secs(10))?;
+        let errors = process.errors();
+        match said {
+            None => assert!(!errors.contains(says), "{errors}"),
+            Some(said) => assert!(errors.find(said) < errors.find("assistant ready"), "{errors}"),
+        }
+        assert!(said.is_none_or(|said| errors.contains(said)), "{errors}");
+        ensure!(process.stop()?.success(), "{}", process.errors());
+    }
     Ok(())
 }
 

@@ -5,7 +5,8 @@
 
 use super::pin::{Left, Pin};
 use crate::afxdp::{BATCH, Endpoint as Queue, Port, PortConfig, PortError, Received, SocketStatistics};
-use crate::programs::{Attachment, Counter, Program, Programs, Services};
+use crate::net::Network;
+use crate::programs::{Attachment, Counter, Program, Programs, Services, before_xdp};
 use crate::say::{caution, say};
 use anyhow::{Result, anyhow, bail};
 use replayer_common::addr::{Endpoint, Ip};
@@ -61,6 +62,7 @@ impl BlackHole {
         programs.set_local_addresses(local)?;
         let received = Vec::with_capacity(BATCH);
         if !keep {
+            say_before_xdp(interface)?;
             let attachment = programs.attach_responses(interface).map_err(|error| match pin.left() {
                 Ok(Some(left)) => anyhow!(
                     "{}: --keep-dropping takes it over, `rm {}` removes it",
@@ -88,6 +90,7 @@ impl BlackHole {
                 (left.services, left.attachment)
             }
             None => {
+                say_before_xdp(interface)?;
                 let attachment = programs.attach_responses(interface)?;
                 programs.pin(Program::Responses, pin.path())?;
                 (Services::new(), attachment)
@@ -221,6 +224,13 @@ impl BlackHole {
     pub fn verdicts(&self) -> Result<Vec<Counter>> {
         Ok(self.programs.counters(Program::Responses)?)
     }
+}
+
+fn say_before_xdp(interface: &str) -> Result<()> {
+    if let Some(notice) = before_xdp(&Network::open()?.device(interface)?) {
+        say!("{notice}");
+    }
+    Ok(())
 }
 
 fn left_by_another(pin: &Pin, left: &Left) -> String {

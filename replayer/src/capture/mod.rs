@@ -25,7 +25,8 @@ use serde_json::{Map, Value, json};
 use crate::afxdp::{Endpoint, Frame, Port, Received};
 use crate::clients::Clients;
 use crate::net::Device;
-use crate::programs::{Program, Programs};
+use crate::programs::{Program, Programs, before_xdp};
+use crate::say::say;
 
 pub mod choice;
 pub mod mirror;
@@ -139,6 +140,9 @@ impl Capture {
             Parts::Mirror(_) => self.programs.attach_ingress(Program::Mirror, &self.device.name)?,
             Parts::Ring => self.programs.attach_ingress(Program::Ring, &self.device.name)?,
             Parts::Span(promiscuous) => {
+                if let Some(notice) = before_xdp(&self.device) {
+                    say!("{notice}");
+                }
                 let attachment = self.programs.attach_span(&self.device.name)?;
                 *promiscuous = Some(Promiscuous::set(&self.device)?);
                 attachment

@@ -53,6 +53,12 @@ pub struct Device {
 }
 
 impl Device {
+    /// The driver of hardware; `None`: it is none, or /sys is not to be seen.
+    pub fn driver(&self) -> Option<String> {
+        let driver = fs::read_link(format!("/sys/class/net/{}/device/driver", self.name)).ok()?;
+        Some(driver.file_name()?.to_string_lossy().into_owned())
+    }
+
     /// Receive queues that it uses.
     pub fn receive_queues_in_use(&self) -> u32 {
         self.queues_in_use("rx-").unwrap_or(self.rx_queues.max(1))

@@ -179,7 +179,7 @@ impl Running {
                         show!("\r\x1b[K");
                     }
                     let text = trouble.describe(services, &args.replay, "");
-                    caution!(json!({"trouble": trouble.name()}); "{text}");
+                    caution!(trouble.fields(); "{text}");
                 }
             }
             if Instant::now() < next {
