@@ -25,6 +25,7 @@ use aya::programs::tc::{self, NlOptions, TcAttachOptions, TcAttachType};
 use aya::programs::xdp::XdpLink;
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, Xdp, XdpMode, loaded_programs};
 use aya::{Ebpf, EbpfError};
+use nix::net::if_::if_nametoindex;
 use replayer_common::addr::Ip;
 use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict, RingVerdict, SpanVerdict};
 use replayer_common::maps::{
@@ -35,6 +36,7 @@ use thiserror::Error;
 
 use crate::capture::mirror::Mirror;
 use crate::clients::Clients;
+use crate::clsact::{self, Claim};
 use crate::net::Device;
 
 /// The object with all programs and maps.
@@ -46,9 +48,10 @@ pub type Services = BTreeSet<(Protocol, Ip, u16)>;
 
 /// One loaded copy of the object: its maps, and the programs that were attached. Dropping it detaches them.
 pub struct Programs {
-    // Fields drop in this order: a program is detached before its maps go.
+    // Fields drop in this order: a program is detached before its maps go, and a filter before it is not claimed any more.
     links: Vec<(Program, FdLink)>,
     ebpf: Ebpf,
+    claims: Vec<Claim>,
     services: BTreeSet<(Protocol, Ip, u16)>,
     local: BTreeSet<Ip>,
 }
@@ -214,7 +217,13 @@ impl Programs {
     pub fn load() -> Result<Programs, ProgramsError> {
         crate::afxdp::raise_memlock();
         let ebpf = Ebpf::load(OBJECT).map_err(|error| ProgramsError::Load(Box::new(error)))?;
-        Ok(Programs { links: Vec::new(), ebpf, services: BTreeSet::new(), local: BTreeSet::new() })
+        Ok(Programs {
+            links: Vec::new(),
+            ebpf,
+            claims: Vec::new(),
+            services: BTreeSet::new(),
+            local: BTreeSet::new(),
+        })
     }
 
     /// Makes `services` the services: addresses and ports of the online servers for [`Program::Mirror`] (an
@@ -344,12 +353,7 @@ impl Programs {
             Ok(link) => link,
             // Before 6.6 the kernel does not know the attach type.
             Err(error) if matches!(errno(&error), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
-                // An error means that it is there already, or shows in the next step.
-                let _ = tc::qdisc_add_clsact(device);
-                let options = TcAttachOptions::Netlink(NlOptions::default());
-                // This link stays in `ebpf`, which removes the filter when it is dropped.
-                program.attach_with_options(device, TcAttachType::Ingress, options).map_err(attach_error)?;
-                return Ok(Attachment::Clsact);
+                return self.attach_clsact(which, device);
             }
             Err(error) => return Err(attach_error(error)),
         };
@@ -358,6 +362,28 @@ impl Programs {
             FdLink::try_from(link).map_err(|_| ProgramsError::NoLink { name, device: device.to_owned() })?;
         self.links.push((which, link));
         Ok(Attachment::Tcx)
+    }
+
+    /// Attaches [`Program::Mirror`] or [`Program::Ring`] to the ingress side of `device` by a clsact filter, and removes those that roles that
+    /// were killed have left there.
+    pub fn attach_clsact(&mut self, which: Program, device: &str) -> Result<Attachment, ProgramsError> {
+        let name = which.name();
+        let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
+        loaded(program.load(), name)?;
+        let attach_error =
+            |source| ProgramsError::Attach { name, device: device.to_owned(), source: Box::new(source) };
+        let io_error = |error: std::io::Error| attach_error(ProgramError::IOError(error));
+        let ifindex = if_nametoindex(device).map_err(|errno| io_error(errno.into()))?;
+        let id = program.info().map_err(program_error(name))?.id();
+        // Before the filter is there: else another role that starts would take it for a left one.
+        self.claims.push(Claim::make(id).map_err(io_error)?);
+        // An error means that it is there already, or shows in the next step.
+        let _ = tc::qdisc_add_clsact(device);
+        clsact::remove_stale(ifindex).map_err(io_error)?;
+        let options = TcAttachOptions::Netlink(NlOptions::default());
+        // This link stays in `ebpf`, which removes the filter when it is dropped.
+        program.attach_with_options(device, TcAttachType::Ingress, options).map_err(attach_error)?;
+        Ok(Attachment::Clsact)
     }
 
     /// Attaches [`Program::Capture`] to the mirror's far end, in native mode: generic XDP skips clones
