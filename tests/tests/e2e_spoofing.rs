@@ -48,7 +48,7 @@ impl Stranger<'_> {
         Ok(())
     }
 
-    /// Sends a segment of the client's to the online server. Flags are letters: S, R, P, A.
+    /// Sends a segment of the client's to the online server. Flags are letters: S, F, R, P, A.
     fn send(&self, flags: &str, seq: u32, ack: u32, payload: &[u8]) -> Result<()> {
         let (client, online) = (self.lab.client(), self.lab.online());
         let mut tcp = PacketBuilder::ethernet2(mac(&client.mac())?, mac(&online.mac())?)
@@ -57,6 +57,7 @@ impl Stranger<'_> {
         for flag in flags.chars() {
             tcp = match flag {
                 'S' => tcp.syn(),
+                'F' => tcp.fin(),
                 'R' => tcp.rst(),
                 'P' => tcp.psh(),
                 _ => tcp.ack(ack),
@@ -127,5 +128,48 @@ fn b035_resets_and_syns_that_the_online_server_does_not_take_end_no_session() ->
     let (report, _) = replay.stop()?;
     assert_eq!(report.counter("sessions_client_reset"), 1, "{:?}", report.counters);
     assert!(report.counter("packets_doubtful") >= 4 * u64::from(ROUNDS), "{:?}", report.counters);
+    Ok(())
+}
+
+#[test]
+fn b035_data_and_fins_that_the_online_server_does_not_take_end_no_session() -> Result<()> {
+    const ROUNDS: u32 = 6;
+    const STRANGE: &[u8] = b"not the client's";
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let replay = Replay::start(&lab, &[STREAM], &["--gap-timeout", "0.2"])?;
+    let mut connection = Conversation::open(lab.client(), (lab.online().v4(), STREAM).into())?;
+    let mut stranger = Stranger::beside(&lab, &connection)?;
+    let request = |id: u32| RequestHeader { id: id.into(), body: 1000, response: 100, delay_ms: 0 };
+    connection.ask(request(1))?;
+    for round in 0..ROUNDS {
+        stranger.listen()?;
+        let Stranger { next, acknowledged, .. } = stranger;
+        // Beyond any window, and in it with an acknowledgment of what was never sent.
+        match round % 3 {
+            0 => stranger.send("PA", next.wrapping_add(200_000_000), acknowledged, STRANGE)?,
+            1 => stranger.send("PA", next.wrapping_add(100), acknowledged.wrapping_add(1 << 30), STRANGE)?,
+            _ => stranger.send("FPA", next.wrapping_add(200_000_000), acknowledged, STRANGE)?,
+        }
+        // The client is silent until what was held is dropped.
+        let dropped = u64::from(round + 1) * STRANGE.len() as u64;
+        wait_for("the end of the hole's time", ARRIVAL, || {
+            let stats = replay.online.stats();
+            stats.is_some_and(|stats| stats.not_replayed.get("bytes_gap") == Some(&dropped))
+        })?;
+        connection.ask(request(2 + round)).with_context(|| format!("the online server, round {round}"))?;
+    }
+    let expected: Vec<u64> = (1..=u64::from(ROUNDS) + 1).collect();
+    let local = connection.local()?;
+    let online = streams.online.record_of(expected.len(), ARRIVAL)?;
+    assert_eq!((online.connections.len(), &online.connections[0].ids), (1, &expected));
+    let target = streams.target.record_of(expected.len(), ARRIVAL)?;
+    assert_eq!(target.connections.len(), 1, "{target:#?}");
+    let same = &target.connections[0];
+    assert_eq!((&same.peer, &same.ids, same.end), (&local, &expected, End::Open), "{same:#?}");
+    assert_eq!(same.hash, online.connections[0].hash);
+    let (report, _) = replay.stop()?;
+    let ended = ["sessions_gap", "connections_joined"].map(|name| report.counter(name));
+    assert_eq!(ended, [0, 0], "{:?}", report.counters);
     Ok(())
 }
