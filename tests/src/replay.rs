@@ -40,6 +40,9 @@ pub struct Report {
     /// What the BPF programs counted, by program and verdict.
     #[serde(default)]
     pub kernel: Value,
+    /// What the ports counted, and the kernel of their sockets.
+    #[serde(default)]
+    pub port: Value,
     /// By worker.
     pub workers: Vec<Share>,
     /// By service.
