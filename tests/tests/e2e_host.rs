@@ -3,7 +3,8 @@
 //!
 //! Root only; each test has a lab of its own.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,8 @@ use replayer_tests::wait::wait_for;
 use serde_json::Value;
 
 const STREAM: u16 = 9000;
+/// The return channel's port.
+const CHANNEL: u16 = 36_524;
 
 #[test]
 fn b050_connections_of_the_online_host_itself_to_the_target_are_not_copied() -> Result<()> {
@@ -534,6 +537,72 @@ fn b055_the_key_may_come_from_the_environment_and_a_worker_without_it_is_refused
     let load = format!("--connect {}:{STREAM} --requests 10", lab.online().v4());
     assert_eq!(Load::run(&lab, "load", &load)?.responses, 10);
     streams.ensure_equal(10)?;
+    Ok(())
+}
+
+/// Strangers of every kind, while 400 requests a second are replayed: the assistant says of each why it was refused.
+#[test]
+fn b055_strangers_are_refused_with_a_reason_in_the_log_while_requests_are_replayed() -> Result<()> {
+    const HELLO: u8 = 1;
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let services = [service(STREAM, lab.target().v4(), STREAM)];
+    let mut assistant = Role::assistant(&lab, lab.assistant(), &["--key", "a key"])?;
+    let channel = lab.assistant().v4();
+    let mut online = Role::online(&lab, lab.online(), &services, channel.into(), &["--key", "a key"])?;
+    let load = format!(
+        "--connect {}:{STREAM} --connections 20 --rate 400 --seconds 8 --body 1-3000 --response 1-3000",
+        lab.online().v4()
+    );
+    let mut load = Load::start(&lab, lab.client(), "load", &load)?;
+    wait_for("requests at the target", Duration::from_secs(5), || {
+        streams.target.record().is_ok_and(|record| record.requests() > 100)
+    })?;
+
+    let connect = || -> Result<TcpStream> {
+        Ok(lab.client().namespace().enter(|| TcpStream::connect((channel, CHANNEL)))??)
+    };
+    let refused = |stranger: &TcpStream, reason: &str| {
+        let line = format!("refused {}: {reason}", stranger.local_addr()?);
+        wait_for(&line, Duration::from_secs(5), || assistant.process.errors().contains(&line))
+    };
+    let mut garbage = connect()?;
+    garbage.write_all(b"GET / HTTP/1.1\r\n\r\n")?;
+    refused(&garbage, "not the return channel's protocol")?;
+    let mut newer = connect()?;
+    newer.write_all(&[&[HELLO, 0, 10, 0][..], b"replayer", &u16::MAX.to_le_bytes()].concat())?;
+    refused(&newer, "another version of the protocol")?;
+    let half_open = connect()?;
+    refused(&half_open, "no complete hello in time")?;
+    // A hello of 30 bytes, four of them in a second.
+    let mut slow = connect()?;
+    for byte in [&[HELLO, 0, 30, 0][..], b"replayer"].concat() {
+        // What comes after the refusal may find the connection closed.
+        let _ = slow.write_all(&[byte]);
+        std::thread::sleep(Duration::from_millis(250));
+    }
+    refused(&slow, "no complete hello in time")?;
+    // A scan that leaves its connections open: the oldest make room.
+    let scan = (0..100).map(|_| connect()).collect::<Result<Vec<_>>>()?;
+    refused(&scan[0], "too many connections")?;
+    drop(scan);
+    let mut command = lab.online().command(tool("replayer")?);
+    command.args(["online", "-x", &services[0], "-s", &channel.to_string(), "-i", NIC, "--key", "a kez"]);
+    let mut other_key = Process::start(&mut command, "other-key", &lab.dir())?;
+    ensure!(!other_key.wait(Duration::from_secs(10))?.success(), "{}", other_key.errors());
+    let said = assistant.process.errors();
+    let of_the_key =
+        |line: &str| line.contains(&format!("refused {}:", lab.online().v4())) && line.contains("wrong key");
+    ensure!(said.lines().any(of_the_key), "{said}");
+
+    let summary = load.finish()?;
+    assert_eq!((summary.errors, summary.responses), (0, summary.requests), "{summary:?}");
+    let (_, target) = streams.ensure_equal(summary.requests as usize)?;
+    assert_eq!(target.connections.len(), 20);
+    online.stop_online()?;
+    let report: Value = assistant.stop()?;
+    assert_eq!(report["channel"]["records_dropped"], 0, "{report:#}");
+    assert_eq!(report["channel"]["silent"], 0, "{report:#}");
     Ok(())
 }
 
