@@ -2,10 +2,15 @@
 //!
 //! Root only; each test has a lab of its own.
 
+#[path = "../../replayer/tests/reassembly/mod.rs"]
+mod reassembly;
+
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use reassembly::{segments, streams};
 use replayer_tests::capture::{Capture, Passed, passed};
 use replayer_tests::clients::{Load, output_of};
 use replayer_tests::conversation::Conversation;
@@ -19,6 +24,20 @@ use replayer_tests::stream::{Connection, Record, RequestHeader};
 const HTTP: u16 = 8080;
 const STREAM: u16 = 9000;
 
+/// What each client sent to a port, by a reassembly of what tcpdump saw: all of it, without a hole.
+fn bytes_sent(file: &Path, port: u16) -> Result<BTreeMap<std::net::SocketAddr, Vec<u8>>> {
+    let mut bytes = BTreeMap::new();
+    for (client, mut streams) in streams(&segments(file), port) {
+        ensure!(streams.len() == 1, "{client} has {} connections", streams.len());
+        let stream = streams.remove(0);
+        let whole = stream.contiguous().unwrap_or_default();
+        ensure!(whole.len() == stream.bytes.len(), "a hole in what {client} sent");
+        bytes.insert(client, whole);
+    }
+    Ok(bytes)
+}
+
+/// HTTP/2 has its own flow control and numbers: what arrives is compared as bytes, and the requests that nginx made of them as well.
 #[test]
 fn b023_a_hundred_streams_of_http_2_on_each_connection() -> Result<()> {
     const CONNECTIONS: usize = 5;
@@ -26,6 +45,8 @@ fn b023_a_hundred_streams_of_http_2_on_each_connection() -> Result<()> {
     let lab = Lab::up(Plan::default())?;
     let nginx = NginxPair::start(&lab, HTTP)?;
     let replay = Replay::start(&lab, &[H2C_PORT], &[])?;
+    let to_port = format!("tcp dst port {H2C_PORT}");
+    let captures = [lab.online(), lab.target()].map(|host| Capture::start(&lab, host, &to_port));
     let list = lab.dir().join("requests.txt");
     let uri = |id: usize| {
         let path = ["r", "bytes/1k", "bytes/10k", "bytes/100k"][id % 4];
@@ -43,6 +64,13 @@ fn b023_a_hundred_streams_of_http_2_on_each_connection() -> Result<()> {
     let (_, target) = nginx.ensure_equal(CONNECTIONS * REQUESTS)?;
     assert_eq!(target.connections().len(), CONNECTIONS);
     let (report, _) = replay.stop()?;
+    let [online, target] = captures.map(|capture| bytes_sent(&capture?.stop()?, H2C_PORT));
+    let (online, target) = (online?, target?);
+    assert!(online.len() == CONNECTIONS && online.values().all(|bytes| bytes.len() > 20 * REQUESTS));
+    for (client, bytes) in &online {
+        assert!(target.get(client) == Some(bytes), "other bytes of {client} came to the target");
+    }
+    assert_eq!(target.len(), CONNECTIONS);
     assert_eq!(report.counter("turns_released_by_hold_limit"), 0, "{:?}", report.counters);
     assert_eq!(report.counter("sessions_opened"), CONNECTIONS as u64, "{:?}", report.counters);
     Ok(())
@@ -63,30 +91,33 @@ fn lateness_us(online: &Record, target: &Record) -> Vec<i64> {
 #[test]
 fn b023_messages_in_both_directions_all_the_time_keep_pace() -> Result<()> {
     const CONNECTIONS: usize = 5;
-    const MESSAGES: usize = 400;
-    // Each connection has 20 messages under way, and each server takes so many milliseconds for one: online, at the target.
-    const PACES: [(u64, u64); 3] = [(5, 3), (5, 5), (3, 5)];
+    // Each connection has 20 messages under way, and each server takes so many milliseconds for one: online, at the target. At the same pace
+    // it goes on for half a minute; a slower target is further behind with each message, and what waits for it is bounded.
+    const PACES: [(u64, u64, usize); 3] = [(5, 3, 400), (5, 5, 6000), (3, 5, 400)];
     let lab = Lab::up(Plan::default())?;
     let ports: Vec<u16> = (STREAM..).take(PACES.len()).collect();
     let replay = Replay::start(&lab, &ports, &[])?;
-    for (port, (online_ms, target_ms)) in ports.into_iter().zip(PACES) {
+    for (port, (online_ms, target_ms, messages)) in ports.into_iter().zip(PACES) {
         let delays = [online_ms, target_ms].map(|ms| ms.to_string());
         let [at_online, at_target] = delays.each_ref().map(|ms| ["--delay-ms", ms]);
         let mut streams = StreamPair::start_with(&lab, port, &at_online, &at_target)?;
         let load = format!(
-            "--connect {}:{port} --connections {CONNECTIONS} --per-connection {MESSAGES} --requests {} \
+            "--connect {}:{port} --connections {CONNECTIONS} --per-connection {messages} --requests {} \
              --pipeline 20 --body 1-500 --response 1-500",
             lab.online().v4(),
-            CONNECTIONS * MESSAGES
+            CONNECTIONS * messages
         );
         let summary = Load::run(&lab, "load", &load)?;
         assert_eq!(summary.errors, 0, "{summary:?}");
-        let (online, target) = streams.ensure_equal(CONNECTIONS * MESSAGES)?;
+        // Up to the last request, when 20 were under way.
+        let paced_ms = online_ms * (messages as u64 - 20);
+        assert!(summary.seconds * 1e3 >= paced_ms as f64, "{} s, not {paced_ms} ms", summary.seconds);
+        let (online, target) = streams.ensure_equal(CONNECTIONS * messages)?;
         let late = lateness_us(&online, &target);
         let (median, last) = (late[late.len() / 2], late[late.len() - 1]);
         // Half of the messages are not later than two more of them take. A slower target is later with each message, but never idle.
         let two_us = 2 * 1000 * online_ms.max(target_ms) as i64;
-        let slower_us = (target_ms.saturating_sub(online_ms) * 1000 * MESSAGES as u64) as i64;
+        let slower_us = (target_ms.saturating_sub(online_ms) * 1000 * messages as u64) as i64;
         assert!(
             median < slower_us * 5 / 8 + two_us && last < slower_us * 5 / 4 + 500_000,
             "{online_ms} and {target_ms} ms: half of the messages are {median} us late, the last {last} us"
