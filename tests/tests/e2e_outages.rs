@@ -13,8 +13,8 @@ use replayer_tests::lab::{Host, Lab, NIC, Plan};
 use replayer_tests::ledger::{self, Ledger};
 use replayer_tests::pairs::{ARRIVAL, NginxPair, StreamPair};
 use replayer_tests::process::Process;
-use replayer_tests::replay::{Replay, Role};
-use replayer_tests::servers::StreamServer;
+use replayer_tests::replay::{Replay, Role, service};
+use replayer_tests::servers::{StreamServer, start, tool};
 use replayer_tests::stream::Record;
 use replayer_tests::wait::{holds_within, wait_for};
 
@@ -165,6 +165,49 @@ fn b049_a_killed_role_leaves_its_host_as_it_was_and_can_start_again() -> Result<
     })?;
     replay.stop()?;
     Ok(())
+}
+
+#[test]
+fn b049_a_killed_recorder_or_replay_of_a_file_leaves_its_host_as_it_was() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let hosts = [lab.online(), lab.assistant()];
+    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    let before = [interfaces(hosts[0])?, interfaces(hosts[1])?];
+    let as_before = |role: &str| -> Result<()> {
+        for (host, before) in hosts.iter().zip(&before) {
+            let clean = holds_within(ARRIVAL, || interfaces(host).is_ok_and(|now| now == *before));
+            assert!(clean, "{role}: {} before:\n{before}\nafter:\n{}", host.name(), interfaces(host)?);
+        }
+        Ok(())
+    };
+    let mut recorded = Vec::new();
+    for way in ["ring", "mirror"] {
+        let file = lab.dir().join(way);
+        let mut command = lab.online().command(tool("replayer")?);
+        command.args(["record", "-i", NIC, "--capture", way, "-x", &STREAM.to_string()]);
+        command.args(["--file-size", "0.2", "-w"]).arg(&file);
+        let mut recorder = start(&lab, lab.online(), "record", &mut command)?;
+        recorder.wait_for_message("ready", ARRIVAL)?;
+        assert_ne!(interfaces(hosts[0])?, before[0], "nothing is attached by {way}");
+        let mut load = steady_load(&lab, 3)?;
+        recorded.push(lab.dir().join(format!("{way}-00001.pcapng")));
+        wait_for("a complete file", ARRIVAL, || recorded[recorded.len() - 1].exists())?;
+        recorder.kill()?;
+        as_before(way)?;
+        let summary = load.finish()?;
+        assert_eq!((summary.errors, summary.responses), (0, summary.requests), "{summary:?}");
+    }
+    // What a killed recorder has written can be replayed; this, too, is killed on its way.
+    let target = service(STREAM, lab.target().v4(), STREAM);
+    let mut command = lab.online().command(tool("replayer")?);
+    command.arg("offline").arg("-f").arg(&recorded[0]).args(["-x", &target, "--loop", "100", "-s"]);
+    let mut offline = start(&lab, lab.online(), "offline", command.arg(lab.assistant().v4().to_string()))?;
+    wait_for_requests(&mut streams, 100)?;
+    // Which needs sockets only: nothing is attached that could be left.
+    assert_eq!(interfaces(hosts[0])?, before[0]);
+    offline.kill()?;
+    as_before("offline")
 }
 
 #[test]
