@@ -1,8 +1,10 @@
 //! Nothing is allocated after `Engine::new`: counted by the allocator itself, over tens of thousands of packets, records and timers,
-//! with new sessions, copies, losses, holes, connections that are joined again, IPv6, ends and limits among them.
+//! with new sessions, copies, copies spread over time, losses, holes, connections that are joined again, IPv6, datagrams, ends and limits among
+//! them.
 
 mod lab;
 
+use etherparse::PacketBuilder;
 use lab::wire::{Frame, Segment};
 use lab::{MS, Wire, config, endpoint, link};
 use replayer_common::addr::{Endpoint, Ip, from_v4};
@@ -73,6 +75,83 @@ fn the_hot_path_allocates_nothing_with_copies_and_a_pool() {
     config.pool = vec![AddressRange { first: from_v4([10, 9, 0, 0]), count: 4 }];
     config.limits.identities = 3000;
     live(config, from_v4([10, 0, 0, 1]));
+}
+
+#[test]
+fn the_hot_path_allocates_nothing_with_copies_that_are_spread_over_time() {
+    let mut config = config();
+    config.copies_millionths = 2_000_000;
+    config.spread_ns = 200 * MS;
+    config.pool = vec![AddressRange { first: from_v4([10, 9, 0, 0]), count: 4 }];
+    config.limits.identities = 3000;
+    live(config, from_v4([10, 0, 0, 1]));
+}
+
+#[test]
+fn the_hot_path_allocates_nothing_with_datagrams() {
+    const ROUNDS: usize = 500;
+    let udp = Service { online: endpoint("10.0.1.1:53"), target: endpoint("10.0.2.1:5353") };
+    let mut config = config();
+    config.services = Vec::new();
+    config.udp_services = vec![udp];
+    config.copies_millionths = 1_500_000;
+    config.pool = vec![AddressRange { first: from_v4([10, 9, 0, 0]), count: 4 }];
+    config.limits.sessions = 800;
+    config.limits.connections = 600;
+    config.limits.identities = 3000;
+    let mut engine = Engine::new(config, 0);
+    engine.set_link(0, Some(link()));
+    let mut wire = Wire::new(256);
+    wire.keep = false;
+    let mut now = 10 * lab::S;
+    let mut batch: Vec<(Frame, usize)> = Vec::with_capacity(BATCH);
+    let mut records: Vec<ResponseHeader> = Vec::with_capacity(4096);
+    let mut total = 0;
+    for round in 0..ROUNDS {
+        for place in 0..BATCH {
+            // More clients than there may be flows, each of which comes back after others.
+            let port = 1024 + ((round * 37 + place * 11) % 1500) as u16;
+            let ethernet = PacketBuilder::ethernet2([2; 6], [4; 6]);
+            let packet = ethernet.ipv4([10, 0, 0, 1], [10, 0, 1, 1], 64).udp(port, 53);
+            let payload = [7; 300];
+            let mut bytes = Vec::with_capacity(packet.size(payload.len()));
+            packet.write(&mut bytes, &payload[..place % 300]).unwrap();
+            batch.push(wire.captured_bytes(&bytes));
+        }
+        records.clear();
+        records.extend(engine.identities(0).take(4096).map(|(_, service, identity)| ResponseHeader {
+            service,
+            addr: identity.ip,
+            port: identity.port,
+            payload_len: 100,
+            ..Default::default()
+        }));
+        total += allocations(|| {
+            engine.on_captured(now, &mut batch, &mut wire);
+            engine.on_responses(now, &records, &mut wire);
+            engine.on_timers(now, &mut wire);
+        });
+        // A flow is forgotten after minutes: in the second half they come and go.
+        now += if round < ROUNDS / 2 { 20 * MS } else { 10 * lab::S };
+    }
+    total += allocations(|| {
+        engine.stop(now, &mut wire);
+        engine.on_timers(now + 600 * MS, &mut wire);
+    });
+    let counters = engine.counters();
+    for (name, left, right) in counters.identities(&engine.pending()) {
+        assert_eq!(left, right, "{name}");
+    }
+    let least = [
+        (Counter::DatagramsSent, 10_000),
+        (Counter::DatagramFlows, 2_000),
+        (Counter::DatagramsRefusedLimit, 100),
+        (Counter::DatagramResponses, 10_000),
+    ];
+    for (counter, least) in least {
+        assert!(counters[counter] >= least, "{} {}", counters[counter], counter.name());
+    }
+    assert_eq!(total, 0, "allocations");
 }
 
 #[test]
