@@ -3,8 +3,10 @@
 //!
 //! Root only; each test has a lab of its own.
 
+use std::fs::Permissions;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -274,8 +276,10 @@ fn b067_roles_run_with_named_capabilities_and_keep_hardly_any() -> Result<()> {
     let (inherited, ambient) = (format!("--inh-caps={named}"), format!("--ambient-caps={named}"));
     let nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", &inherited, &ambient];
     let roots: [&str; 1] = ["env"];
-    for runner in [&roots[..], &nobody[..]] {
+    for (runner, way) in [(&roots[..], "ring"), (&nobody[..], "ring"), (&nobody[..], "mirror")] {
         let lab = Lab::up(Plan::default())?;
+        let devices = || output_of(lab.online().command("ls").arg("/sys/class/net"));
+        let before = devices()?;
         let mut streams = StreamPair::start(&lab, STREAM)?;
         let start = |host: &Host, name, arguments: &str| -> Result<Process> {
             let mut command = host.command(runner[0]);
@@ -287,26 +291,40 @@ fn b067_roles_run_with_named_capabilities_and_keep_hardly_any() -> Result<()> {
         let mut assistant = start(lab.assistant(), "assistant", &format!("assistant -i {NIC}"))?;
         let service = service(STREAM, lab.target().v4(), STREAM);
         // With a ramp, which goes on writing to a map.
-        let arguments = format!("online -x {service} -s {} -i {NIC} -g 1", lab.assistant().v4());
+        let arguments =
+            format!("online -x {service} -s {} -i {NIC} -g 1 --capture {way}", lab.assistant().v4());
         let mut online = start(lab.online(), "online", &arguments)?;
+        // Beside it a recorder, into a directory of anybody's.
+        let dir = lab.dir().join("anybody");
+        std::fs::create_dir(&dir)?;
+        std::fs::set_permissions(&dir, Permissions::from_mode(0o777))?;
+        let to = format!("record -i {NIC} --capture {way} -x {STREAM} -w {}/recorded", dir.display());
+        let mut recorder = start(lab.online(), "record", &to)?;
 
         assert_eq!(capabilities(assistant.pid())?, [("replayer".to_owned(), 0)]);
         let mut threads = capabilities(online.pid())?;
         threads.sort();
         let main = if runner == nobody { net_admin } else { net_admin | dac_override };
         let expected = [("memory", 0), ("network", net_admin), ("replayer", main), ("worker 0", 0)];
-        assert_eq!(threads, expected.map(|(name, bits)| (name.to_owned(), bits)));
+        assert_eq!(threads, expected.map(|(name, bits)| (name.to_owned(), bits)), "by {way}");
+        assert_eq!(capabilities(recorder.pid())?, [("replayer".to_owned(), main)], "by {way}");
 
         std::thread::sleep(Duration::from_millis(1500)); // The ramp's end.
         let load = format!("--connect {}:{STREAM} --connections 10 --requests 100", lab.online().v4());
         assert_eq!(Load::run(&lab, "load", &load)?.responses, 100);
         streams.ensure_equal(100)?;
-        for process in [&mut online, &mut assistant] {
+        for process in [&mut online, &mut assistant, &mut recorder] {
             process.signal(Signal::SIGTERM)?;
             let status = process.wait(Duration::from_secs(10))?;
             ensure!(status.success(), "{status}: {}", process.errors());
             ensure!(!process.errors().contains("rights"), "{}", process.errors());
         }
+        // With what they kept they could take down what they had made, and complete what they were writing.
+        wait_for("the devices of before", Duration::from_secs(3), || {
+            devices().is_ok_and(|now| now == before)
+        })?;
+        let recorded = std::fs::metadata(dir.join("recorded-00001.pcapng"))?.len();
+        ensure!(recorded > 100 * 24, "{recorded} bytes recorded");
     }
     Ok(())
 }
