@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use aya::programs::{SchedClassifier, TcAttachType};
 use nix::sys::signal::Signal;
 use replayer_tests::clients::{Load, Watch, output_of};
@@ -15,7 +15,7 @@ use replayer_tests::pairs::{ARRIVAL, NginxPair, StreamPair};
 use replayer_tests::process::Process;
 use replayer_tests::replay::{Replay, Role, service};
 use replayer_tests::servers::{StreamServer, start, tool};
-use replayer_tests::stream::Record;
+use replayer_tests::stream::{self, Record};
 use replayer_tests::wait::{holds_within, wait_for};
 
 const STREAM: u16 = 9000;
@@ -330,9 +330,19 @@ fn b053_sessions_outlive_an_assistant_that_is_away_for_seconds() -> Result<()> {
 #[test]
 fn b054_an_assistant_that_stands_still_for_ten_seconds_stops_nothing_for_good() -> Result<()> {
     const STILL: Duration = Duration::from_secs(10);
-    let lab = Lab::up(Plan::default())?;
+    let lab = Lab::up(Plan { clients: 2, onlines: 2, ..Plan::default() })?;
     let nginx = NginxPair::start(&lab, HTTP)?;
     let mut replay = Replay::start(&lab, &[HTTP], &[])?;
+    // Another online host at the same assistant, whose few connections stay open.
+    let (other, other_client) = (lab.host("online2"), lab.host("client2"));
+    let mut others = [other, lab.target()].map(|host| StreamServer::start(&lab, host, STREAM, &[]));
+    let services = [service(STREAM, lab.target().v4(), STREAM)];
+    let mut other_role = Role::online(&lab, other, &services, lab.assistant().v4().into(), &[])?;
+    let load = format!(
+        "--connect {}:{STREAM} --connections 10 --rate 100 --seconds 16 --body 1-1000 --response 1-1000",
+        other.v4()
+    );
+    let mut other_load = Load::start(&lab, other_client, "other", &load)?;
     let before_kib = [replay.online.process.resident_kib()?, replay.assistant.process.resident_kib()?];
     let load = format!(
         "--connect {}:{HTTP} --protocol http --expect-server online --connections 200 --per-connection 1 --rate 5000 --seconds 16",
@@ -352,6 +362,18 @@ fn b054_an_assistant_that_stands_still_for_ten_seconds_stops_nothing_for_good() 
     assert!(grown_mib[0] < 128 && grown_mib[1] < 32, "the roles have grown by {grown_mib:?} MiB");
     let summary = load.finish()?;
     assert_eq!((summary.errors, summary.responses), (0, summary.requests), "{summary:?}");
+
+    // The other host: whatever waited in the assistant for the one with the many connections, each of its own went on and got everything.
+    let summary_of_other = other_load.finish()?;
+    assert_eq!((summary_of_other.errors, summary_of_other.responses), (0, summary_of_other.requests));
+    let count = summary_of_other.requests as usize;
+    let [at_other, at_target] = others.each_mut().map(|server| -> Result<Record> {
+        server.as_mut().map_err(|error| anyhow!("{error:#}"))?.ended_record_of(count, ARRIVAL)
+    });
+    let compared = stream::compare(&at_other?, &at_target?);
+    assert_eq!((compared.equal, compared.differences.len()), (10, 0), "{compared:?}");
+    let report = other_role.stop_online()?;
+    assert_eq!(report.counter("sessions_opened"), 10, "{:?}", report.counters);
 
     // From a second after its return on nothing is missing; what was left out meanwhile is counted. A client uses its ports again while sessions
     // of before are not over, so that those take others.
