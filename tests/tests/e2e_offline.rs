@@ -22,9 +22,10 @@ use replayer_tests::clients::Load;
 use replayer_tests::lab::{Host, Lab, POOL_V4, POOL_V6, Plan};
 use replayer_tests::ledger::{self, Ledger};
 use replayer_tests::made::Made;
-use replayer_tests::pairs::{ARRIVAL, NginxPair};
+use replayer_tests::pairs::{ARRIVAL, NginxPair, StreamPair};
 use replayer_tests::replay::{Report, Role, service};
 use replayer_tests::servers::{start, tool};
+use replayer_tests::stream::Connection;
 use replayer_tests::wait::settled;
 
 const HTTP: u16 = 8080;
@@ -181,6 +182,45 @@ fn b058_gaps_are_kept_and_scaled() -> Result<()> {
     offline(&lab, &file, &to_target(&lab), &["--pps", &format!("{}", packets / 2.0)])?;
     let taken = span(&request_times(&capture.stop()?)?);
     assert!((1.5..2.1).contains(&taken), "{taken} s at half of all packets a second");
+    Ok(())
+}
+
+/// The target takes longer than the online server did, so that its answers are what the speed is to be measured by.
+#[test]
+fn b058_at_the_highest_speed_each_request_follows_the_answer_to_the_one_before() -> Result<()> {
+    const STREAM: u16 = 9000;
+    const CONNECTIONS: usize = 20;
+    const EACH: usize = 40;
+    const ANSWER_US: u64 = 20_000;
+    let lab = Lab::up(Plan::default())?;
+    let delay_ms = (ANSWER_US / 1000).to_string();
+    let mut streams = StreamPair::start_with(&lab, STREAM, &[], &["--delay-ms", &delay_ms])?;
+    let capture = Capture::start(&lab, lab.online(), &format!("tcp port {STREAM}"))?;
+    // Each connection asks twelve times a second: in the file, a request is 83 ms after the one before.
+    let load = format!(
+        "--connect {}:{STREAM} --connections {CONNECTIONS} --per-connection {EACH} --requests {} --rate 240 --body 1-3000 \
+         --response 1-30000",
+        lab.online().v4(),
+        CONNECTIONS * EACH
+    );
+    let summary = Load::run(&lab, "load", &load)?;
+    ensure!(summary.errors == 0, "{summary:?}");
+    let file = capture.stop()?;
+    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    offline(&lab, &file, &service(STREAM, lab.target().v4(), STREAM), &["--speed", "max"])?;
+    let (_, target) = streams.ensure_equal(CONNECTIONS * EACH)?;
+    let of_each = |it: &Connection| it.times_us.windows(2).map(|pair| pair[1] - pair[0]).collect::<Vec<_>>();
+    let mut gaps: Vec<u64> = target.connections.iter().flat_map(of_each).collect();
+    gaps.sort_unstable();
+    let median = gaps[gaps.len() / 2];
+    assert_eq!(target.connections.iter().map(|it| it.early).sum::<u64>(), 0, "requests before the answer");
+    // A server's own timer is up to a millisecond late.
+    assert!((ANSWER_US..ANSWER_US + 3_000).contains(&median), "{median} us from request to request");
+    // All connections at once: the whole takes no longer than one of them.
+    let all = || target.connections.iter().flat_map(|it| &it.times_us);
+    let span_us = all().max().zip(all().min()).map(|(last, first)| last - first).context("no request")?;
+    let one_us = median * (EACH as u64 - 1);
+    assert!(span_us < one_us * 3 / 2, "{span_us} us in all, {one_us} us for one connection");
     Ok(())
 }
 
