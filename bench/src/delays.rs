@@ -48,7 +48,8 @@ pub(crate) fn measure(seconds: u32, rounds: usize) -> Result<Vec<Figure>> {
     let lab = Lab::up(Plan::default())?;
     let _nginx = NginxPair::start(&lab, HTTP)?;
     let (mut delays, mut looks) = (Samples::default(), Samples::default());
-    for _ in 0..rounds {
+    // Single rounds differ as much as the machine stands still in them.
+    for _ in 0..3 * rounds {
         delays.add(shares_of(added(&lab, &EASY, seconds)?));
         looks.add(shares_of_waiting(looks_apart(&lab, &EASY, seconds)?));
     }

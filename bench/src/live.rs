@@ -7,7 +7,10 @@
 use crate::Options;
 use crate::delays;
 use crate::report::{Figure, Wanted};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use core_affinity::CoreId;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use replayer_tests::clients::{Load, output_of};
 use replayer_tests::lab::{Lab, NIC, Plan};
 use replayer_tests::pairs::NginxPair;
@@ -39,7 +42,7 @@ pub fn run(options: Options) -> Result<Vec<Figure>> {
     let mut figures = saturated(seconds, rounds)?;
     figures.extend(steady(seconds, rounds)?);
     figures.extend(delays::measure(seconds, rounds)?);
-    figures.extend(capture_alone(seconds, rounds)?);
+    figures.extend(capture_alone(seconds.div_ceil(2), 2 * rounds - 1)?);
     Ok(figures)
 }
 
@@ -103,36 +106,63 @@ fn steady(seconds: u32, rounds: usize) -> Result<Vec<Figure>> {
     ])
 }
 
-/// What capture costs the online server: its rate when it is saturated and its response times when it is not.
+/// What capture costs the online server when the capturing program has a core of its own: its rate when it is saturated and its response times
+/// when it is not, each beside those without capture just before.
 fn capture_alone(seconds: u32, rounds: usize) -> Result<Vec<Figure>> {
+    let cpus = core_affinity::get_core_ids().context("look up the CPUs that this process may use")?;
+    let [serving, capturing, ..] = cpus[..] else {
+        bail!("one CPU: the capturing program has none of its own")
+    };
     let lab = Lab::up(Plan::default())?;
-    let _nginx = Nginx::start(&lab, lab.online(), HTTP)?;
-    let mut names = vec!["no capture".to_owned(), "tcpdump".to_owned()];
+    // The clients as well, and with them the network between the hosts, whose work is done by the one who sends.
+    let _nginx = on_cpu(serving, || Nginx::start(&lab, lab.online(), HTTP))?;
+    let measure = |name: &str| {
+        let capture = on_cpu(capturing, || recorder(&lab, name))?;
+        let rate = on_cpu(serving, || wrk(&lab, seconds))?;
+        let p99 = on_cpu(serving, || latency(&lab, EASY_RATE, seconds))?;
+        capture.map(|mut capture| capture.stop()).transpose()?;
+        anyhow::Ok([rate, p99])
+    };
+    let mut names = vec!["tcpdump".to_owned()];
     names.extend(BACK_ENDS.iter().map(|name| format!("capture by {name}")));
-    let mut samples = vec![(Vec::new(), Vec::new()); names.len()];
+    let mut without = [const { Vec::new() }; 2];
+    let mut shares = vec![[const { Vec::new() }; 2]; names.len()];
     for _ in 0..rounds {
-        for (name, samples) in names.iter().zip(&mut samples) {
-            let capture = recorder(&lab, name)?;
-            samples.0.push(wrk(&lab, seconds)?);
-            samples.1.push(latency(&lab, EASY_RATE, seconds)?);
-            if let Some(mut capture) = capture {
-                capture.stop()?;
+        for (name, shares) in names.iter().zip(&mut shares) {
+            let before = measure("no capture")?;
+            let with = measure(name)?;
+            for at in 0..2 {
+                without[at].push(before[at]);
+                shares[at].push(100.0 * with[at] / before[at]);
             }
         }
     }
-    let mut figures: Vec<Figure> = Vec::new();
-    for (name, (rates, latencies)) in names.iter().zip(samples) {
-        let rate = Figure::median(format!("{name}: online server saturated"), rates, "requests/s");
-        let p99 = Figure::median(format!("{name}: p99 at {EASY_RATE} requests/s"), latencies, "us");
-        let (rate, p99) = match figures.as_slice() {
-            [first_rate, first_p99, ..] => {
-                (rate.beside("no capture", first_rate.value), p99.beside("no capture", first_p99.value))
-            }
-            _ => (rate, p99),
-        };
-        figures.extend([rate, p99]);
+    let [rates, latencies] = without;
+    let mut figures = vec![
+        Figure::median("no capture: online server saturated, on one core", rates, "requests/s"),
+        Figure::median(format!("no capture: p99 at {EASY_RATE} requests/s"), latencies, "us"),
+    ];
+    for (name, [rates, latencies]) in names.iter().zip(shares) {
+        let rate = Figure::median(format!("{name}: the saturated server's rate"), rates, "% of without");
+        let p99 = Figure::median(format!("{name}: p99 at {EASY_RATE} requests/s"), latencies, "% of without");
+        figures.extend(if name == "tcpdump" {
+            [rate, p99]
+        } else {
+            [rate.wanted(Wanted::AtLeast(98.0)), p99.wanted(Wanted::AtMost(102.0))]
+        });
     }
     Ok(figures)
+}
+
+/// Runs `start` on one CPU, and whatever it starts.
+fn on_cpu<T>(cpu: CoreId, start: impl FnOnce() -> Result<T>) -> Result<T> {
+    let all = sched_getaffinity(Pid::from_raw(0))?;
+    let mut one = CpuSet::new();
+    one.set(cpu.id)?;
+    sched_setaffinity(Pid::from_raw(0), &one)?;
+    let outcome = start();
+    sched_setaffinity(Pid::from_raw(0), &all)?;
+    outcome
 }
 
 /// Starts what captures the requests to the online server, and only that.

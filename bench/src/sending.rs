@@ -38,7 +38,7 @@ pub fn run(options: Options) -> Result<Vec<Figure>> {
         let file = std::env::temp_dir().join(format!("replayer-bench-{}.pcap", std::process::id()));
         fs::write(&file, capture_file()).with_context(|| format!("writing {}", file.display()))?;
         let (mut samples, mut shares): ([Vec<f64>; 4], _) = (Default::default(), Vec::new());
-        let measured = (0..if options.quick { 1 } else { 5 }).try_for_each(|_| {
+        let measured = (0..if options.quick { 1 } else { 11 }).try_for_each(|_| {
             // A queue of the device has one AF_XDP socket at a time.
             let mut port = cable.sender()?;
             let mut amplified = Amplified::new(&mut port);
