@@ -349,9 +349,17 @@ fn b055_strangers_are_refused_with_a_reason_while_a_peer_goes_on() {
     // Half-open, and one that sends its hello byte by byte and never finishes it.
     let mut silent = TcpStream::connect(assistant.address()).unwrap();
     let mut slow = TcpStream::connect(assistant.address()).unwrap();
-    slow.write_all(&hello_bytes(b"key")[..20]).unwrap();
     until(&mut assistant, &mut worker, |a, _| a.server.counters().accepted == 8);
-    assistant.now += HELLO_TIMEOUT;
+    for byte in &hello_bytes(b"key")[..20] {
+        assert_eq!(assistant.server.counters().refused_slow, 0, "before the time is over");
+        slow.write_all(std::slice::from_ref(byte)).unwrap();
+        assistant.now += HELLO_TIMEOUT / 20;
+        assistant.turn();
+        // What is replayed goes on meanwhile.
+        let seq = worker.got.len() as u32;
+        assert_eq!(assistant.respond(header(1000, seq)), Some(true));
+        until(&mut assistant, &mut worker, |_, w| w.got.len() as u32 == seq + 1);
+    }
     assert_eq!(read_to_end(&mut assistant, &mut silent), refusal(Refusal::Slow));
     assert_eq!(read_to_end(&mut assistant, &mut slow), refusal(Refusal::Slow));
 
@@ -365,8 +373,9 @@ fn b055_strangers_are_refused_with_a_reason_while_a_peer_goes_on() {
     until(&mut assistant, &mut second, |_, w| w.client.is_connected());
     drop(scan);
 
+    let got = worker.got.len();
     assert_eq!(assistant.respond(header(1000, 3)), Some(true));
-    until(&mut assistant, &mut worker, |_, w| w.got.len() == 1);
+    until(&mut assistant, &mut worker, |_, w| w.got.len() == got + 1);
     let counters = assistant.server.counters();
     assert_eq!((counters.refused_protocol, counters.refused_key, counters.refused_version), (3, 1, 1));
     assert_eq!(counters.refused_slow, 2);
