@@ -77,7 +77,7 @@ pub fn run(mut args: OnlineArgs, configuration: Configuration) -> Result<()> {
     let stopped = online.stop();
     online.say_tls();
     let mut figures = online.figures(&online.verdicts);
-    figures.handed_over = Some(capture::handed_over(&online.verdicts));
+    figures.handed_over = capture::handed_over(&online.verdicts);
     let (seconds, cpu) = spent(started);
     let mut summary = figures.summary(seconds, cpu);
     let not_chosen = capture::not_chosen(&online.verdicts);
@@ -455,7 +455,6 @@ impl Online {
         self.capture.detach();
         // What the programs have in hand arrives.
         std::thread::sleep(MOMENT);
-        self.verdicts = self.capture.verdicts();
         for worker in &self.workers {
             worker.shared.stop.store(true, Ordering::Release);
             // A full counter wakes the worker just as well.
@@ -463,6 +462,7 @@ impl Online {
         }
         let threads: Vec<_> = self.workers.iter_mut().filter_map(|worker| worker.thread.take()).collect();
         let died = threads.into_iter().filter_map(|thread| thread.join().err()).count();
+        self.verdicts = self.capture.verdicts();
         if died > 0 {
             bail!(
                 "{died} of {} workers died; this is a bug of the replayer, please report it with the lines above. Some sessions may be open \

@@ -91,6 +91,7 @@ pub struct Figures {
     port: PortCounters,
     sockets: Statistics,
     taken: u64,
+    left: u64,
     /// At the end: packets that the capture program gave to the workers' rings or sockets.
     pub handed_over: Option<u64>,
     /// One for each worker and assistant.
@@ -142,6 +143,7 @@ impl Figures {
         self.capture_to_transmit.add(&worker.capture_to_transmit);
         self.target_response.add(&worker.target_response);
         self.taken += worker.taken;
+        self.left += worker.left;
         let (mine, theirs) = (&mut self.port, &worker.port);
         mine.received += theirs.received;
         mine.misplaced += theirs.misplaced;
@@ -188,6 +190,7 @@ impl Figures {
         self.lost_by_place.extend([
             ("capture_socket.rx_ring_full", socket.rx_ring_full),
             ("capture_socket.rx_dropped", socket.rx_dropped),
+            ("left_at_the_end", self.left),
         ]);
     }
 
@@ -268,8 +271,9 @@ impl Figures {
     pub fn identities(&self) -> Vec<(&'static str, u64, u64)> {
         let mut identities = self.counters.identities(&self.pending.unwrap_or_default()).to_vec();
         if let Some(handed_over) = self.handed_over {
-            let accounted = self.taken + self.sockets.rx.rx_dropped + self.sockets.rx.rx_ring_full;
-            let name = "packets handed over by the capture program = taken by a worker + lost at its socket";
+            let accounted =
+                self.taken + self.left + self.sockets.rx.rx_dropped + self.sockets.rx.rx_ring_full;
+            let name = "packets handed over by the capture program = taken by a worker + lost at its socket + left at the end";
             identities.push((name, handed_over, accounted));
         }
         identities

@@ -82,6 +82,8 @@ pub struct Snapshot {
     pub sockets: Statistics,
     /// Packets that the capture program handed over, taken by this worker.
     pub taken: u64,
+    /// Only in the last one: those that it had no frames for until the end.
+    pub left: u64,
     /// By assistant.
     pub channels: Vec<ClientCounters>,
     /// Which of them are connected.
@@ -410,7 +412,10 @@ impl Worker {
             channel.flush(now);
         }
         self.publish(now);
+        let port = &mut self.surroundings.port;
+        let left = self.source.as_mut().map_or(0, |source| source.discard(port));
         if let Ok(mut snapshot) = self.shared.snapshot.lock() {
+            snapshot.left = left;
             snapshot.pending = Some(self.engine.pending());
         }
     }

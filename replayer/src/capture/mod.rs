@@ -230,9 +230,10 @@ pub fn lost(verdicts: &Value) -> u64 {
 }
 
 /// Of the same: packets that the program which gives them to the workers put into a ring or gave to a socket, which may have lost them still.
-pub fn handed_over(verdicts: &Value) -> u64 {
+/// `None`: they cannot be read.
+pub fn handed_over(verdicts: &Value) -> Option<u64> {
     let counters = [("ring", "copied"), ("span", "redirected"), ("capture", "redirected")];
-    counters.iter().filter_map(|&(program, name)| verdicts[program][name].as_u64()).sum()
+    counters.iter().find_map(|&(program, name)| verdicts[program][name].as_u64())
 }
 
 /// Of the same: clients' packets to services that were not to be captured, for they are outside the sample or say nothing.
@@ -276,6 +277,27 @@ impl Source {
             }
             Source::Ring(reader) => reader.receive(port, out),
         }
+    }
+
+    /// Throws away what was not taken; how many packets, as the program handed them over.
+    pub fn discard(&mut self, port: &mut Port) -> u64 {
+        let mut count = 0;
+        match self {
+            Source::Port(received) => {
+                received.clear();
+                while port.receive(received) > 0 {
+                    count += received.len() as u64;
+                    received.drain(..).for_each(|packet| port.release(packet.frame));
+                    port.reclaim();
+                }
+            }
+            Source::Ring(reader) => {
+                while reader.skip() {
+                    count += 1;
+                }
+            }
+        }
+        count
     }
 
     /// How many of the packets that the capture program handed over were taken: [`handed_over`] says how many there were.

@@ -71,6 +71,11 @@ impl Reader {
         out.len() - before
     }
 
+    /// Throws the next packet away; false when there is none.
+    pub(super) fn skip(&mut self) -> bool {
+        self.ring.next().is_some()
+    }
+
     /// Packets that were taken out of it with [`Reader::receive`], as the program copied them: not yet cut to segments.
     pub(super) fn taken(&self) -> u64 {
         self.taken
