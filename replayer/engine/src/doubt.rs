@@ -249,7 +249,7 @@ impl Engine {
         if is_known { (seq.wrapping_sub(connection.next_seq) as i32).unsigned_abs() } else { u32::MAX }
     }
 
-    /// The connection before `found`, if the segment is the next of its stream.
+    /// The connection before `found`, if the segment is of its stream: the next of it, or what lies just behind that.
     fn go_back<O: Output>(
         &mut self,
         now_ns: u64,
@@ -263,23 +263,39 @@ impl Engine {
         let connection = &self.connections[before];
         // Where none is known, what is near no other stream is of this one.
         let is_known = connection.phase != Phase::BetweenTurns;
-        let ahead = if is_known { segment.seq.wrapping_sub(connection.next_seq) } else { NEAR - 1 };
+        let (away, next_seq) = match is_known {
+            true => (self.distance(before, segment.seq), connection.next_seq),
+            false => (NEAR - 1, segment.seq),
+        };
         let is_reset = segment.flags & flags::RST != 0;
-        let fits = ahead < NEAR && self.acknowledgment_fits(before, segment.ack);
-        let is_next = ahead == 0 || fits && !is_reset;
-        let is_next = is_next && segment.flags & flags::SYN == 0 && (is_reset || !segment.is_pure_ack());
-        let is_nearer = found.is_none_or(|c| ahead < self.distance(c, segment.seq));
-        if !is_next || !is_nearer || self.connections.end(before) != End::Open {
+        let fits = away < NEAR && self.acknowledgment_fits(before, segment.ack);
+        let is_of = away == 0 || fits && !is_reset;
+        let is_of = is_of && segment.flags & flags::SYN == 0 && (is_reset || !segment.is_pure_ack());
+        let is_behind = seq_before(segment.seq, next_seq);
+        let is_nearer = found.is_none_or(|c| {
+            let other = self.distance(c, segment.seq);
+            match self.connections[c].phase {
+                // Where nothing is replayed, its number may have come from this very stream.
+                Phase::Watching | Phase::Encrypted => away <= other,
+                // A stream has repetitions of its own.
+                _ if is_behind => other >= NEAR,
+                _ => away < other,
+            }
+        });
+        if !is_of || !is_nearer || self.connections.end(before) != End::Open {
             return found;
         }
-        if is_reset {
+        let fin = u32::from(segment.flags & flags::FIN != 0);
+        let end = segment.seq.wrapping_add(segment.payload_len).wrapping_add(fin);
+        if is_reset || is_behind && !seq_before(next_seq, end) {
+            // Nothing new, but not of another stream either.
             return Some(before);
         }
         self.connections[before].place = Place::Current;
         self.earlier -= 1;
         match found {
             // Who does not know the very number may be a stranger: the other one stays.
-            Some(c) if ahead > 0 && self.connections.end(c) == End::Open => self.put_behind(hash, c),
+            Some(c) if away > 0 && self.connections.end(c) == End::Open => self.put_behind(hash, c),
             Some(c) => self.replace(now_ns, c, out),
             None => {}
         }

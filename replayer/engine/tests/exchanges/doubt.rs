@@ -664,6 +664,52 @@ fn a_connection_before_that_was_reset_does_not_have_its_place_again() {
 }
 
 #[test]
+fn what_a_client_repeats_behind_a_strangers_connection_is_its_own() {
+    // The last data once more, its last byte, a keepalive probe, and the same with an acknowledgment far from the last.
+    let repeated = ["PA 1+100 ack 51", "PA 51+50 ack 51", "A 100+1 ack 51", "A 100+1 ack 300000000"];
+    for text in repeated {
+        for (name, forgotten) in [("SYN", false), ("data", false), ("data", true)] {
+            let mut lab = between_turns();
+            if name == "data" {
+                lab.client("PA 200000101+10 ack 51");
+                lab.pass(2 * S);
+            } else {
+                stranger(&mut lab, 77_000_000, &["S 0 mss 1460", "A 1 ack 1"]);
+            }
+            assert_eq!(lab.engine.gauges().connections_live, 2, "{name}");
+            if forgotten {
+                lab.pass(1_000 * S);
+                assert_eq!(lab.engine.gauges().connections_live, 1);
+            }
+            lab.sent();
+            lab.client(text);
+            lab.client(text);
+            // Within a turn, and at a new one.
+            lab.client("PA 101+100 ack 51");
+            lab.expect(&["PA 101+100 ack 51"]);
+            lab.target("PA 51+50 ack 201");
+            lab.pass(50 * MS);
+            lab.client("PA 201+100 ack 101");
+            let texts: Vec<_> = lab.sent().iter().map(|segment| lab.text(segment)).collect();
+            assert!(
+                texts.contains(&"PA 201+100 ack 101".to_owned()),
+                "{name}, {forgotten}, {text}: {texts:?}"
+            );
+            assert_eq!(lab.count(Counter::ConnectionsJoined), 0, "{name}, {forgotten}, {text}");
+            lab.stop();
+        }
+    }
+}
+
+#[test]
+fn what_a_client_repeats_together_with_new_bytes_gives_its_connection_its_place_again() {
+    let mut lab = reset_by_its_server();
+    lab.client("PA 51+100 ack 51");
+    let texts: Vec<_> = lab.sent().iter().map(|segment| lab.text(segment)).collect();
+    assert!(texts.contains(&"PA 101+50 ack 51".to_owned()), "{texts:?}");
+}
+
+#[test]
 fn a_strangers_acknowledgment_before_any_data_does_not_say_what_the_client_has_read() {
     let mut lab = Lab::new();
     lab.client("S 0 mss 1460");
@@ -693,10 +739,13 @@ fn whatever_a_stranger_guesses_the_client_has_its_session_and_every_byte() {
         let (mut sent, mut read, mut arrived) = (1u32, 1u32, 1u32);
         // What the stranger has sent up to.
         let mut guess = 1u32 << 31;
+        // The client's last data, and what it had read then.
+        let mut last = None;
         for _ in 0..60 {
             if below(4) == 0 {
                 let len = 1 + below(1400) as u32;
                 lab.client(&format!("PA {sent}+{len} ack {read}"));
+                last = Some((sent, len));
                 sent += len;
                 lab.pass(MS * below(60));
                 for segment in lab.sent() {
@@ -710,6 +759,18 @@ fn whatever_a_stranger_guesses_the_client_has_its_session_and_every_byte() {
                 lab.target(&format!("PA {read}+{answer} ack {sent}"));
                 read += answer;
                 lab.pass(60 * MS);
+                continue;
+            }
+            if let Some((begin, len)) = last
+                && below(6) == 0
+            {
+                // Its acknowledgment was lost, or the connection is idle: nothing new.
+                lab.client(&match below(3) {
+                    0 => format!("PA {begin}+{len} ack {read}"),
+                    1 => format!("A {}+1 ack {read}", sent - 1),
+                    _ => format!("A {} ack {read}", sent - 1),
+                });
+                lab.pass(MS * below(2500));
                 continue;
             }
             // Anywhere but within what may be missing of the client's stream, or on from the last guess.
