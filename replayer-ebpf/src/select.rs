@@ -19,7 +19,7 @@ use crate::maps::{CONFIG, HANDSHAKES, is_chosen, is_service, is_service_port};
 /// `PACKET_HOST` of `linux/if_packet.h`: the frame was addressed to this host.
 const PACKET_HOST: u32 = 0;
 
-/// "Next program": `TCX_NEXT`, and `TC_ACT_UNSPEC` where the program is attached as a clsact filter.
+/// "Next program": `TCX_NEXT`, which is the number of `TC_ACT_UNSPEC` too.
 pub const NEXT: i32 = TC_ACT_UNSPEC;
 
 /// A packet to be captured.

@@ -14,7 +14,6 @@
 //! - [`capture`]: how requests get to the workers: mirror, ring, or span
 //! - [`netns`]: network namespaces
 //! - [`programs`]: the BPF programs and their maps
-//! - `clsact`: how old kernels attach them, and what may be left of that
 //! - [`net`]: routes, neighbours, devices
 //! - [`connections`]: the connections that a server has
 //! - [`moderation`]: when to pause, so that one wake-up serves many packets
@@ -35,7 +34,6 @@ pub mod channel;
 pub mod cli;
 pub mod clients;
 pub mod clock;
-mod clsact;
 pub mod configuration;
 pub mod connections;
 pub mod diagnosis;

@@ -3,9 +3,8 @@
 //! The compiled object is committed beside its source in `replayer-ebpf`; names, layouts and limits of the
 //! maps are in [`replayer_common::maps`].
 //!
-//! Attachments are BPF links wherever the kernel has them: a link is a descriptor of this process, so that
-//! the kernel removes the program when the process ends, SIGKILL included. The one exception is said aloud
-//! ([`Attachment`]).
+//! Attachments are BPF links and nothing else: a link is a descriptor of this process, so that the kernel
+//! removes the program when the process ends, SIGKILL included.
 //!
 //! What may not happen here: a program is attached before its maps say what to do; nothing else on the device
 //! is replaced.
@@ -21,11 +20,10 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, XskMap};
 use aya::pin::PinError;
 use aya::programs::links::FdLink;
-use aya::programs::tc::{self, NlOptions, TcAttachOptions, TcAttachType};
+use aya::programs::tc::{TcAttachOptions, TcAttachType};
 use aya::programs::xdp::XdpLink;
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, Xdp, XdpMode, loaded_programs};
 use aya::{Ebpf, EbpfError};
-use nix::net::if_::if_nametoindex;
 use replayer_common::addr::Ip;
 use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict, RingVerdict, SpanVerdict};
 use replayer_common::maps::{
@@ -36,7 +34,6 @@ use thiserror::Error;
 
 use crate::capture::mirror::Mirror;
 use crate::clients::Clients;
-use crate::clsact::{self, Claim};
 use crate::net::Device;
 
 /// The object with all programs and maps.
@@ -48,10 +45,9 @@ pub type Services = BTreeSet<(Protocol, Ip, u16)>;
 
 /// One loaded copy of the object: its maps, and the programs that were attached. Dropping it detaches them.
 pub struct Programs {
-    // Fields drop in this order: a program is detached before its maps go, and a filter before it is not claimed any more.
+    // Fields drop in this order: a program is detached before its maps go.
     links: Vec<(Program, FdLink)>,
     ebpf: Ebpf,
-    claims: Vec<Claim>,
     services: BTreeSet<(Protocol, Ip, u16)>,
     local: BTreeSet<Ip>,
 }
@@ -80,8 +76,6 @@ pub enum Attachment {
     Generic,
     /// tcx link.
     Tcx,
-    /// clsact filter, on kernels before 6.6.
-    Clsact,
 }
 
 impl fmt::Display for Attachment {
@@ -90,10 +84,6 @@ impl fmt::Display for Attachment {
             Attachment::Native => "XDP in native mode",
             Attachment::Generic => "XDP in generic mode, which is slower (the driver has no native XDP)",
             Attachment::Tcx => "tcx",
-            Attachment::Clsact => {
-                "clsact filter, since this kernel has no tcx (Linux 6.6); \
-                 after a SIGKILL remove it with `tc qdisc del dev … clsact`"
-            }
         })
     }
 }
@@ -199,6 +189,17 @@ impl fmt::Debug for Programs {
     }
 }
 
+/// Whether the kernel has tcx, by which [`Program::Mirror`] and [`Program::Ring`] are attached to `device`. One before 6.6 knows no such
+/// attach type (kernel/bpf/syscall.c, `bpf_prog_query`); another refusal is for [`Programs::attach_ingress`] to name.
+pub fn has_tcx(device: &str) -> bool {
+    !SchedClassifier::query_tcx(device, TcAttachType::Ingress).is_err_and(|error| is_unknown(&error))
+}
+
+/// Whether the kernel knows no such attach type.
+fn is_unknown(error: &ProgramError) -> bool {
+    matches!(errno(error), Some(libc::EINVAL | libc::EOPNOTSUPP))
+}
+
 /// What is to be said before XDP is attached to a device: `None` where its link stays up for certain.
 pub fn before_xdp(device: &Device) -> Option<String> {
     let driver = match device.kind.as_deref() {
@@ -217,13 +218,7 @@ impl Programs {
     pub fn load() -> Result<Programs, ProgramsError> {
         crate::afxdp::raise_memlock();
         let ebpf = Ebpf::load(OBJECT).map_err(|error| ProgramsError::Load(Box::new(error)))?;
-        Ok(Programs {
-            links: Vec::new(),
-            ebpf,
-            claims: Vec::new(),
-            services: BTreeSet::new(),
-            local: BTreeSet::new(),
-        })
+        Ok(Programs { links: Vec::new(), ebpf, services: BTreeSet::new(), local: BTreeSet::new() })
     }
 
     /// Makes `services` the services: addresses and ports of the online servers for [`Program::Mirror`] (an
@@ -341,7 +336,7 @@ impl Programs {
     }
 
     /// Attaches [`Program::Mirror`] or [`Program::Ring`] to the ingress side of `device`, in front of what is there already: they
-    /// let everything pass. Kernels without tcx get a clsact filter instead.
+    /// let everything pass. See [`has_tcx`].
     pub fn attach_ingress(&mut self, which: Program, device: &str) -> Result<Attachment, ProgramsError> {
         let name = which.name();
         let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
@@ -349,41 +344,12 @@ impl Programs {
         let attach_error =
             |source| ProgramsError::Attach { name, device: device.to_owned(), source: Box::new(source) };
         let order = TcAttachOptions::TcxOrder(LinkOrder::first());
-        let link = match program.attach_with_options(device, TcAttachType::Ingress, order) {
-            Ok(link) => link,
-            // Before 6.6 the kernel does not know the attach type.
-            Err(error) if matches!(errno(&error), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
-                return self.attach_clsact(which, device);
-            }
-            Err(error) => return Err(attach_error(error)),
-        };
+        let link = program.attach_with_options(device, TcAttachType::Ingress, order).map_err(attach_error)?;
         let link = program.take_link(link).map_err(program_error(name))?;
         let link =
             FdLink::try_from(link).map_err(|_| ProgramsError::NoLink { name, device: device.to_owned() })?;
         self.links.push((which, link));
         Ok(Attachment::Tcx)
-    }
-
-    /// Attaches [`Program::Mirror`] or [`Program::Ring`] to the ingress side of `device` by a clsact filter, and removes those that roles that
-    /// were killed have left there.
-    pub fn attach_clsact(&mut self, which: Program, device: &str) -> Result<Attachment, ProgramsError> {
-        let name = which.name();
-        let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
-        loaded(program.load(), name)?;
-        let attach_error =
-            |source| ProgramsError::Attach { name, device: device.to_owned(), source: Box::new(source) };
-        let io_error = |error: std::io::Error| attach_error(ProgramError::IOError(error));
-        let ifindex = if_nametoindex(device).map_err(|errno| io_error(errno.into()))?;
-        let id = program.info().map_err(program_error(name))?.id();
-        // Before the filter is there: else another role that starts would take it for a left one.
-        self.claims.push(Claim::make(id).map_err(io_error)?);
-        // An error means that it is there already, or shows in the next step.
-        let _ = tc::qdisc_add_clsact(device);
-        clsact::remove_stale(ifindex).map_err(io_error)?;
-        let options = TcAttachOptions::Netlink(NlOptions::default());
-        // This link stays in `ebpf`, which removes the filter when it is dropped.
-        program.attach_with_options(device, TcAttachType::Ingress, options).map_err(attach_error)?;
-        Ok(Attachment::Clsact)
     }
 
     /// Attaches [`Program::Capture`] to the mirror's far end, in native mode: generic XDP skips clones
@@ -447,10 +413,6 @@ impl Programs {
     /// Detaches a program; the maps and the counters stay.
     pub fn detach(&mut self, which: Program) {
         self.links.retain(|(program, _)| *program != which);
-        // A clsact filter is held by the program itself.
-        if let Ok(classifier) = program::<SchedClassifier>(&mut self.ebpf, which.name()) {
-            let _ = classifier.unload();
-        }
     }
 
     /// The counters of a program, in a fixed order. Together they are the packets that it saw.
@@ -655,6 +617,18 @@ mod tests {
     use replayer_common::addr;
 
     use super::*;
+
+    #[test]
+    fn a_kernel_without_tcx_does_not_know_the_attach_type() {
+        let refused = |errno| {
+            let io_error = io::Error::from_raw_os_error(errno);
+            ProgramError::SyscallError(aya::sys::SyscallError { call: "bpf_prog_query", io_error })
+        };
+        assert!(is_unknown(&refused(libc::EINVAL)));
+        for errno in [libc::EPERM, libc::ENODEV, libc::ENOENT] {
+            assert!(!is_unknown(&refused(errno)));
+        }
+    }
 
     #[test]
     fn services_that_share_an_address_or_a_port_word() {

@@ -7,6 +7,7 @@ use clap::ValueEnum;
 
 use super::mirror::MAX_MTU;
 use crate::net::{Device, NetError, Network};
+use crate::programs;
 
 /// What was asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -52,12 +53,19 @@ pub struct Facts {
     pub offloaded: u32,
     /// Whether some service has no address.
     pub wildcard: bool,
+    /// [`programs::has_tcx`].
+    pub tcx: bool,
 }
 
 impl Facts {
     /// Looks at the device. `wildcard`: some service is a port on any address.
     pub fn find(network: &mut Network, device: &Device, wildcard: bool) -> Result<Facts, NetError> {
-        Ok(Facts { serves: network.service_of(device)?, offloaded: device.gro_max_size, wildcard })
+        Ok(Facts {
+            serves: network.service_of(device)?,
+            offloaded: device.gro_max_size,
+            wildcard,
+            tcx: programs::has_tcx(&device.name),
+        })
     }
 }
 
@@ -68,9 +76,9 @@ impl Facts {
 pub fn choose(asked: CaptureArg, device: &Device, facts: &Facts) -> Result<(Backend, String)> {
     let name = &device.name;
     let as_asked = || "as asked for".to_owned();
-    match asked {
-        CaptureArg::Mirror => Ok((Backend::Mirror, as_asked())),
-        CaptureArg::Ring => Ok((Backend::Ring, as_asked())),
+    let chosen = match asked {
+        CaptureArg::Mirror => (Backend::Mirror, as_asked()),
+        CaptureArg::Ring => (Backend::Ring, as_asked()),
         CaptureArg::Span => {
             if let Some(serves) = &facts.serves {
                 bail!(
@@ -78,9 +86,9 @@ pub fn choose(asked: CaptureArg, device: &Device, facts: &Facts) -> Result<(Back
                      fed by a switch's mirror port. Name that NIC with -i, or use --capture ring (or auto) here"
                 );
             }
-            Ok((Backend::Span, as_asked()))
+            (Backend::Span, as_asked())
         }
-        CaptureArg::Auto => Ok(match &facts.serves {
+        CaptureArg::Auto => match &facts.serves {
             None if !facts.wildcard => {
                 (Backend::Span, format!("{name} serves nobody, so its packets need no copies"))
             }
@@ -100,9 +108,52 @@ pub fn choose(asked: CaptureArg, device: &Device, facts: &Facts) -> Result<(Back
             Some(_) => {
                 (Backend::Ring, format!("{name} serves this host, and a copy into a ring delays that least"))
             }
-        }),
+        },
+    };
+    if chosen.0 != Backend::Span && !facts.tcx {
+        bail!(
+            "--capture {} on {name}: this kernel has no tcx. Run Linux 6.6 or later on this host; or capture on another one, at a NIC that \
+             serves nobody and is fed by a switch's mirror port, with --capture span and services that name their addresses",
+            chosen.0
+        );
     }
+    Ok(chosen)
 }
 
 /// What receive offload makes without "BIG TCP": packets whose length an IP header can say.
 const RING_OFFLOADED: u32 = 65_536;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_tcx_only_what_needs_none_is_chosen() {
+        let device = Device { name: "eth0".to_owned(), mtu: 1500, ..Device::default() };
+        let serving = Facts {
+            serves: Some("it has an address".to_owned()),
+            offloaded: 65_536,
+            wildcard: false,
+            tcx: true,
+        };
+        let old = Facts { tcx: false, ..serving.clone() };
+        for (asked, backend) in [
+            (CaptureArg::Auto, Backend::Ring),
+            (CaptureArg::Ring, Backend::Ring),
+            (CaptureArg::Mirror, Backend::Mirror),
+        ] {
+            assert_eq!(choose(asked, &device, &serving).unwrap().0, backend);
+            let error = choose(asked, &device, &old).unwrap_err().to_string();
+            let begin = format!(
+                "--capture {backend} on eth0: this kernel has no tcx. Run Linux 6.6 or later on this host; or "
+            );
+            assert!(error.starts_with(&begin) && error.contains("--capture span"), "{error}");
+        }
+        let mirror_port = Facts { serves: None, ..old };
+        for asked in [CaptureArg::Auto, CaptureArg::Span] {
+            assert_eq!(choose(asked, &device, &mirror_port).unwrap().0, Backend::Span);
+        }
+        let error = choose(CaptureArg::Auto, &device, &Facts { wildcard: true, ..mirror_port }).unwrap_err();
+        assert!(error.to_string().contains("services that name their addresses"), "{error}");
+    }
+}

@@ -13,7 +13,7 @@ use netlink_packet_route::link::{
 use super::{Mac, NetError, Network};
 
 /// A network device.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Device {
     /// The interface index.
     pub ifindex: u32,
