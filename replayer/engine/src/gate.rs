@@ -104,6 +104,9 @@ impl Marks {
 /// The most of [`Turns::agreed`] that is kept, and from where on the other count is believed.
 const AGREED_MOST: i8 = 32;
 const DISAGREED: i8 = -2;
+/// Response bytes that a turn waits for at most: numbers are compared by which half of all they are in (RFC 9293 section 3.4), and the two counts
+/// may be apart by some too. A client that has read more since its last data is asked for this much.
+const MOST_NEED: u32 = (1 << 31) - (1 << 28) - 1;
 
 /// How the last segment of the response came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -290,6 +293,7 @@ impl Turns {
         if need == 0 {
             return Gate::Bytes;
         }
+        let need = need.min(MOST_NEED);
         let alike = self.online_base.wrapping_add(need);
         let counted =
             if closes { self.counted_to_the_end(session, need) } else { self.counted(session, need) };
@@ -985,5 +989,20 @@ mod tests {
         let mut s = session();
         assert_eq!(s.gate(300, none(), false, 1000, 5), Gate::Wait(1005));
         assert_eq!(s.gate(300, none(), false, 1000, 1005), Gate::HoldLimit);
+    }
+
+    #[test]
+    fn a_count_of_which_half_of_all_numbers_are_less_is_not_reached_at_once() {
+        for need in [(1 << 31) + 1, 3_000_000_000] {
+            let mut s = session();
+            assert_eq!(s.gate(need, none(), false, 1000, 5), Gate::Wait(1005), "{need}");
+            // Two writes, the second of them just before the limit.
+            response(&mut s, 100, true, 6);
+            assert!(matches!(s.gate(need, none(), false, 1000, 6), Gate::Wait(_)), "{need}");
+            response(&mut s, 100, true, 1005);
+            assert_eq!(s.gate(need, none(), false, 1000, 1005), Gate::HoldLimit, "{need}");
+            // The target has not sent all that was asked for: silence still ends what it answers.
+            assert!(!s.turns.ahead.is_flowing(), "{need}");
+        }
     }
 }
