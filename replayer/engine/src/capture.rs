@@ -721,14 +721,12 @@ impl Engine {
     ) -> Fate {
         let payload = Self::payload(out, in_hand);
         let len = payload.len() as u32;
-        let connection = &self.connections[c];
         let places = store::places(len);
-        let over = connection.held_places + places > self.config.limits.places_per_connection();
-        let stored = if over {
-            None
-        } else {
-            self.store.insert(Segment::new(seq, ack, push, micros(now_ns)), payload).ok()
-        };
+        let new = || Segment::new(seq, ack, push, micros(now_ns));
+        let mut stored = self.hold(c, new(), payload);
+        if stored.is_none() && self.drop_doubtful(c) {
+            stored = self.hold(c, new(), payload);
+        }
         let Some(segment) = stored else {
             return self.over_limit(now_ns, c, seq.wrapping_add(len), ack, out);
         };
@@ -739,14 +737,26 @@ impl Engine {
         Ok(self.link(now_ns, c, segment, in_hand, out))
     }
 
-    /// No room to hold the stream: its sessions are shed whole, and it is joined again at its next turn.
+    /// Stores a segment, if there is room for that, and the connection may have it.
+    fn hold(&mut self, c: u32, segment: Segment, payload: &[u8]) -> Option<u32> {
+        let held = self.connections[c].held_places + store::places(payload.len() as u32);
+        if held > self.config.limits.places_per_connection() {
+            return None;
+        }
+        self.store.insert(segment, payload).ok()
+    }
+
+    /// No room to hold the stream, up to `end`: its sessions are shed whole, and it is joined again at its next turn.
     fn over_limit<O: Output>(&mut self, now_ns: u64, c: u32, end: u32, ack: u32, out: &mut O) -> Fate {
+        let ack_fits = self.acknowledgment_fits(c, ack);
         self.drop_out_of_order(c, Counter::BytesLimit);
         self.shed(now_ns, c, out);
         let connection = &mut self.connections[c];
         connection.phase = Phase::Watching;
         connection.next_seq = end;
-        (connection.last_ack, connection.ack_known) = (ack, true);
+        if ack_fits {
+            (connection.last_ack, connection.ack_known) = (ack, true);
+        }
         self.connections.set_early_end(c, None);
         Err((Counter::PacketsLimit, Counter::BytesLimit))
     }
@@ -858,13 +868,16 @@ impl Engine {
         out: &mut O,
     ) -> Fate {
         let mut left = Self::payload(out, in_hand);
-        let end = seq.wrapping_add(left.len() as u32);
+        let (whole, end) = (left.len() as u64, seq.wrapping_add(left.len() as u32));
         let mut kept = 0;
         let mut duplicate = 0;
         let (mut previous, steps) = self.out_of_order_before(c, seq);
         if self.connections.out_of_order(c) == NONE {
             self.connections.forget_walk(c);
         } else if steps > 0 && self.connections.walk(c, steps, previous, FREE_STEPS) > MOST_STEPS {
+            if self.drop_doubtful(c) {
+                return Err((Counter::PacketsLimit, Counter::BytesLimit));
+            }
             return self.over_limit(now_ns, c, end, ack, out);
         }
         while !left.is_empty() {
@@ -886,16 +899,13 @@ impl Engine {
             let (piece, rest) = left.split_at(room);
             if !piece.is_empty() {
                 let len = piece.len() as u32;
-                let held = self.connections[c].held_places + store::places(len);
-                let over = held > self.config.limits.places_per_connection();
-                let stored = if over {
-                    None
-                } else {
-                    self.store
-                        .insert(Segment::new(seq, ack, push && rest.is_empty(), micros(now_ns)), piece)
-                        .ok()
-                };
-                let Some(segment) = stored else {
+                let new = Segment::new(seq, ack, push && rest.is_empty(), micros(now_ns));
+                let Some(segment) = self.hold(c, new, piece) else {
+                    if self.drop_doubtful(c) || !self.continues(c, seq, ack) {
+                        // What was kept of it is still held, or has just been counted.
+                        self.counters[Counter::BytesLimit] += whole - kept;
+                        return Ok(Counter::PacketsLimit);
+                    }
                     let fate = self.over_limit(now_ns, c, end, ack, out);
                     // The caller counts the whole packet; what was kept of it has just been counted too.
                     self.counters[Counter::BytesLimit] -= kept;

@@ -616,6 +616,11 @@ impl Connections {
         self.change(c, |rarity| rarity.out_of_order_tail = last);
     }
 
+    /// What is held ends with `last`, which was not the last one.
+    pub(crate) fn cut_out_of_order(&mut self, c: u32, last: u32) {
+        self.change(c, |rarity| (rarity.out_of_order_tail, rarity.walked_to) = (last, NONE));
+    }
+
     pub(crate) fn set_early_end(&mut self, c: u32, end: Option<EarlyEnd>) {
         if self.early_end(c) != end {
             self.change(c, |rarity| rarity.early_end = end);

@@ -41,7 +41,8 @@ pub(crate) struct Behind {
     /// The numbers of the first segment, and what it acknowledges.
     first: (u32, u32),
     bytes: u32,
-    /// The end of the last segment.
+    /// The last segment, or `NONE` where there is none but an end, and where it ends.
+    last: u32,
     pub(crate) end: u32,
     /// The most that one of them acknowledges.
     pub(crate) ack: u32,
@@ -73,7 +74,7 @@ impl Engine {
 
     /// Whether `ack` is near what the client has acknowledged before. Pure acknowledgments are not captured, so a client that has read much is
     /// further on.
-    fn acknowledgment_fits(&self, c: u32, ack: u32) -> bool {
+    pub(crate) fn acknowledgment_fits(&self, c: u32, ack: u32) -> bool {
         let connection = &self.connections[c];
         !connection.ack_known || ack.wrapping_sub(connection.last_ack).wrapping_add(READ) < 2 * READ
     }
@@ -86,11 +87,11 @@ impl Engine {
             (NONE, Some(EarlyEnd { seq, ack, .. })) => ((seq, ack), seq),
             _ => ((self.store[next].seq, self.store[next].ack), self.store[next].seq),
         };
-        let mut behind = Behind { first, bytes: 0, end, ack: first.1 };
+        let mut behind = Behind { first, bytes: 0, last: NONE, end, ack: first.1 };
         while next != NONE && self.store[next].seq.wrapping_sub(behind.end) < NEAR {
             let stored = &self.store[next];
             behind.bytes += stored.len;
-            behind.end = stored.end();
+            (behind.last, behind.end) = (next, stored.end());
             if seq_before(behind.ack, stored.ack) {
                 behind.ack = stored.ack;
             }
@@ -112,27 +113,54 @@ impl Engine {
         }
     }
 
+    /// Whether what is behind a hole is the client's beyond reasonable doubt.
+    fn is_the_clients(&self, c: u32, behind: &Behind) -> bool {
+        let (seq, ack) = behind.first;
+        self.fits(c, seq, ack) || behind.bytes >= MUCH && self.acknowledgment_fits(c, ack)
+    }
+
+    /// There is no room to hold more of the stream. Drops what is held of it and may be a stranger's. Returns whether anything was.
+    pub(crate) fn drop_doubtful(&mut self, c: u32) -> bool {
+        let Some(behind) = self.behind_hole(c).filter(|behind| behind.last != NONE) else { return false };
+        let is_dropped = if self.is_the_clients(c, &behind) {
+            self.drop_out_of_order_after(c, behind.last, Counter::BytesLimit)
+        } else {
+            self.drop_out_of_order(c, Counter::BytesLimit);
+            true
+        };
+        if is_dropped {
+            self.connections.forget_walk(c);
+        }
+        is_dropped
+    }
+
+    /// Whether a segment at `seq` is of one sender with what is held behind the hole, and that is the client's.
+    pub(crate) fn continues(&self, c: u32, seq: u32, ack: u32) -> bool {
+        let from = self.connections[c].next_seq;
+        let behind = self.behind_hole(c).filter(|behind| behind.last != NONE);
+        let most = behind.map_or(from, |behind| behind.end);
+        seq.wrapping_sub(from) < most.wrapping_sub(from).wrapping_add(NEAR)
+            && self.acknowledgment_fits(c, ack)
+    }
+
     /// The time of a hole is over. Where what is behind it may be a stranger's, the sessions stay, and unless the stream has gone on, another
-    /// connection waits for what follows that.
+    /// connection waits for what follows that, if there is room for one.
     pub(crate) fn end_hole<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
         let Some(behind) = self.behind_hole(c) else { return };
         let end = self.connections.early_end(c);
-        let (seq, ack) = behind.first;
-        let is_the_clients =
-            self.fits(c, seq, ack) || behind.bytes >= MUCH && self.acknowledgment_fits(c, ack);
+        let is_the_clients = self.is_the_clients(c, &behind);
         let went_on = self.connections.went_on_before_hole(c);
         if is_the_clients && went_on {
             return self.open_hole(c, tick(now_ns));
         }
         // Behind another connection it has had its time, and behind an end nothing follows.
         let waits = !went_on && end.is_none() && self.connections[c].place == Place::Current;
-        let is_alone = waits && !self.may_stay(c);
-        if self.connections[c].phase != Phase::Following || is_the_clients || is_alone {
+        if self.connections[c].phase != Phase::Following || is_the_clients {
             return self.give_up_hole(now_ns, c, out);
         }
         self.drop_out_of_order(c, Counter::BytesGap);
         self.connections.set_early_end(c, None);
-        if waits {
+        if waits && self.may_stay(c) {
             self.watch_beside(now_ns, c, behind.end, behind.ack, out);
         }
     }

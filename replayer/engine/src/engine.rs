@@ -669,8 +669,23 @@ impl Engine {
 
     /// Drops what waits behind a hole, counted as `fate`.
     pub(crate) fn drop_out_of_order(&mut self, c: u32, fate: Counter) {
-        let mut segment = self.connections.out_of_order(c);
+        let first = self.connections.out_of_order(c);
         self.connections.set_out_of_order(c, NONE);
+        self.drop_held(c, first, fate);
+    }
+
+    /// The same of what is held after the segment `last`. Returns whether anything is.
+    pub(crate) fn drop_out_of_order_after(&mut self, c: u32, last: u32, fate: Counter) -> bool {
+        let first = core::mem::replace(&mut self.store[last].next, NONE);
+        if first == NONE {
+            return false;
+        }
+        self.connections.cut_out_of_order(c, last);
+        self.drop_held(c, first, fate);
+        true
+    }
+
+    fn drop_held(&mut self, c: u32, mut segment: u32, fate: Counter) {
         while segment != NONE {
             let stored = self.store[segment];
             self.counters[fate] += u64::from(stored.len);

@@ -664,6 +664,118 @@ fn a_connection_before_that_was_reset_does_not_have_its_place_again() {
 }
 
 #[test]
+fn b028_a_strangers_data_far_ahead_that_reaches_a_limit_is_dropped_and_the_sessions_stay() {
+    // Each byte takes a block; the acknowledgment fits or not. From the end on, then between what is held: then the places take many steps.
+    for ack in ["51", "300000000"] {
+        for step in [2, -2] {
+            let mut lab = between_turns();
+            for i in 0..6_000 {
+                lab.client(&format!("A {}+1 ack {ack}", 200_000_000 + step * i));
+            }
+            assert!(lab.count(Counter::PacketsLimit) > 0, "{ack}, {step}");
+            assert_eq!(lab.count(Counter::SessionsLimit), 0, "{ack}, {step}");
+            goes_on_after(&mut lab, 3 * S);
+        }
+        let mut lab = between_turns();
+        for i in 0..2_000 {
+            lab.client(&format!("A {}+1 ack {ack}", 200_000_000 + 4 * i));
+        }
+        for i in 0..2_000 {
+            // Now at the one end of them, now at the other.
+            let place = if i % 2 == 0 { i } else { 2_000 - i };
+            lab.client(&format!("A {}+1 ack {ack}", 200_000_002 + 4 * place));
+        }
+        assert!(lab.count(Counter::PacketsLimit) > 0, "{ack}");
+        assert_eq!(lab.count(Counter::SessionsLimit), 0, "{ack}");
+        goes_on_after(&mut lab, 3 * S);
+    }
+}
+
+/// The client goes on once what a stranger sent has had its time.
+#[track_caller]
+fn goes_on_after(lab: &mut Lab, time: u64) {
+    lab.pass(time);
+    assert_eq!(lab.engine.pending().out_of_order_bytes, 0);
+    goes_on(lab);
+}
+
+#[test]
+fn b028_a_strangers_data_far_ahead_takes_no_room_from_the_clients() {
+    let mut lab = between_turns();
+    // All blocks but one.
+    for i in 0..4_095 {
+        lab.client(&format!("A {}+1 ack 51", 200_000_000 + 2 * i));
+    }
+    assert_eq!(lab.count(Counter::PacketsLimit), 0);
+    lab.client("PA 101+1000 ack 51");
+    lab.expect(&["PA 101+1000 ack 51"]);
+    assert_eq!((lab.count(Counter::SessionsLimit), lab.count(Counter::BytesLimit)), (0, 4_095));
+    // Nor is what the client sends behind a hole dropped with that.
+    for i in 0..4_090 {
+        lab.client(&format!("A {}+1 ack 51", 200_000_000 + 2 * i));
+        if i == 2_000 {
+            lab.client("PA 1201+100 ack 51");
+        }
+    }
+    lab.client("PA 1301+1000 ack 51");
+    lab.client("PA 1301+1000 ack 51");
+    assert_eq!(lab.count(Counter::SessionsLimit), 0);
+    assert_eq!(lab.engine.pending().out_of_order_bytes, 1_100);
+    lab.client("PA 1101+100 ack 51");
+    lab.expect(&["PA 1101+100 ack 51", "PA 1201+100 ack 51", "PA 1301+1000 ack 51"]);
+}
+
+#[test]
+fn b028_a_strangers_data_far_ahead_sheds_nothing_where_the_store_is_full() {
+    let mut config = config();
+    config.limits.held_bytes = 64 * 256;
+    let mut lab = Lab::with(config);
+    lab.handshake();
+    lab.client("PA 1+100 ack 1");
+    lab.target("PA 1+50 ack 101");
+    lab.pass(50 * MS);
+    for i in 0..100 {
+        lab.client(&format!("A {}+1 ack 51", 200_000_000 + 2 * i));
+    }
+    assert!(lab.count(Counter::PacketsLimit) > 0);
+    assert_eq!(lab.count(Counter::SessionsLimit), 0);
+    goes_on_after(&mut lab, 3 * S);
+}
+
+#[test]
+fn where_no_connection_can_be_put_beside_it_a_strangers_data_far_ahead_ends_nothing() {
+    // The table is full.
+    let mut config = config();
+    config.limits.connections = 1;
+    let mut lab = Lab::with(config);
+    lab.handshake();
+    lab.client("PA 1+100 ack 1");
+    lab.target("PA 1+50 ack 101");
+    lab.pass(50 * MS);
+    lab.client("PA 200000101+10 ack 51");
+    goes_on_after(&mut lab, 3 * S);
+    // The client has used its port again, and the connection before is still there.
+    let mut lab = between_turns();
+    lab.isns.client = 77_000_000;
+    lab.client_segments(&["S 0 mss 1460", "A 1 ack 1", "PA 1+100 ack 1"]);
+    let second = lab.sent()[0].source;
+    lab.target_to(second, &["SA 0 ack 1 mss 1460"]);
+    lab.sent();
+    lab.target_to(second, &["PA 1+50 ack 101"]);
+    lab.pass(50 * MS);
+    assert_eq!((lab.engine.gauges().sessions_live, lab.engine.gauges().connections_live), (2, 2));
+    lab.sent();
+    for place in ["200000101", "3000000000"] {
+        lab.client(&format!("PA {place}+10 ack 51"));
+        lab.pass(3 * S);
+    }
+    lab.client("PA 101+100 ack 51");
+    lab.expect(&["PA 101+100 ack 51"]);
+    assert_eq!((lab.count(Counter::SessionsGap), lab.count(Counter::ConnectionsJoined)), (0, 0));
+    lab.stop();
+}
+
+#[test]
 fn what_a_client_repeats_behind_a_strangers_connection_is_its_own() {
     // The last data once more, its last byte, a keepalive probe, and the same with an acknowledgment far from the last.
     let repeated = ["PA 1+100 ack 51", "PA 51+50 ack 51", "A 100+1 ack 51", "A 100+1 ack 300000000"];
