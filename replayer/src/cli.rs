@@ -13,7 +13,11 @@ use replayer_common::packet::Protocol;
 use replayer_engine::AddressRange;
 use replayer_engine::config::Service;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::ops::RangeInclusive;
 use std::str::FromStr;
+
+/// What `--stats` may be, seconds.
+pub(crate) const STATS: RangeInclusive<i64> = 1..=86_400;
 
 /// What is below the help of a role that runs until it is stopped.
 const SIGNALS: &str = "Signals:

@@ -362,6 +362,8 @@ mod tests {
             ("stats = true", "line 4: stats: write a text or a number, as for --stats <SECONDS> on"),
             ("stats = [1]", "line 4: stats: write a text or a number"),
             ("stats = -1", "line 4: stats: invalid value '-1'"),
+            ("stats = 0", "0 is not in 1..=86400"),
+            ("stats = 86401", "86401 is not in 1..=86400"),
             ("stats = 1\nstats = 2", "line 5: duplicate key"),
             ("stats = ", "line 4: "),
             ("[onlin]", "line 4: there is no role [onlin]; tables can be online, assistant, offline, record"),
@@ -372,6 +374,7 @@ mod tests {
         for (text, typed, says) in [
             ("stats = 1", "online", "line 1: stats is in no table; put it below [online]"),
             ("[assistant]", "online", "there is no table [online]"),
+            ("[assistant]\nstats = 86401", "assistant", "86401 is not in 1..=86400"),
             (
                 "[offline]\nspeed = 2\nfile = 'a'\nmbps = 1",
                 "offline --dry-run -x 80-192.0.2.7:80",

@@ -309,6 +309,7 @@ impl Online {
             match signals.wait_until(self.next_step().map_or(next_look, |step| step.min(next_look)))? {
                 Some(Asked::Stop) => return Ok(()),
                 Some(Asked::Reload) => {
+                    let asked = args.replay.stats;
                     self.reload(args);
                     let verdicts = self.capture.verdicts();
                     let figures = self.figures(&verdicts);
@@ -316,7 +317,7 @@ impl Online {
                     let (seconds, cpu) = spent(started);
                     let report = figures.report(verdicts, seconds, cpu);
                     report::write_interim(args.replay.report.as_deref(), report);
-                    if interval != args.replay.stats_interval() {
+                    if asked != args.replay.stats {
                         interval = args.replay.stats_interval();
                         next_line = Instant::now() + interval;
                         before = figures;

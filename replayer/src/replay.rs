@@ -2,7 +2,7 @@
 //! and the engine's configuration that comes of them.
 
 use crate::channel::assistants::Named;
-use crate::cli::{CopiesArg, PercentArg, PoolArg, ServiceArg, StatsFormat, VlanArg};
+use crate::cli::{CopiesArg, PercentArg, PoolArg, STATS, ServiceArg, StatsFormat, VlanArg};
 use crate::clients::ClientArgs;
 use crate::net::VlanTag;
 use crate::report;
@@ -110,7 +110,7 @@ pub struct ReplayArgs {
     pub metrics: Option<SocketAddr>,
 
     /// Print a line of figures this often, in seconds.
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(STATS))]
     pub stats: Option<u32>,
 
     /// How that line looks.
@@ -150,7 +150,7 @@ impl ReplayArgs {
 
     /// How often a line of figures is printed, or would be.
     pub fn stats_interval(&self) -> Duration {
-        Duration::from_secs(u64::from(self.stats.unwrap_or(1).max(1)))
+        Duration::from_secs(self.stats.unwrap_or(1).into())
     }
 
     /// The assistants called `names`.

@@ -340,6 +340,43 @@ fn b063_sighup_has_the_assistants_names_looked_up_again() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn b063_the_first_line_of_figures_after_sighup_is_of_the_time_since() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let file = lab.dir().join("replayer.toml");
+    let service = service(STREAM, lab.target().v4(), STREAM);
+    let write = |more: &str| {
+        let assistant = lab.assistant().v4();
+        fs::write(&file, format!("[online]\nservice = '{service}'\nassistant = '{assistant}'\n{more}"))
+    };
+    write("")?;
+    let mut command = lab.online().command(tool("replayer")?);
+    let written = lab.dir().join("online.json");
+    command.args(["online", "-i", NIC, "--report"]).arg(&written).arg("--config").arg(&file);
+    let mut online = Process::start(&mut command, "online", &lab.dir())?;
+    online.wait_for_message("online ready", SOON)?;
+    let load = format!("--connect {}:{STREAM} --requests 200", lab.online().v4());
+    assert_eq!(Load::run(&lab, "load", &load)?.responses, 200);
+    streams.ensure_equal(200)?;
+    // A worker makes its figures known a little later.
+    let pid = online.pid();
+    wait_for("the figures of all requests", SOON, || {
+        let asked = kill(pid, Signal::SIGHUP).is_ok();
+        asked && report(&written).is_some_and(|it| requests(&it) == 200)
+    })?;
+    write("stats = 1")?;
+    online.signal(Signal::SIGHUP)?;
+    online.wait_for_message("requests/s", SOON)?;
+    let said = online.errors();
+    let line = said.lines().find(|line| line.contains(" requests/s")).context("no line")?;
+    let rate = line.split(" requests/s").next().and_then(|before| before.split_whitespace().last());
+    assert_eq!(rate, Some("0"), "{line}");
+    ensure!(online.stop()?.success(), "{}", online.tail());
+    Ok(())
+}
+
 /// A role in a terminal of its own, in which nobody types.
 struct Typed {
     terminal: Process,

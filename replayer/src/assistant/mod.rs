@@ -25,7 +25,7 @@ pub mod routing;
 
 use crate::channel::limits::DEFAULT_PORT;
 use crate::channel::{Server, ServerConfig};
-use crate::cli::Role;
+use crate::cli::{Role, STATS};
 use crate::clock;
 use crate::configuration::{ConfigArg, Configuration};
 use crate::metrics::{self, Metrics};
@@ -94,8 +94,8 @@ pub struct AssistantArgs {
     #[arg(long, value_name = "IP:PORT")]
     pub metrics: Option<SocketAddr>,
     /// Print a line of counters this often, in seconds
-    #[arg(long, value_name = "SECONDS")]
-    pub stats: Option<u64>,
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(STATS))]
+    pub stats: Option<u32>,
 }
 
 /// Keys of `--config` that a running role takes over.
@@ -226,8 +226,7 @@ impl Assistant {
         metrics: Option<&Metrics>,
         writer: &mut InterimWriter,
     ) -> Result<()> {
-        let interval =
-            |args: &AssistantArgs| args.stats.filter(|&seconds| seconds > 0).map(|it| it * 1_000_000_000);
+        let interval = |args: &AssistantArgs| args.stats.map(|seconds| u64::from(seconds) * 1_000_000_000);
         let mut stats = interval(args);
         let mut next_stats = stats.map_or(u64::MAX, |interval| clock::now() + interval);
         let mut next_metrics = metrics.map_or(u64::MAX, |_| clock::now());

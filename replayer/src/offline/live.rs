@@ -155,13 +155,18 @@ impl Running {
                     break;
                 }
                 Some(Asked::Reload) => {
+                    let asked = (args.replay.stats, terminal);
                     self.reload(args);
                     terminal = to_terminal() && args.replay.stats_format == StatsFormat::Text;
-                    interval = args.replay.stats_interval();
                     let figures = self.figures(services);
                     longest_lag_us = longest_lag_us.max(figures.lag_us);
                     let report = report_of(&figures, shown, spent(started))?;
                     report::write_interim(args.replay.report.as_deref(), report);
+                    if asked != (args.replay.stats, terminal) {
+                        interval = args.replay.stats_interval();
+                        next = Instant::now() + interval;
+                        before = figures;
+                    }
                 }
                 None => {}
             }
