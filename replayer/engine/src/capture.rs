@@ -501,10 +501,13 @@ impl Engine {
         in_hand: &mut Option<InHand<O::Frame>>,
         out: &mut O,
     ) -> Fate {
-        let connection = &mut self.connections[c];
         if segment.is_pure_ack() {
             return Ok(Counter::PacketsAck);
         }
+        if self.connections.end(c) != End::Open {
+            return self.after_end(c, segment.seq, segment.payload_len);
+        }
+        let connection = &self.connections[c];
         let starts_turn = segment.payload_len > 0
             && (connection.phase == Phase::BetweenTurns
                 || (segment.seq == connection.next_seq && connection.ack_advances(segment.ack)));
@@ -636,13 +639,7 @@ impl Engine {
             return Err((Counter::PacketsOutOfWindow, Counter::BytesOutOfWindow));
         }
         if self.connections.end(c) != End::Open {
-            let next_seq = self.connections[c].next_seq;
-            let fresh = !seq_before(seq.wrapping_add(len), next_seq.wrapping_add(1));
-            return if fresh && len > 0 {
-                Err((Counter::PacketsAfterEnd, Counter::BytesAfterEnd))
-            } else {
-                Err((Counter::PacketsDuplicate, Counter::BytesDuplicate))
-            };
+            return self.after_end(c, seq, len);
         }
         let mut fate = Ok(if fin { Counter::PacketsEnd } else { Counter::PacketsDuplicate });
         let seen = if ahead < 0 { ahead.unsigned_abs().min(len) } else { 0 };
@@ -695,6 +692,16 @@ impl Engine {
             }
         }
         fate
+    }
+
+    /// A segment of a stream that has ended.
+    fn after_end(&self, c: u32, seq: u32, len: u32) -> Fate {
+        let fresh = seq_before(self.connections[c].next_seq, seq.wrapping_add(len));
+        if fresh && len > 0 {
+            Err((Counter::PacketsAfterEnd, Counter::BytesAfterEnd))
+        } else {
+            Err((Counter::PacketsDuplicate, Counter::BytesDuplicate))
+        }
     }
 
     /// The payload in hand, as bytes.

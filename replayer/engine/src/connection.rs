@@ -310,7 +310,7 @@ impl NewConnection {
     pub(crate) fn beside(old: &Connection, server: Endpoint, origin: &Origin, now: Tick) -> NewConnection {
         let mut new = NewConnection::new(old.client, server, Phase::Watching, now);
         new.origin.copies = origin.copies;
-        new.origin.set(Origin::SACK_REFUSED, !origin.sack_permitted());
+        new.origin.so = origin.so & !Origin::BEGAN_WITH_SYN;
         let connection = &mut new.connection;
         (connection.mss, connection.window_scale) = (old.mss, old.window_scale);
         (connection.timestamps, connection.ts_offset) = (old.timestamps, old.ts_offset);

@@ -44,7 +44,7 @@ pub(crate) struct Behind {
     /// The last segment, or `NONE` where there is none but an end, and where it ends.
     last: u32,
     pub(crate) end: u32,
-    /// The most that one of them acknowledges.
+    /// The most that one of them acknowledges, near what the first one does.
     pub(crate) ack: u32,
 }
 
@@ -92,7 +92,7 @@ impl Engine {
             let stored = &self.store[next];
             behind.bytes += stored.len;
             (behind.last, behind.end) = (next, stored.end());
-            if seq_before(behind.ack, stored.ack) {
+            if seq_before(behind.ack, stored.ack) && stored.ack.wrapping_sub(first.1) < READ {
                 behind.ack = stored.ack;
             }
             next = stored.next;

@@ -871,11 +871,12 @@ impl Engine {
         }
     }
 
-    /// Nothing is waited for any more: a FIN behind a hole is the end all the same. A reset there is not: its client may go on.
+    /// Nothing is waited for any more: a FIN behind a hole, near what was last seen, is the end all the same. A reset there is not: its client
+    /// may go on.
     pub(crate) fn end_behind_hole(&mut self, c: u32) {
         if let Some(end) = self.connections.early_end(c) {
             self.connections.set_early_end(c, None);
-            if !end.is_reset {
+            if !end.is_reset && self.fits(c, end.seq, end.ack) {
                 self.connections.set_end(c, End::Fin { need: 0 });
             }
         }

@@ -776,6 +776,44 @@ fn where_no_connection_can_be_put_beside_it_a_strangers_data_far_ahead_ends_noth
 }
 
 #[test]
+fn a_strangers_fin_far_behind_a_hole_that_is_given_up_is_not_the_end() {
+    let mut lab = between_turns();
+    // 101..201 was never captured.
+    lab.client_segments(&["PA 201+100 ack 51", "FA 200000101 ack 51"]);
+    lab.pass(1_100 * MS);
+    lab.expect(&["FA 101 ack 51"]);
+    lab.client("PA 301+100 ack 151");
+    lab.expect(&["S 300"]);
+    assert_eq!(lab.count(Counter::PacketsAfterEnd), 0);
+    lab.stop();
+}
+
+#[test]
+fn a_connection_that_has_ended_behind_a_hole_is_not_joined() {
+    let mut lab = between_turns();
+    lab.client_segments(&["PA 201+100 ack 51", "FA 301 ack 51"]);
+    lab.pass(1_100 * MS);
+    lab.expect(&["FA 101 ack 51"]);
+    lab.client_segments(&["PA 301+100 ack 151", "PA 201+100 ack 51"]);
+    lab.expect(&[]);
+    assert_eq!((lab.count(Counter::PacketsAfterEnd), lab.count(Counter::PacketsDuplicate)), (1, 1));
+    lab.target("FA 51 ack 102");
+    lab.expect(&["A 102 ack 52"]);
+    assert_eq!(lab.engine.gauges().connections_live, 0);
+}
+
+#[test]
+fn a_strangers_acknowledgment_behind_a_hole_does_not_say_what_the_client_has_read() {
+    let mut lab = between_turns();
+    lab.client_segments(&["PA 201+100 ack 51", "PA 301+1 ack 900000000"]);
+    lab.pass(1_100 * MS);
+    lab.expect(&["FA 101 ack 51"]);
+    lab.client("PA 302+100 ack 151");
+    lab.expect(&["S 301"]);
+    lab.stop();
+}
+
+#[test]
 fn what_a_client_repeats_behind_a_strangers_connection_is_its_own() {
     // The last data once more, its last byte, a keepalive probe, and the same with an acknowledgment far from the last.
     let repeated = ["PA 1+100 ack 51", "PA 51+50 ack 51", "A 100+1 ack 51", "A 100+1 ack 300000000"];

@@ -295,6 +295,10 @@ fn a_target_of_another_address_family_is_counted_once_a_connection() {
     assert_eq!(lab.count(Counter::SessionsRefusedFamily), 1);
     assert_eq!(lab.count(Counter::SessionsWanted), 2);
     assert_eq!(lab.count(Counter::TurnsSent), 10);
+    // Nor again where its stream is joined far from where it was.
+    lab.client_segments(&["PA 300000101+10 ack 101", "PA 300000111+10 ack 201"]);
+    assert_eq!((lab.count(Counter::ConnectionsJoined), lab.count(Counter::SessionsWanted)), (1, 3));
+    assert_eq!(lab.count(Counter::SessionsRefusedFamily), 1);
 }
 
 #[test]

@@ -94,4 +94,14 @@ fn b023_http2_requests_go_while_other_responses_are_on_their_way() {
         assert_eq!(lab.count(Counter::TurnsSent), u64::from(turn) + 2);
     }
     lab.wire.take_sent();
+    // Also where its stream is joined far from where it was.
+    lab.client_segments(&["PA 300000001+10 ack 2001", "PA 300000011+10 ack 2101"]);
+    let second = lab.sent()[0].source;
+    lab.target_to(second, &["SA 0 ack 300000011 mss 1460"]);
+    for turn in 0..20u32 {
+        lab.client(&format!("PA {}+10 ack {}", 300_000_021 + turn * 10, 2101 + (turn + 1) * 100));
+        lab.target_to(second, &[&format!("PA {}+130 ack {}", 1 + turn * 130, 300_000_021 + turn * 10)]);
+        lab.pass(MS / 4);
+        assert_eq!(lab.count(Counter::TurnsSent), u64::from(turn) + 23);
+    }
 }
