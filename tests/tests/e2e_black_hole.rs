@@ -53,7 +53,7 @@ fn b049_b053_a_black_hole_that_stays_lets_nothing_through_until_another_assistan
             wait_for("responses of the target at the client", ARRIVAL, || {
                 watch.packets().is_ok_and(|packets| packets["strangers"] > 10)
             })?;
-            ensure!(forwarded()? > 10 && programs(host)? == before, "{}", programs(host)?);
+            ensure!(forwarded()? > 10 && programs(host)? == before, "{:?}", programs(host)?);
             continue;
         }
         // The target goes on sending what nobody acknowledges.
@@ -133,11 +133,16 @@ impl Drop for Ends<'_> {
     }
 }
 
-/// XDP programs of a host's NIC.
-fn programs(host: &Host) -> Result<String> {
-    let links = output_of(host.command("ip").args(["-o", "link", "show", NIC]))?;
-    let words: Vec<&str> = links.split_whitespace().filter(|word| word.contains("xdp")).collect();
-    Ok(words.join(" "))
+/// The numbers of the XDP programs of a host's NIC.
+fn programs(host: &Host) -> Result<Vec<u32>> {
+    // … prog/xdp id 34 name responses tag …
+    let links = output_of(host.command("ip").args(["-d", "-o", "link", "show", NIC]))?;
+    let mut programs = Vec::new();
+    for of_program in links.split("prog/xdp id ").skip(1) {
+        programs.push(of_program.split(' ').next().context("no number")?.parse()?);
+    }
+    ensure!(programs.is_empty() != links.contains("xdp"), "{links}");
+    Ok(programs)
 }
 
 /// An assistant as a user starts it, on a host where this BPF file system, if any, is in its usual place.
@@ -193,7 +198,7 @@ fn a_black_hole_that_stays_is_found_and_can_be_removed() -> Result<()> {
     // Killed: it is named by a check and by an assistant that was not told to take it over, and another host's is not touched.
     start()?.kill()?;
     let left = programs(host)?;
-    ensure!(left != none && file.exists(), "nothing has stayed");
+    ensure!(none.is_empty() && left.len() == 1 && file.exists(), "nothing has stayed: {left:?}");
     for arguments in ["check assistant --keep-dropping", "check assistant"] {
         let said = ended(assistant(&lab, host, Some(&bpf), arguments)?, true)?;
         ensure!(said.contains(&format!("rm {usual}")) && said.contains("everything is there"), "{said}");
@@ -203,15 +208,17 @@ fn a_black_hole_that_stays_is_found_and_can_be_removed() -> Result<()> {
     let other = lab.host("assistant2");
     let said = ended(assistant(&lab, other, Some(&bpf), "assistant --keep-dropping")?, false)?;
     ensure!(said.contains("is not of eth0") && said.contains(&format!("rm {usual}")), "{said}");
-    assert_eq!((programs(host)?, programs(other)?), (left, none.clone()));
+    assert_eq!((programs(host)?, programs(other)?), (left.clone(), none.clone()));
 
     // Taken over and killed again; removed by hand.
     let mut second = start()?;
     ensure!(second.errors().contains("taken over"), "{}", second.errors());
+    let taken_over = programs(host)?;
+    ensure!(taken_over.len() == 1 && taken_over != left, "{taken_over:?} in the place of {left:?}");
     second.kill()?;
     std::fs::remove_file(&file)?;
     let is_gone = || programs(host).is_ok_and(|now| now == none);
-    ensure!(holds_within(ARRIVAL, is_gone), "after rm: {}", programs(host)?);
+    ensure!(holds_within(ARRIVAL, is_gone), "after rm: {:?}", programs(host)?);
 
     // A clean stop leaves nothing, neither that of a process that is not root.
     let nobody = "setpriv --reuid=65534 --regid=65534 --clear-groups \
@@ -226,7 +233,7 @@ fn a_black_hole_that_stays_is_found_and_can_be_removed() -> Result<()> {
         ensure!(process.wait(ARRIVAL)?.success(), "{}", process.errors());
         ensure!(
             holds_within(ARRIVAL, is_gone) && !file.exists() && !bpf.join("replayer").exists(),
-            "{}",
+            "{:?}",
             programs(host)?
         );
     }

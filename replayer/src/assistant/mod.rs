@@ -33,7 +33,7 @@ use crate::moderation::{Moderation, Next};
 use crate::privileges::{self, Keep};
 use crate::say::{self, caution, plain, say};
 use crate::signals::{Asked, Signals};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use blackhole::BlackHole;
 use nix::net::if_::if_nametoindex;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -129,14 +129,13 @@ pub fn run(mut args: AssistantArgs, configuration: Configuration) -> Result<()> 
         say!("everything is there: {interface} for the target's responses, {listening} for online roles");
         return Ok(());
     }
+    // Pauses are a fraction of a millisecond: the default slack of 50 us would stretch them.
+    nix::sys::prctl::set_timerslack(1_000).context("cannot set the timer slack")?;
     let blackhole = BlackHole::open(&interface, args.zero_copy, &host::local_addresses()?, pin, keep)?;
     let mut routing = Routing::new(crate::channel::random_instance());
     for (protocol, target) in blackhole.targets() {
         routing.inherit(clock::now(), protocol, target);
     }
-    // Pauses are a fraction of a millisecond: the default slack of 50 us would stretch them.
-    nix::sys::prctl::set_timerslack(1_000).context("cannot set the timer slack")?;
-
     privileges::drop_all_but(if args.report.is_some() { Keep::Writing } else { Keep::Nothing });
     say::ready(format_args!(
         "takes responses at {interface}, {}; listens on {listening}{}{}",
@@ -164,8 +163,7 @@ pub fn run(mut args: AssistantArgs, configuration: Configuration) -> Result<()> 
     let mut writer = InterimWriter::default();
     let ended = assistant.serve(&mut args, &signals, metrics.as_ref(), &mut writer);
     writer.wait();
-    let report = assistant.report()?;
-    plain!("{}", report.to_string().trim_end());
+    // First of all: whatever else fails, a clean stop ends it, and after another one it is said how to.
     let let_go = match (&ended, assistant.blackhole.file()) {
         (Ok(()), _) => assistant.blackhole.let_go(),
         (Err(_), Some(file)) => {
@@ -175,10 +173,24 @@ pub fn run(mut args: AssistantArgs, configuration: Configuration) -> Result<()> 
         }
         (Err(_), None) => Ok(()),
     };
-    if let Some(path) = &args.report {
-        crate::report::write(path, &report.to_json()?)?;
-    }
-    ended.and(let_go).and_then(|()| report.ensure_accounted())
+    let reported = assistant.report().and_then(|report| {
+        plain!("{}", report.to_string().trim_end());
+        let json = report.to_json()?;
+        let written = args.report.as_ref().map_or(Ok(()), |path| crate::report::write(path, &json));
+        // A turn that failed may have left frames in no account.
+        let accounted = if ended.is_ok() { report.ensure_accounted() } else { Ok(()) };
+        all([written, accounted])
+    });
+    all([ended, let_go, reported])
+}
+
+/// What went wrong, all of it, in one message.
+fn all(results: impl IntoIterator<Item = Result<()>>) -> Result<()> {
+    let both = |before: Result<()>, result: Result<()>| match (before, result) {
+        (Err(before), Err(error)) => Err(anyhow!("{before:#}; and {error:#}")),
+        (before, result) => before.and(result),
+    };
+    results.into_iter().fold(Ok(()), both)
 }
 
 /// The longest pause, ns: at a million records a second the rings, 4096 places each, do not overflow meanwhile; and one
@@ -505,6 +517,13 @@ fn header_of(segment: &TcpSegment, frame: &[u8]) -> ResponseHeader {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_went_wrong_is_all_in_the_message() {
+        assert!(all([Ok(()), Ok(())]).is_ok());
+        let error = all([Err(anyhow!("a")), Ok(()), Err(anyhow!("b").context("c"))]).unwrap_err();
+        assert_eq!(error.to_string(), "a; and c: b");
+    }
     use replayer_common::addr::from_v4;
     use replayer_common::packet::parse_tcp;
     use replayer_common::response::present;
