@@ -10,9 +10,11 @@ use clap::error::{ContextKind, ContextValue};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, CommandFactory, Parser};
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use thiserror::Error;
 use toml::de::{DeTable, DeValue};
 
 /// The roles that a file may have tables for.
@@ -39,6 +41,11 @@ pub struct Configuration {
 
 /// By key.
 type Settings = BTreeMap<String, Setting>;
+
+/// Context of an error after a part of the file was taken over: what was, and what was not.
+#[derive(Debug, Error)]
+#[error("{0}")]
+pub struct Partly(pub &'static str);
 
 /// One key of the file.
 #[derive(Clone, Debug)]
@@ -79,11 +86,24 @@ impl Configuration {
         Ok((cli, Configuration { typed, file, settings }))
     }
 
-    /// What SIGHUP asks for: reads the file again, if there is one. `apply` takes over what a running role can, or fails and changes nothing;
-    /// `live` are the keys of that. Says what has come of it, and names the keys that need a restart.
+    /// Warns where a key is in a file that others than its owner may read.
+    pub fn say_who_reads_the_key(&self) {
+        let Some(file) = self.file.as_ref().filter(|_| self.settings.contains_key("key")) else { return };
+        let open = file.metadata().is_ok_and(|found| found.permissions().mode() & 0o077 != 0);
+        if open {
+            let file = file.display();
+            caution!(
+                "{file} has a key in it, and others than its owner may read it: `chmod 600 {file}` ends that"
+            );
+        }
+    }
+
+    /// What SIGHUP asks for: reads the file again, if there is one. `apply` takes over what a running role can, or fails and changes nothing, but
+    /// for an error that is [`Partly`]; `live` are the keys of that. Says what has come of it, and names the keys that need a restart.
     pub fn reload(&mut self, live: &[&str], apply: impl FnOnce(Option<Role>) -> Result<()>) {
         if let Err(error) = self.try_reload(live, apply) {
-            caution!("SIGHUP: {error:#}; everything stays as it is");
+            let rest = if error.is::<Partly>() { "" } else { "; everything stays as it is" };
+            caution!("SIGHUP: {error:#}{rest}");
         }
     }
 
@@ -133,8 +153,13 @@ fn role_of<'a>(mut command: &'a Command, mut seen: &'a ArgMatches) -> (&'a Comma
 
 /// Keys that have no effect: they were typed or are in the environment, or another one of their group was.
 fn overridden(command: &Command, seen: &ArgMatches) -> BTreeSet<String> {
-    let given =
-        |id: &str| matches!(seen.value_source(id), Some(ValueSource::CommandLine | ValueSource::EnvVariable));
+    // A variable that is there and empty says nothing.
+    let is_empty = |id: &str| seen.get_raw(id).is_some_and(|mut values| values.all(OsStr::is_empty));
+    let given = |id: &str| match seen.value_source(id) {
+        Some(ValueSource::CommandLine) => true,
+        Some(ValueSource::EnvVariable) => !is_empty(id),
+        _ => false,
+    };
     let mut over: BTreeSet<&str> =
         command.get_arguments().map(|argument| argument.get_id().as_str()).filter(|id| given(id)).collect();
     for group in command.get_groups() {

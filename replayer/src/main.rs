@@ -22,6 +22,7 @@ fn main() -> ExitCode {
         },
     };
     say::begin(cli.role.name(), cli.log_format);
+    configuration.say_who_reads_the_key();
     let result = run(cli.role, configuration);
     match result {
         Ok(()) => ExitCode::SUCCESS,

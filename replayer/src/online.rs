@@ -11,7 +11,7 @@ use crate::channel::assistants::Assistants;
 use crate::channel::random_instance;
 use crate::cli::{OnlineArgs, Role, ServiceArg, StatsFormat};
 use crate::clock;
-use crate::configuration::Configuration;
+use crate::configuration::{Configuration, Partly};
 use crate::connections::{self, Connection};
 use crate::diagnosis::{self, Diagnosis};
 use crate::growth::Growth;
@@ -386,7 +386,9 @@ impl Online {
                 let threshold = sample_threshold(new.replay.sample.0);
                 // What leaves the sample is not captured any more before its sessions end, and what enters it, only when it is welcome.
                 if threshold < capture.threshold() {
-                    capture.configure(count, threshold)?;
+                    let taken =
+                        Partly("the assistants and the key are as the file says now, all else is as before");
+                    capture.configure(count, threshold).context(taken)?;
                 }
                 for worker in workers.iter() {
                     worker.shared.ask(Ask::Sample(threshold));

@@ -167,8 +167,9 @@ pub fn run(mut args: RecordArgs, mut configuration: Configuration) -> Result<()>
             let Some(Role::Record(new)) = role else { return Ok(()) };
             report::check_writable(new.report.as_deref())?;
             duration_of(&new)?;
-            files.set_limits(&new)?;
+            let limits = Limits::of(&new)?;
             capture.configure(1, sample_threshold(new.sample.0))?;
+            files.limits = limits;
             *args = new;
             Ok(())
         });
@@ -344,13 +345,32 @@ impl Taking {
     }
 }
 
+/// How large and how old a file becomes, and how many there are.
+#[derive(Debug)]
+struct Limits {
+    bytes: u64,
+    age: Option<Duration>,
+    files: Option<usize>,
+}
+
+impl Limits {
+    fn of(args: &RecordArgs) -> Result<Limits> {
+        if !(0.001..=1e9).contains(&args.file_size) {
+            bail!("--file-size {}: give 0.001 to 1000000000 MB", args.file_size);
+        }
+        if args.files == Some(0) {
+            bail!("--files 0: keep at least 1");
+        }
+        let age = args.file_seconds.map(Duration::try_from_secs_f64).transpose().context("--file-seconds")?;
+        Ok(Limits { bytes: (args.file_size * 1e6) as u64, age, files: args.files })
+    }
+}
+
 /// Files one after the other.
 #[derive(Debug)]
 struct RotatingFiles {
     prefix: PathBuf,
-    max_bytes: u64,
-    max_age: Option<Duration>,
-    max_files: Option<usize>,
+    limits: Limits,
     current: Option<(NgWriter<BufWriter<File>>, PathBuf, Instant)>,
     /// That of the newest.
     number: u32,
@@ -369,9 +389,7 @@ impl RotatingFiles {
         }
         let mut files = RotatingFiles {
             prefix: args.prefix.clone(),
-            max_bytes: 0,
-            max_age: None,
-            max_files: None,
+            limits: Limits::of(args)?,
             current: None,
             number: 0,
             kept: VecDeque::new(),
@@ -379,25 +397,9 @@ impl RotatingFiles {
             bytes: 0,
             made: 0,
         };
-        files.set_limits(args)?;
         // A recording before this one is not overwritten.
         files.number = files.highest(directory)?;
         Ok(files)
-    }
-
-    /// How large and how old a file becomes, and how many there are, from now on.
-    fn set_limits(&mut self, args: &RecordArgs) -> Result<()> {
-        if !(0.001..=1e9).contains(&args.file_size) {
-            bail!("--file-size {}: give 0.001 to 1000000000 MB", args.file_size);
-        }
-        if args.files == Some(0) {
-            bail!("--files 0: keep at least 1");
-        }
-        self.max_age =
-            args.file_seconds.map(Duration::try_from_secs_f64).transpose().context("--file-seconds")?;
-        self.max_bytes = (args.file_size * 1e6) as u64;
-        self.max_files = args.files;
-        Ok(())
     }
 
     /// The highest number of the files that are there already.
@@ -422,7 +424,7 @@ impl RotatingFiles {
     }
 
     fn packet(&mut self, time_ns: u64, frame: &[u8]) -> Result<()> {
-        if self.current.as_ref().is_some_and(|(writer, ..)| writer.written() >= self.max_bytes) {
+        if self.current.as_ref().is_some_and(|(writer, ..)| writer.written() >= self.limits.bytes) {
             self.finish()?;
         }
         if self.current.is_none() {
@@ -442,7 +444,7 @@ impl RotatingFiles {
     }
 
     fn rotate_if_old(&mut self) -> Result<()> {
-        let old = |since: &Instant| self.max_age.is_some_and(|age| since.elapsed() >= age);
+        let old = |since: &Instant| self.limits.age.is_some_and(|age| since.elapsed() >= age);
         if self.current.as_ref().is_some_and(|(_, _, since)| old(since)) {
             self.finish()?;
         }
@@ -458,7 +460,7 @@ impl RotatingFiles {
             .with_context(|| format!("cannot write {}", path.display()))?;
         self.made += 1;
         self.kept.push_back(path);
-        while self.max_files.is_some_and(|limit| self.kept.len() > limit) {
+        while self.limits.files.is_some_and(|limit| self.kept.len() > limit) {
             if let Some(oldest) = self.kept.pop_front() {
                 fs::remove_file(&oldest).with_context(|| format!("cannot remove {}", oldest.display()))?;
             }

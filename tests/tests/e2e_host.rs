@@ -550,8 +550,22 @@ fn b055_the_key_may_come_from_the_environment_and_a_worker_without_it_is_refused
         let status = refused.wait(Duration::from_secs(10))?;
         ensure!(!status.success() && refused.errors().contains("key"), "{status}: {}", refused.errors());
     }
-    let mut online = start(lab.online(), "online", Some("a key"), &arguments)?;
-    online.wait_for_message("online ready", Duration::from_secs(10))?;
+    // A variable that is empty is none: the file has the word.
+    let file = lab.dir().join("key.toml");
+    std::fs::write(&file, "[online]\nkey = 'a key'\n")?;
+    let exposed = format!("chmod 600 {}", file.display());
+    let arguments = format!("{arguments} --config {}", file.display());
+    let start_with_mode = |mode: u32, name: &str| -> Result<Process> {
+        std::fs::set_permissions(&file, Permissions::from_mode(mode))?;
+        let mut online = start(lab.online(), name, Some(""), &arguments)?;
+        online.wait_for_message("online ready", Duration::from_secs(10))?;
+        Ok(online)
+    };
+    let mut careless = start_with_mode(0o640, "careless")?;
+    ensure!(careless.errors().contains(&exposed), "{}", careless.errors());
+    careless.stop()?;
+    let online = start_with_mode(0o600, "online")?;
+    ensure!(!online.errors().contains(&exposed), "{}", online.errors());
     let load = format!("--connect {}:{STREAM} --requests 10", lab.online().v4());
     assert_eq!(Load::run(&lab, "load", &load)?.responses, 10);
     streams.ensure_equal(10)?;
