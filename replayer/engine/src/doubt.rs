@@ -149,6 +149,11 @@ impl Engine {
         let Some(behind) = self.behind_hole(c) else { return };
         let end = self.connections.early_end(c);
         let is_the_clients = self.is_the_clients(c, &behind);
+        if !is_the_clients && behind.last != NONE && end.is_some_and(|end| self.fits(c, end.seq, end.ack)) {
+            // The end is, and then it is all that is behind the hole.
+            self.drop_out_of_order(c, Counter::BytesGap);
+            return self.end_hole(now_ns, c, out);
+        }
         let went_on = self.connections.went_on_before_hole(c);
         if is_the_clients && went_on {
             return self.open_hole(c, tick(now_ns));

@@ -789,6 +789,17 @@ fn a_strangers_fin_far_behind_a_hole_that_is_given_up_is_not_the_end() {
 }
 
 #[test]
+fn a_strangers_data_far_ahead_does_not_take_the_clients_fin_away() {
+    let mut lab = between_turns();
+    // 101..201 was never captured.
+    lab.client_segments(&["FA 201 ack 51", "PA 200000101+10 ack 51"]);
+    lab.pass(1_100 * MS);
+    lab.expect(&["FA 101 ack 51"]);
+    lab.target("FA 51 ack 102");
+    assert_eq!(lab.engine.gauges().connections_live, 0);
+}
+
+#[test]
 fn a_connection_that_has_ended_behind_a_hole_is_not_joined() {
     let mut lab = between_turns();
     lab.client_segments(&["PA 201+100 ack 51", "FA 301 ack 51"]);
