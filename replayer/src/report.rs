@@ -271,8 +271,7 @@ impl Figures {
     pub fn identities(&self) -> Vec<(&'static str, u64, u64)> {
         let mut identities = self.counters.identities(&self.pending.unwrap_or_default()).to_vec();
         if let Some(handed_over) = self.handed_over {
-            let accounted =
-                self.taken + self.left + self.sockets.rx.rx_dropped + self.sockets.rx.rx_ring_full;
+            let accounted = self.taken + self.left + self.sockets.rx.lost();
             let name = "packets handed over by the capture program = taken by a worker + lost at its socket + left at the end";
             identities.push((name, handed_over, accounted));
         }
