@@ -31,7 +31,7 @@ pub struct ConfigArg {
 }
 
 /// What was typed, and what the file adds to it.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Configuration {
     typed: Vec<OsString>,
     file: Option<PathBuf>,
@@ -40,7 +40,7 @@ pub struct Configuration {
 }
 
 /// By key.
-type Settings = BTreeMap<String, Setting>;
+pub type Settings = BTreeMap<String, Setting>;
 
 /// Context of an error after a part of the file was taken over: what was, and what was not.
 #[derive(Debug, Error)]
@@ -49,7 +49,7 @@ pub struct Partly(pub &'static str);
 
 /// One key of the file.
 #[derive(Clone, Debug)]
-struct Setting {
+pub struct Setting {
     line: usize,
     /// As they would be typed; none for a flag that is false.
     arguments: Vec<String>,
@@ -102,19 +102,36 @@ impl Configuration {
     /// for an error that is [`Partly`]; `live` are the keys of that. Says what has come of it, and names the keys that need a restart.
     pub fn reload(&mut self, live: &[&str], apply: impl FnOnce(Option<Role>) -> Result<()>) {
         if let Err(error) = self.try_reload(live, apply) {
-            let rest = if error.is::<Partly>() { "" } else { "; everything stays as it is" };
-            caution!("SIGHUP: {error:#}{rest}");
+            say_not_taken_over(&error);
         }
     }
 
     fn try_reload(&mut self, live: &[&str], apply: impl FnOnce(Option<Role>) -> Result<()>) -> Result<()> {
-        let Some(file) = &self.file else { return apply(None) };
+        let Some((role, settings)) = self.read_again()? else { return apply(None) };
+        apply(Some(role))?;
+        self.taken_over(settings, live);
+        Ok(())
+    }
+
+    /// What the file says now; `None`: there is none.
+    ///
+    /// # Errors
+    /// As [`Configuration::parse`], in one line.
+    pub fn read_again(&self) -> Result<Option<(Role, Settings)>> {
+        if self.file.is_none() {
+            return Ok(None);
+        }
         let (cli, new) = Configuration::parse(self.typed.clone()).map_err(|error| {
             error.downcast::<clap::Error>().map_or_else(|other| other, |it| anyhow!(text_of(&it)))
         })?;
-        apply(Some(cli.role))?;
+        Ok(Some((cli.role, new.settings)))
+    }
+
+    /// `new` was read again and has effect, as far as `live` has its keys. Says what is different, and what needs a restart.
+    pub fn taken_over(&mut self, new: Settings, live: &[&str]) {
+        let Some(file) = &self.file else { return };
         let (changed, later): (Vec<&str>, Vec<&str>) =
-            changes(&self.settings, &new.settings).into_iter().partition(|key| live.contains(key));
+            changes(&self.settings, &new).into_iter().partition(|key| live.contains(key));
         let file = file.display();
         if !changed.is_empty() {
             say!("SIGHUP: from now on as {file} says: {}", changed.join(", "));
@@ -128,10 +145,15 @@ impl Configuration {
         // What waits for a restart is compared with what has effect next time too.
         let waiting: BTreeSet<String> = later.into_iter().map(str::to_owned).collect();
         let before = std::mem::take(&mut self.settings);
-        self.settings = new.settings.into_iter().filter(|(key, _)| !waiting.contains(key)).collect();
+        self.settings = new.into_iter().filter(|(key, _)| !waiting.contains(key)).collect();
         self.settings.extend(before.into_iter().filter(|(key, _)| waiting.contains(key)));
-        Ok(())
     }
+}
+
+/// What a running role did not take over, and why.
+pub fn say_not_taken_over(error: &anyhow::Error) {
+    let rest = if error.is::<Partly>() { "" } else { "; everything stays as it is" };
+    caution!("SIGHUP: {error:#}{rest}");
 }
 
 /// The keys that do not say the same.

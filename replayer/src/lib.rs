@@ -25,7 +25,8 @@
 //! - [`metrics`]: the same for Prometheus
 //! - [`top`]: the same for a person who watches
 //! - [`diagnosis`]: what is wrong with the set-up, seen in them
-//! - [`clock`], [`privileges`], [`signals`]: what every role needs of the system; [`say`]: how it speaks to people
+//! - [`clock`], [`privileges`], [`signals`]: what every role needs of the system; [`reload`]: what SIGHUP asks of those that replay; [`say`]: how
+//!   it speaks to people
 
 pub mod afxdp;
 pub mod assistant;
@@ -50,6 +51,7 @@ pub mod placement;
 pub mod privileges;
 pub mod programs;
 pub mod record;
+pub mod reload;
 pub mod replay;
 pub mod report;
 pub mod say;

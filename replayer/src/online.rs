@@ -7,11 +7,11 @@
 use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig, PortError};
 use crate::capture::choice::{self, Facts};
 use crate::capture::{self, Backend, Capture, CaptureArg, Source, span};
-use crate::channel::assistants::Assistants;
+use crate::channel::assistants::{Assistants, Change, Found};
 use crate::channel::random_instance;
 use crate::cli::{OnlineArgs, Role, ServiceArg, StatsFormat};
 use crate::clock;
-use crate::configuration::{Configuration, Partly};
+use crate::configuration::{self, Configuration, Partly, Settings};
 use crate::connections::{self, Connection};
 use crate::diagnosis::{self, Diagnosis};
 use crate::growth::Growth;
@@ -19,6 +19,7 @@ use crate::metrics::{self, Metrics};
 use crate::net::{Device, Monitor, NetError, Network};
 use crate::placement::{Placement, Workers};
 use crate::privileges::{self, Keep};
+use crate::reload::Reload;
 use crate::replay::ReplayArgs;
 use crate::report::{self, Figures};
 use crate::say::{self, caution, plain, say};
@@ -115,6 +116,14 @@ struct Online {
     ramp: Ramp,
     metrics: Option<Metrics>,
     workers: Vec<Running>,
+    reload: Reload<Reloaded>,
+}
+
+/// What SIGHUP has brought, to be taken over.
+struct Reloaded {
+    /// What the configuration file says, if there is one.
+    said: Option<(Box<OnlineArgs>, Settings)>,
+    assistants: Found,
 }
 
 /// A worker's thread.
@@ -226,10 +235,7 @@ impl Online {
         };
         let earlier = open_connections();
         say_shortfalls(&args.replay, workers, &config.limits, &earlier);
-        if signals.take() == Some(Asked::Stop) {
-            say!("stopped before anything was attached");
-            return Ok(None);
-        }
+        signals.clean_from_here();
         capture.attach()?;
         let attached = Instant::now();
         let later = open_connections();
@@ -246,6 +252,7 @@ impl Online {
             ramp,
             metrics,
             workers: Vec::new(),
+            reload: Reload::default(),
         };
         for (number, (worker, _)) in (0..).zip(&mut made) {
             worker.join(&of_worker(number, workers, &quiet), &of_worker(number, workers, &others));
@@ -308,28 +315,40 @@ impl Online {
         loop {
             match signals.wait_until(self.next_step().map_or(next_look, |step| step.min(next_look)))? {
                 Some(Asked::Stop) => return Ok(()),
-                Some(Asked::Reload) => {
-                    let asked = args.replay.stats;
-                    self.reload(args);
-                    let verdicts = self.capture.verdicts();
-                    let figures = self.figures(&verdicts);
-                    longest_lag_us = longest_lag_us.max(figures.lag_us);
-                    let (seconds, cpu) = spent(started);
-                    let report = figures.report(verdicts, seconds, cpu);
-                    report::write_interim(args.replay.report.as_deref(), report);
-                    if asked != args.replay.stats {
-                        interval = args.replay.stats_interval();
-                        next_line = Instant::now() + interval;
-                        before = figures;
-                    }
-                }
+                Some(Asked::Reload) => self.reload.ask(),
                 None => {}
+            }
+            if self.reload.is_due()
+                && let Err(error) = self.begin_reload(args, signals)
+            {
+                configuration::say_not_taken_over(&error);
+            }
+            if let Some(outcome) = self.reload.outcome() {
+                let asked = args.replay.stats;
+                if let Err(error) = outcome.and_then(|reloaded| self.take_over(args, reloaded)) {
+                    configuration::say_not_taken_over(&error);
+                }
+                let verdicts = self.capture.verdicts();
+                let figures = self.figures(&verdicts);
+                longest_lag_us = longest_lag_us.max(figures.lag_us);
+                let (seconds, cpu) = spent(started);
+                let report = figures.report(verdicts, seconds, cpu);
+                report::write_interim(args.replay.report.as_deref(), report);
+                if asked != args.replay.stats {
+                    interval = args.replay.stats_interval();
+                    next_line = Instant::now() + interval;
+                    before = figures;
+                }
             }
             self.take_step()?;
             if Instant::now() < next_look {
                 continue;
             }
             next_look = (next_look + diagnosis::INTERVAL).max(Instant::now());
+            if !self.reload.is_under_way() {
+                let changes = self.assistants.leave(Instant::now(), self.workers.len());
+                self.change_assistants(changes);
+            }
             if self.workers.iter().any(|worker| worker.thread.as_ref().is_none_or(JoinHandle::is_finished)) {
                 bail!("a worker died; this is a bug of the replayer, please report it with the lines above");
             }
@@ -363,43 +382,58 @@ impl Online {
         }
     }
 
-    /// Takes over what the configuration file says now, as far as no session notices, and where the assistants' names lead now.
-    fn reload(&mut self, args: &mut OnlineArgs) {
-        let live = [&LIVE[..], &ReplayArgs::LIVE].concat();
-        let Online { configuration, assistants, capture, ramp, workers, .. } = self;
-        configuration.reload(&live, |role| {
-            let new = match role {
-                Some(Role::Online(new)) => Some(*new),
+    /// Looks at what the configuration file says now, and at where the assistants' names lead now.
+    fn begin_reload(&mut self, args: &OnlineArgs, signals: &Signals) -> Result<()> {
+        let configuration = self.configuration.clone();
+        let search = self.assistants.search(self.workers.len() as u32);
+        let (names, replay) = (args.assistants.clone(), args.replay.clone());
+        self.reload.begin(signals, move || {
+            let said = match configuration.read_again()? {
+                Some((Role::Online(new), settings)) => Some((new, settings)),
                 _ => None,
             };
-            if let Some(new) = &new {
-                new.replay.check()?;
-            }
-            let names = new.as_ref().unwrap_or(args);
-            let count = workers.len() as u32;
-            let changes = assistants.reload(&names.replay.named(&names.assistants), count)?;
-            for (worker, change) in workers.iter().zip(changes) {
-                worker.shared.ask(Ask::Assistants(change));
-            }
-            let Some(new) = new else { return Ok(()) };
-            if (new.ramp, new.replay.sample) != (args.ramp, args.replay.sample) {
-                let threshold = sample_threshold(new.replay.sample.0);
-                // What leaves the sample is not captured any more before its sessions end, and what enters it, only when it is welcome.
-                if threshold < capture.threshold() {
-                    let taken =
-                        Partly("the assistants and the key are as the file says now, all else is as before");
-                    capture.configure(count, threshold).context(taken)?;
+            let named = match &said {
+                Some((new, _)) => {
+                    new.replay.check()?;
+                    new.replay.named(&new.assistants)
                 }
-                for worker in workers.iter() {
-                    worker.shared.ask(Ask::Sample(threshold));
-                }
-                *ramp = Ramp::new(new.ramp, capture.threshold(), threshold);
-                (args.ramp, args.replay.sample) = (new.ramp, new.replay.sample);
+                None => replay.named(&names),
+            };
+            let assistants = search.run(&named)?;
+            Ok(Reloaded { said, assistants })
+        })
+    }
+
+    /// Takes that over, as far as no session notices.
+    fn take_over(&mut self, args: &mut OnlineArgs, Reloaded { said, assistants }: Reloaded) -> Result<()> {
+        let changes = self.assistants.take_over(assistants, Instant::now());
+        self.change_assistants(changes);
+        let Some((new, settings)) = said else { return Ok(()) };
+        let Online { capture, ramp, workers, .. } = self;
+        if (new.ramp, new.replay.sample) != (args.ramp, args.replay.sample) {
+            let threshold = sample_threshold(new.replay.sample.0);
+            // What leaves the sample is not captured any more before its sessions end, and what enters it, only when it is welcome.
+            if threshold < capture.threshold() {
+                let taken =
+                    Partly("the assistants and the key are as the file says now, all else is as before");
+                capture.configure(workers.len() as u32, threshold).context(taken)?;
             }
-            args.assistants = new.assistants;
-            args.replay.adopt(new.replay);
-            Ok(())
-        });
+            for worker in workers.iter() {
+                worker.shared.ask(Ask::Sample(threshold));
+            }
+            *ramp = Ramp::new(new.ramp, capture.threshold(), threshold);
+            (args.ramp, args.replay.sample) = (new.ramp, new.replay.sample);
+        }
+        args.assistants = new.assistants;
+        args.replay.adopt(new.replay);
+        self.configuration.taken_over(settings, &[&LIVE[..], &ReplayArgs::LIVE].concat());
+        Ok(())
+    }
+
+    fn change_assistants(&self, changes: Vec<Change>) {
+        for (worker, change) in self.workers.iter().zip(changes) {
+            worker.shared.ask(Ask::Assistants(change));
+        }
     }
 
     /// When the share of connections grows next; `None`: it does not any more.

@@ -156,6 +156,7 @@ pub fn run(mut args: RecordArgs, mut configuration: Configuration) -> Result<()>
     let mut capture = Capture::prepare(backend, &device, &services, &clients, 1)?;
     let mut taking = Taking::open(&mut capture, backend, &device)?;
     capture.configure(1, sample_threshold(args.sample.0))?;
+    signals.clean_from_here();
     capture.attach()?;
     privileges::drop_all_but(Keep::Main);
     say!("capturing on {capture}, writing {}", files.name(files.number + 1).display());

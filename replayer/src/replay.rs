@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 /// Flags of both roles.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct ReplayArgs {
     /// What to copy, and to where: what clients send to, then the target. IPv6 addresses in brackets; udp: in front for UDP; the same source may
     /// have several targets.

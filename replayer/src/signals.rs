@@ -1,12 +1,12 @@
-//! SIGTERM, SIGINT and SIGHUP as something to wait for. The first two end a role cleanly. SIGHUP asks it to look at its files anew and goes on;
-//! but when the terminal that it was started from is gone, nobody is left to stop it, and SIGHUP ends it too. A role that was started by
+//! SIGTERM, SIGINT and SIGHUP as something to wait for. The first two end a role cleanly, or, while it starts and there is nothing yet that would have
+//! to be cleaned up, at once. SIGHUP asks it to look at its files anew and goes on; but when the terminal that it was started from is gone, nobody is left to stop it, and SIGHUP ends it too. A role that was started by
 //! nohup(1), which has SIGHUP ignored, knows nothing of it.
 
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::{flag, low_level::pipe};
-use std::io::{PipeReader, Read};
+use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,35 +24,63 @@ pub enum Asked {
 /// Readable when a signal has come, until [`Signals::take`].
 pub struct Signals {
     pipe: PipeReader,
+    writer: PipeWriter,
+    /// One for SIGTERM, one for SIGINT: set, and the signal ends the process at once.
+    at_once: [Arc<AtomicBool>; 2],
     stop: Arc<AtomicBool>,
     hangup: Arc<AtomicBool>,
     had_terminal: bool,
 }
 
 impl Signals {
-    /// Takes the signals over. The second SIGTERM or SIGINT ends the process at once, so that nobody has to wait for a clean end.
+    /// Takes the signals over, SIGTERM and SIGINT from [`Signals::clean_from_here`] on.
     ///
     /// # Errors
     /// When the process has no descriptors left.
     pub fn install() -> Result<Signals> {
         let (pipe, writer) = std::io::pipe().context("make a pipe")?;
-        let signals =
-            Signals { pipe, stop: Arc::default(), hangup: Arc::default(), had_terminal: has_terminal() };
+        let signals = Signals {
+            pipe,
+            writer,
+            at_once: [true, true].map(|yes| Arc::new(AtomicBool::new(yes))),
+            stop: Arc::default(),
+            hangup: Arc::default(),
+            had_terminal: has_terminal(),
+        };
+        let clone = || signals.writer.try_clone().context("make a pipe");
         // The flags before the pipe: whoever it wakes finds them set.
-        for signal in [SIGTERM, SIGINT] {
-            let armed = Arc::new(AtomicBool::new(false));
+        for (signal, at_once) in [SIGTERM, SIGINT].into_iter().zip(&signals.at_once) {
             // The first one finds this flag unset, and sets it.
-            flag::register_conditional_default(signal, armed.clone()).context("register a signal")?;
-            flag::register(signal, armed).context("register a signal")?;
+            flag::register_conditional_default(signal, at_once.clone()).context("register a signal")?;
+            flag::register(signal, at_once.clone()).context("register a signal")?;
             flag::register(signal, signals.stop.clone()).context("register a signal")?;
-            pipe::register(signal, writer.try_clone().context("make a pipe")?)
-                .context("register a signal")?;
+            pipe::register(signal, clone()?).context("register a signal")?;
         }
         if !ignored(SIGHUP) {
             flag::register(SIGHUP, signals.hangup.clone()).context("register a signal")?;
-            pipe::register(SIGHUP, writer).context("register a signal")?;
+            pipe::register(SIGHUP, clone()?).context("register a signal")?;
         }
         Ok(signals)
+    }
+
+    /// From here on the first SIGTERM or SIGINT asks for a clean end. The second ends the process at once, so that nobody has to wait for it; so does
+    /// the first before this call.
+    pub fn clean_from_here(&self) {
+        for at_once in &self.at_once {
+            at_once.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Has [`Signals::wait_until`] return, from another thread.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn waker(&self) -> Result<impl FnOnce() + Send + use<>> {
+        let mut writer = self.writer.try_clone().context("make a pipe")?;
+        Ok(move || {
+            // Full, it wakes just as well.
+            let _ = writer.write(&[0]);
+        })
     }
 
     /// What the signals that have come until now ask for.

@@ -42,6 +42,7 @@ pub struct TopArgs {
 /// With `--once`, when a role does not answer. Without it, that is shown.
 pub fn run(args: &TopArgs) -> Result<()> {
     let signals = Signals::install()?;
+    signals.clean_from_here();
     let mut roles: Vec<Watched> = args.addresses.iter().map(|address| Watched::new(address)).collect();
     let screen = std::io::stdout().is_terminal() && !args.once;
     let started = Instant::now();

@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use replayer_common::addr::Endpoint;
 use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
-use replayer_tests::clients::Load;
+use replayer_tests::clients::{Load, Watch};
 use replayer_tests::lab::{Host, Lab, NIC, Plan};
 use replayer_tests::pairs::StreamPair;
 use replayer_tests::process::Process;
@@ -217,9 +218,10 @@ fn b063_sighup_takes_over_other_assistants_and_a_key_and_no_session_notices() ->
     requests(1000)?;
 
     // A mistake, and an assistant that is not there.
-    for (text, says) in
-        [("sampel = 3", "there is sample"), ("assistant = '172.28.0.250:7'", "cannot reach the assistant")]
-    {
+    for (text, says) in [
+        ("sampel = 3", "there is sample"),
+        ("assistant = '172.28.0.250:7'", "cannot reach the assistant at 172.28.0.250:7"),
+    ] {
         write_file(&lab, "two", text)?;
         online.process.signal(Signal::SIGHUP)?;
         online.process.wait_for_message(says, SOON)?;
@@ -337,6 +339,122 @@ fn b063_sighup_has_the_assistants_names_looked_up_again() -> Result<()> {
     load("third", 2001)?;
     streams.ensure_equal(150)?;
     ensure!(online.stop()?.success(), "{}", online.tail());
+    Ok(())
+}
+
+/// A name server that never answers: a look-up takes ten seconds and more.
+#[test]
+fn b040_b063_while_names_are_looked_up_the_figures_go_on_and_a_stop_is_prompt() -> Result<()> {
+    let lab = Lab::up(Plan { assistants: 2, ..Plan::default() })?;
+    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let server = lab.host("assistant2");
+    let asked = Watch::arriving(server, &[("questions", "udp dport 53")])?;
+    server.namespace().nft(
+        "table inet silence { chain in { type filter hook input priority 0;\nudp dport 53 drop\n}\n}\n",
+    )?;
+    let (names, resolver) = (lab.dir().join("hosts"), lab.dir().join("resolv.conf"));
+    fs::write(&names, format!("{} moving.test\n", lab.assistant().v4()))?;
+    fs::write(&resolver, format!("nameserver {}\n", server.v4()))?;
+    let mut command = lab.online().command("unshare");
+    let own_files =
+        "mount --bind \"$0\" /etc/hosts && mount --bind \"$1\" /etc/resolv.conf && shift && exec \"$@\"";
+    command.args(["--mount", "sh", "-c", own_files]).arg(&names).arg(&resolver);
+    let written = lab.dir().join("online.json");
+    command.arg(tool("replayer")?).args(["online", "-i", NIC, "-s", "moving.test", "--stats", "1"]);
+    command.args(["-x", &service(STREAM, lab.target().v4(), STREAM), "--report"]).arg(&written);
+    let mut online = Process::start(&mut command, "online", &lab.dir())?;
+    online.wait_for_message("online ready", SOON)?;
+    let load = format!("--connect {}:{STREAM} --connections 20 --rate 400 --seconds 60", lab.online().v4());
+    let mut load = Load::start(&lab, lab.client(), "load", &load)?;
+    wait_for("requests", SOON, || streams.target.record().is_ok_and(|record| record.requests() > 100))?;
+
+    fs::write(&names, "")?;
+    for _ in 0..3 {
+        online.signal(Signal::SIGHUP)?;
+    }
+    wait_for("a question", SOON, || asked.packets().is_ok_and(|packets| packets["questions"] > 0))?;
+    let lines = |online: &Process| online.errors().matches(" requests/s").count();
+    let before = lines(&online);
+    wait_for("three lines of figures", SOON, || lines(&online) >= before + 3)?;
+    online.signal(Signal::SIGTERM)?;
+    let status = online.wait(Duration::from_secs(3))?;
+    ensure!(status.success() && !online.errors().contains("stays as it is"), "{status}: {}", online.tail());
+    let last = report(&written).context("no report")?;
+    ensure!(last["running"].is_null() && requests(&last) > 100, "{last:#}");
+    load.process.kill()?;
+    Ok(())
+}
+
+#[test]
+fn b063_before_anything_is_attached_a_stop_waits_for_nothing() -> Result<()> {
+    let lab = Lab::up(Plan { assistants: 2, ..Plan::default() })?;
+    let silent = lab.host("assistant2");
+    let asked = Watch::arriving(silent, &[("syns", "tcp flags & (syn | ack) == syn")])?;
+    silent.namespace().nft(
+        "table inet silence { chain in { type filter hook input priority 0;\ntcp dport 36524 drop\n}\n}\n",
+    )?;
+    let capture = lab.dir().join("nothing.pcap");
+    fs::write(&capture, "")?;
+    let started = |number: u64, role: &str| -> Result<Process> {
+        let mut command = lab.online().command(tool("replayer")?);
+        command.args(role.split(' ')).args(["-s", &silent.v4().to_string()]);
+        command.args(["-x", &service(STREAM, lab.target().v4(), STREAM)]);
+        if role.contains("offline") {
+            command.arg("-f").arg(&capture);
+        }
+        let role = Process::start(&mut command, "role", &lab.dir())?;
+        wait_for("a SYN", SOON, || asked.packets().is_ok_and(|packets| packets["syns"] >= number))?;
+        Ok(role)
+    };
+    for (number, role) in (1..).zip(["online", "check online", "offline"]) {
+        let mut process = started(number, role)?;
+        process.signal(Signal::SIGTERM)?;
+        let status = process.wait(Duration::from_secs(1))?;
+        // It did nothing: that is no success, least of all of a check.
+        assert_eq!(status.signal(), Some(Signal::SIGTERM as i32), "{role}: {}", process.tail());
+    }
+    Ok(())
+}
+
+/// Whoever moves the target's route has some time for it, before or after.
+#[test]
+fn b063_after_sighup_responses_that_come_through_a_former_assistant_still_count() -> Result<()> {
+    let lab = Lab::up(Plan { assistants: 2, ..Plan::default() })?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let hosts = [lab.assistant(), lab.host("assistant2")];
+    let [first, second] = hosts.map(Host::v4);
+    let file = write_file(&lab, "", &format!("assistant = '{first}'"))?;
+    let [mut old, mut new] = [
+        Role::configured(&lab, hosts[0], "assistant", &file)?,
+        Role::configured(&lab, hosts[1], "assistant", &file)?,
+    ];
+    let mut online = Role::configured(&lab, lab.online(), "online", &file)?;
+    let load = format!(
+        "--connect {}:{STREAM} --connections 20 --rate 400 --seconds 6 --body 1-3000",
+        lab.online().v4()
+    );
+    let mut load = Load::start(&lab, lab.client(), "load", &load)?;
+    let mut requests = |wanted: usize| {
+        wait_for("further requests", SOON, || {
+            streams.target.record().is_ok_and(|record| record.requests() >= wanted)
+        })
+    };
+    requests(100)?;
+    write_file(&lab, "", &format!("assistant = '{second}'"))?;
+    online.process.signal(Signal::SIGHUP)?;
+    online.process.wait_for_message("replayer.toml says: assistant", SOON)?;
+    requests(1000)?;
+    lab.route_through(lab.target(), "172.28.1.0/24", hosts[1])?;
+    let summary = load.finish()?;
+    assert_eq!((summary.errors, summary.unanswered), (0, 0), "{summary:?}");
+    streams.ensure_equal(summary.requests as usize)?;
+    let report = online.stop_online()?;
+    // Each went when the one before was answered, and none for it had waited long enough.
+    let counted = ["sessions_opened", "turns_sent", "turns_released_by_hold_limit"];
+    assert_eq!(counted.map(|name| report.counter(name)), [20, summary.requests, 0]);
+    old.stop::<Value>()?;
+    new.stop::<Value>()?;
     Ok(())
 }
 

@@ -131,6 +131,7 @@ pub fn run(mut args: AssistantArgs, configuration: Configuration) -> Result<()> 
     }
     // Pauses are a fraction of a millisecond: the default slack of 50 us would stretch them.
     nix::sys::prctl::set_timerslack(1_000).context("cannot set the timer slack")?;
+    signals.clean_from_here();
     let blackhole = BlackHole::open(&interface, args.zero_copy, &host::local_addresses()?, pin, keep)?;
     let mut routing = Routing::new(crate::channel::random_instance());
     for (protocol, target) in blackhole.targets() {

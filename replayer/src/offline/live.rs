@@ -4,10 +4,10 @@ use super::{
     LAST_RESPONSE_NS, OfflineArgs, conclude, engine_config, not_given, order, report_of, start_feed,
 };
 use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
-use crate::channel::assistants::Assistants;
+use crate::channel::assistants::{Assistants, Change, Found};
 use crate::cli::{Role, ServiceArg, StatsFormat};
 use crate::clock;
-use crate::configuration::Configuration;
+use crate::configuration::{self, Configuration, Settings};
 use crate::diagnosis::{self, Diagnosis};
 use crate::growth::Growth;
 use crate::inspect::progress_line;
@@ -18,6 +18,7 @@ use crate::online::{conclude_check, output_device, spent};
 use crate::pcap::Files;
 use crate::pcap::input::STANDARD_INPUT;
 use crate::privileges::{self, Keep};
+use crate::reload::Reload;
 use crate::replay::ReplayArgs;
 use crate::report::{self, Figures};
 use crate::say::{self, caution, plain, say, show, to_terminal};
@@ -88,6 +89,7 @@ pub(super) fn run(
         say!("{} is copied to {}", service.online_name(), service.service.target);
     }
     let started = Instant::now();
+    signals.clean_from_here();
     let worker = std::thread::Builder::new()
         .name("worker 0".into())
         .spawn(move || {
@@ -95,7 +97,8 @@ pub(super) fn run(
             worker.run();
         })
         .context("start a thread")?;
-    let mut running = Running { configuration, assistants, shared, worker: Some(worker) };
+    let mut running =
+        Running { configuration, assistants, shared, worker: Some(worker), reload: Reload::default() };
     privileges::drop_all_but(Keep::Main);
     say::ready(format_args!("stop with SIGTERM or Ctrl-C"));
 
@@ -128,6 +131,14 @@ struct Running {
     assistants: Assistants,
     shared: Arc<Shared>,
     worker: Option<JoinHandle<()>>,
+    reload: Reload<Reloaded>,
+}
+
+/// What SIGHUP has brought, to be taken over.
+struct Reloaded {
+    /// What the configuration file says, if there is one.
+    said: Option<(Box<OfflineArgs>, Settings)>,
+    assistants: Found,
 }
 
 impl Running {
@@ -154,24 +165,37 @@ impl Running {
                     signalled = true;
                     break;
                 }
-                Some(Asked::Reload) => {
-                    let asked = (args.replay.stats, terminal);
-                    self.reload(args);
-                    terminal = to_terminal() && args.replay.stats_format == StatsFormat::Text;
-                    let figures = self.figures(services);
-                    longest_lag_us = longest_lag_us.max(figures.lag_us);
-                    let report = report_of(&figures, shown, spent(started))?;
-                    report::write_interim(args.replay.report.as_deref(), report);
-                    if asked != (args.replay.stats, terminal) {
-                        interval = args.replay.stats_interval();
-                        next = Instant::now() + interval;
-                        before = figures;
-                    }
-                }
+                Some(Asked::Reload) => self.reload.ask(),
                 None => {}
+            }
+            if self.reload.is_due()
+                && let Err(error) = self.begin_reload(args, signals)
+            {
+                configuration::say_not_taken_over(&error);
+            }
+            if let Some(outcome) = self.reload.outcome() {
+                let asked = (args.replay.stats, terminal);
+                match outcome {
+                    Ok(reloaded) => self.take_over(args, reloaded),
+                    Err(error) => configuration::say_not_taken_over(&error),
+                }
+                terminal = to_terminal() && args.replay.stats_format == StatsFormat::Text;
+                let figures = self.figures(services);
+                longest_lag_us = longest_lag_us.max(figures.lag_us);
+                let report = report_of(&figures, shown, spent(started))?;
+                report::write_interim(args.replay.report.as_deref(), report);
+                if asked != (args.replay.stats, terminal) {
+                    interval = args.replay.stats_interval();
+                    next = Instant::now() + interval;
+                    before = figures;
+                }
             }
             if Instant::now() >= next_look {
                 next_look += diagnosis::INTERVAL;
+                if !self.reload.is_under_way() {
+                    let changes = self.assistants.leave(Instant::now(), 1);
+                    self.change_assistants(changes);
+                }
                 let figures = self.figures(services);
                 longest_lag_us = longest_lag_us.max(figures.lag_us);
                 if let Some(metrics) = metrics {
@@ -216,27 +240,43 @@ impl Running {
         Ok(signalled)
     }
 
-    /// Takes over what the configuration file says now, as far as no session notices, and where the assistants' names lead now.
-    fn reload(&mut self, args: &mut OfflineArgs) {
-        let Running { configuration, assistants, shared, .. } = self;
-        configuration.reload(&ReplayArgs::LIVE, |role| {
-            let new = match role {
-                Some(Role::Offline(new)) => Some(*new),
+    /// Looks at what the configuration file says now, and at where the assistants' names lead now.
+    fn begin_reload(&mut self, args: &OfflineArgs, signals: &Signals) -> Result<()> {
+        let configuration = self.configuration.clone();
+        let search = self.assistants.search(1);
+        let (names, replay) = (args.assistants.clone(), args.replay.clone());
+        self.reload.begin(signals, move || {
+            let said = match configuration.read_again()? {
+                Some((Role::Offline(new), settings)) => Some((new, settings)),
                 _ => None,
             };
-            if let Some(new) = &new {
-                super::check(new)?;
-            }
-            let names = new.as_ref().unwrap_or(args);
-            for change in assistants.reload(&names.replay.named(&names.assistants), 1)? {
-                shared.ask(Ask::Assistants(change));
-            }
-            if let Some(new) = new {
-                args.assistants = new.assistants;
-                args.replay.adopt(new.replay);
-            }
-            Ok(())
-        });
+            let named = match &said {
+                Some((new, _)) => {
+                    super::check(new)?;
+                    new.replay.named(&new.assistants)
+                }
+                None => replay.named(&names),
+            };
+            let assistants = search.run(&named)?;
+            Ok(Reloaded { said, assistants })
+        })
+    }
+
+    /// Takes that over, as far as no session notices.
+    fn take_over(&mut self, args: &mut OfflineArgs, Reloaded { said, assistants }: Reloaded) {
+        let changes = self.assistants.take_over(assistants, Instant::now());
+        self.change_assistants(changes);
+        if let Some((new, settings)) = said {
+            args.assistants = new.assistants;
+            args.replay.adopt(new.replay);
+            self.configuration.taken_over(settings, &ReplayArgs::LIVE);
+        }
+    }
+
+    fn change_assistants(&self, changes: Vec<Change>) {
+        for change in changes {
+            self.shared.ask(Ask::Assistants(change));
+        }
     }
 
     fn figures(&self, services: &[ServiceArg]) -> Figures {

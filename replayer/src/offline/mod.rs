@@ -154,6 +154,7 @@ fn run_dry(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     let copies = args.replay.most_copies() as usize * services.len();
     let mut out = Memory::new(services, copies, sessions, writer, epoch_ns, random_instance());
     let signals = Signals::install()?;
+    signals.clean_from_here();
     let stop = AtomicBool::new(false);
     let patience_ns = args.replay.hold_limit_ns()? + LAST_RESPONSE_NS;
     let terminal = to_terminal();
