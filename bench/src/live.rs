@@ -13,6 +13,7 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use replayer_tests::clients::{Load, output_of};
 use replayer_tests::lab::{Lab, NIC, Plan};
+use replayer_tests::load::Summary;
 use replayer_tests::pairs::NginxPair;
 use replayer_tests::process::Process;
 use replayer_tests::replay::Replay;
@@ -29,6 +30,8 @@ pub(crate) const STEADY_RATE: u32 = 20_000;
 /// Requests a second at which these machines have time left.
 pub(crate) const EASY_RATE: u32 = 5_000;
 const CONNECTIONS: u32 = 50;
+/// Connections that saturate the server.
+const SATURATING: u32 = 16;
 /// How long after a load copies may still arrive, and how long nothing may come until all have.
 const ARRIVAL: Duration = Duration::from_secs(10);
 const QUIET: Duration = Duration::from_millis(700);
@@ -40,6 +43,7 @@ pub fn run(options: Options) -> Result<Vec<Figure>> {
     let seconds = if options.quick { 1 } else { 4 };
     let rounds = if options.quick { 1 } else { 3 };
     let mut figures = saturated(seconds, rounds)?;
+    figures.extend(mixed(seconds, rounds)?);
     figures.extend(steady(seconds, rounds)?);
     figures.extend(delays::measure(seconds, rounds)?);
     figures.extend(capture_alone(seconds.div_ceil(2), 2 * rounds - 1)?);
@@ -53,21 +57,49 @@ fn saturated(seconds: u32, rounds: usize) -> Result<Vec<Figure>> {
     let (mut online, mut target) = (NginxRequests::default(), NginxRequests::default());
     let (mut alone, mut replayed, mut missing) = (Vec::new(), Vec::new(), 0);
     for _ in 0..rounds {
-        alone.push(wrk(&lab, seconds)?);
+        alone.push(wrk(&lab, SATURATING, seconds)?);
         let before = (online.read(lab.online())?, target.read(lab.target())?);
         let replay = Replay::start(&lab, &[HTTP], &[])?;
-        replayed.push(wrk(&lab, seconds)?);
+        replayed.push(wrk(&lab, SATURATING, seconds)?);
         settled(QUIET, ARRIVAL, || target.read(lab.target()).ok());
         let after = (online.read(lab.online())?, target.read(lab.target())?);
         missing += (after.0 - before.0).abs_diff(after.1 - before.1);
         replay.stop()?;
     }
-    let alone = Figure::median("wrk, 16 connections, without a replay", alone, "requests/s");
-    let replayed = Figure::median("wrk, 16 connections, replayed", replayed, "requests/s")
+    let alone =
+        Figure::median(format!("wrk, {SATURATING} connections, without a replay"), alone, "requests/s");
+    let replayed = Figure::median(format!("wrk, {SATURATING} connections, replayed"), replayed, "requests/s")
         .beside("without a replay", alone.value);
     let missing = Figure::new("of these requests, not at the target", missing as f64, "requests")
         .wanted(Wanted::AtMost(0.0));
     Ok(vec![replayed, missing, alone])
+}
+
+/// Saturated connections beside quiet ones: how many of the requests are replayed while the load lasts.
+fn mixed(seconds: u32, rounds: usize) -> Result<Vec<Figure>> {
+    let lab = Lab::up(Plan::default())?;
+    let _nginx = NginxPair::start(&lab, HTTP)?;
+    let (mut online, mut target) = (NginxRequests::default(), NginxRequests::default());
+    let mut count = || anyhow::Ok((online.read(lab.online())?, target.read(lab.target())?));
+    let (mut replayed, mut served) = (Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        let replay = Replay::start(&lab, &[HTTP], &[])?;
+        let mut quiet =
+            Load::start(&lab, lab.client(), "quiet", &arguments(&lab, 40, EASY_RATE, "ticks", seconds + 1))?;
+        let (before, since) = (count()?, Instant::now());
+        wrk(&lab, 8, seconds)?;
+        let (after, elapsed) = (count()?, since.elapsed().as_secs_f64());
+        replayed.push((after.1 - before.1) as f64 / elapsed);
+        served.push((after.0 - before.0) as f64 / elapsed);
+        answered(quiet.finish()?)?;
+        settled(QUIET, ARRIVAL, || count().ok());
+        replay.stop()?;
+    }
+    let what = format!("8 saturated connections beside 40 with {EASY_RATE} requests/s");
+    let served = Figure::median(format!("{what}, answered online"), served, "requests/s");
+    let replayed = Figure::median(format!("{what}, replayed meanwhile"), replayed, "requests/s")
+        .beside("answered online", served.value);
+    Ok(vec![replayed, served])
 }
 
 /// CPU time of the roles for a request, and while there is nothing to do.
@@ -118,7 +150,7 @@ fn capture_alone(seconds: u32, rounds: usize) -> Result<Vec<Figure>> {
     let _nginx = on_cpu(serving, || Nginx::start(&lab, lab.online(), HTTP))?;
     let measure = |name: &str| {
         let capture = on_cpu(capturing, || recorder(&lab, name))?;
-        let rate = on_cpu(serving, || wrk(&lab, seconds))?;
+        let rate = on_cpu(serving, || wrk(&lab, SATURATING, seconds))?;
         let p99 = on_cpu(serving, || latency(&lab, EASY_RATE, seconds))?;
         capture.map(|mut capture| capture.stop()).transpose()?;
         anyhow::Ok([rate, p99])
@@ -211,21 +243,30 @@ fn latency(lab: &Lab, rate: u32, seconds: u32) -> Result<f64> {
     Ok(summary(lab, rate, "ticks", seconds)?.latency_us.p99)
 }
 
-fn summary(lab: &Lab, rate: u32, arrivals: &str, seconds: u32) -> Result<replayer_tests::load::Summary> {
-    let arguments = format!(
-        "--connect {}:{HTTP} --protocol http --expect-server online --connections {CONNECTIONS} --rate {rate} \
+fn summary(lab: &Lab, rate: u32, arrivals: &str, seconds: u32) -> Result<Summary> {
+    answered(Load::run(lab, "bench", &arguments(lab, CONNECTIONS, rate, arrivals, seconds))?)
+}
+
+/// Arguments of loadgen.
+fn arguments(lab: &Lab, connections: u32, rate: u32, arrivals: &str, seconds: u32) -> String {
+    format!(
+        "--connect {}:{HTTP} --protocol http --expect-server online --connections {connections} --rate {rate} \
          --arrivals {arrivals} --seconds {seconds}",
         lab.online().v4()
-    );
-    let summary = Load::run(lab, "bench", &arguments)?;
+    )
+}
+
+/// No client may have seen anything else than answers.
+fn answered(summary: Summary) -> Result<Summary> {
     ensure!((summary.errors, summary.unanswered) == (0, 0), "a client saw errors: {summary:?}");
     Ok(summary)
 }
 
-/// As many requests as are answered, on 16 keep-alive connections; how many a second.
-fn wrk(lab: &Lab, seconds: u32) -> Result<f64> {
+/// As many requests as are answered on so many keep-alive connections; how many a second.
+fn wrk(lab: &Lab, connections: u32, seconds: u32) -> Result<f64> {
     let url = format!("http://{}:{HTTP}/wrk", lab.online().v4());
-    let text = output_of(lab.client().command("wrk").args(["-t1", "-c16", &format!("-d{seconds}"), &url]))?;
+    let (connections, seconds) = (format!("-c{connections}"), format!("-d{seconds}"));
+    let text = output_of(lab.client().command("wrk").args(["-t1", &connections, &seconds, &url]))?;
     rated(&text).with_context(|| format!("unexpected output of wrk: {text}"))
 }
 

@@ -27,8 +27,8 @@ const BITS: u32 = 256;
 /// With fewer sessions than this, being behind means that each step of each session waits for a wake-up.
 const FEW_SESSIONS: f64 = 4.5;
 
-/// Records in a window (500 a second) below which a wake-up more or less does not matter.
-const WORTH_SPINNING: u64 = 2;
+/// Time between two records of a session above which a wake-up (50 us) more or less does not matter, ns: it is the target that takes time.
+const WORTH_SPINNING: u64 = 500_000;
 
 /// What to do before the next look at the rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,13 +88,12 @@ impl Moderation {
     fn decide(&mut self, elapsed: u64) {
         let free = BITS - self.sketch.iter().map(|word| word.count_ones()).sum::<u32>();
         let sessions = f64::from(BITS) * (f64::from(BITS) / f64::from(free.max(1))).ln();
-        self.few_sessions = self.records * WINDOW >= WORTH_SPINNING * elapsed && sessions < FEW_SESSIONS;
+        let between = (elapsed as f64 * sessions / self.records.max(1) as f64) as u64;
+        self.few_sessions = sessions < FEW_SESSIONS && self.records > 0 && between < WORTH_SPINNING;
         self.pause = 0;
         if self.records * WINDOW < FEW_RECORDS * elapsed {
             return;
         }
-        let between = elapsed as f64 * sessions / self.records as f64;
-        let between = between as u64;
         let pause = (between / 2).max(between.saturating_sub(LEAVE)).min(self.longest);
         if pause >= SHORTEST.min(self.longest) {
             self.pause = pause;
@@ -155,14 +154,17 @@ mod tests {
 
     #[test]
     fn behind_few_sessions_spin_and_nobody_pauses() {
-        for (sessions, expected) in [(1, Next::Spin), (4, Next::Spin), (50, Next::Wait)] {
+        // So many sessions, and so many ns between two records of any of them.
+        let quick = [(1, 50_000, Next::Spin), (4, 50_000, Next::Spin), (50, 50_000, Next::Wait)];
+        let slow_target = [(1, 600_000, Next::Wait), (4, 150_000, Next::Wait)];
+        for (sessions, apart, expected) in quick.into_iter().chain(slow_target) {
             let mut moderation = Moderation::new(LONGEST);
             let mut next = Next::Wait;
             for record in 0..400u64 {
                 moderation.record(20_000 + (record % sessions) as u16, 7);
-                next = moderation.next(1_000_000_000 + record * 50_000, true);
+                next = moderation.next(1_000_000_000 + record * apart, true);
             }
-            assert_eq!(next, expected, "{sessions} sessions");
+            assert_eq!(next, expected, "{sessions} sessions, {apart} ns");
             assert_eq!(moderation.next(10_000_000_000, true), Next::Wait, "nothing comes: no spinning");
         }
     }

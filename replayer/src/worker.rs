@@ -260,7 +260,8 @@ impl Output for Surroundings {
 #[derive(Debug, Default)]
 struct Pace {
     since: u64,
-    window: Option<u32>,
+    /// Requests of the window, and how many of them were late.
+    window: (u32, u32),
     /// The longest delay since the last published figures, in the ring or in the engine, microseconds.
     longest_us: u32,
     /// Until when it counts as behind.
@@ -271,19 +272,21 @@ struct Pace {
 impl Pace {
     /// How often the delays are looked at.
     const WINDOW_NS: u64 = 4_000_000;
-    /// Being behind: not one request of a window leaves earlier than this after its capture, microseconds. Less, or single late ones,
-    /// only mean that the cores were busy with something else, and hurrying would make them busier.
-    const BEHIND_US: u32 = 20_000;
+    /// Behind is who sends one of so many requests late. Few saturated connections beside many quiet ones are enough; single late requests
+    /// are not, for hurrying costs CPU time.
+    const ONE_LATE_OF: u32 = 8;
 
     /// Takes the delays since the last call. True when the assistants are to be told (again) that the replay is behind.
     fn update(&mut self, now: u64, lag: Lag) -> bool {
         if lag.count > 0 {
-            self.window = Some(self.window.map_or(lag.shortest_us, |shortest| shortest.min(lag.shortest_us)));
+            self.window.0 += lag.count;
+            self.window.1 += lag.late;
             self.longest_us = self.longest_us.max(lag.longest_us);
         }
         if now - self.since >= Self::WINDOW_NS {
             self.since = now;
-            if self.window.take().is_some_and(|shortest| shortest > Self::BEHIND_US) {
+            let (requests, late) = std::mem::take(&mut self.window);
+            if late > requests / Self::ONE_LATE_OF {
                 self.behind_until = now + HURRY;
             }
         }
@@ -632,5 +635,47 @@ impl Worker {
         snapshot.connected.extend(self.surroundings.channels.iter().map(Client::is_connected));
         snapshot.tls.clear();
         snapshot.tls.extend(self.engine.tls_seen());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether a worker is behind after a window of so many requests, so many of them late.
+    fn is_behind(count: u32, late: u32) -> bool {
+        let mut pace = Pace::default();
+        let now = 1_000_000_000;
+        pace.update(now, Lag::default());
+        pace.update(now + 1, Lag { count, late, longest_us: 30_000 });
+        pace.update(now + Pace::WINDOW_NS, Lag::default());
+        pace.is_behind(now + Pace::WINDOW_NS)
+    }
+
+    #[test]
+    fn few_late_sessions_beside_many_that_are_not_are_enough_to_be_behind() {
+        assert!(is_behind(80, 80));
+        assert!(is_behind(80, 11));
+        assert!(!is_behind(80, 10), "single late ones");
+        assert!(!is_behind(80, 0));
+        assert!(is_behind(1, 1));
+        assert!(!is_behind(0, 0), "nothing came");
+    }
+
+    #[test]
+    fn assistants_are_told_again_while_it_lasts_and_it_ends_by_itself() {
+        let mut pace = Pace::default();
+        let late = Lag { count: 1, late: 1, longest_us: 30_000 };
+        let mut told = Vec::new();
+        for ms in 1_000..1_300u64 {
+            let lag = if ms < 1_100 { late } else { Lag::default() };
+            if pace.update(ms * 1_000_000, lag) {
+                told.push(ms);
+            }
+        }
+        assert_eq!(told.first(), Some(&1_000));
+        assert!(told.windows(2).all(|pair| pair[1] - pair[0] == 50), "{told:?}");
+        assert!(told.last().is_some_and(|&last| (1_150..1_200).contains(&last)), "{told:?}");
+        assert!(!pace.is_behind(1_200 * 1_000_000));
     }
 }

@@ -99,7 +99,7 @@ impl Engine {
         if self.sent_at_once > 0 {
             let count = core::mem::take(&mut self.sent_at_once);
             self.capture_to_transmit.record_all(0, count);
-            self.lag.record(0, count);
+            self.lag.record(0, 0, count);
         }
     }
 

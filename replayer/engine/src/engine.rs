@@ -89,15 +89,22 @@ pub struct Gauges {
 pub struct Lag {
     /// How many were measured.
     pub count: u32,
-    /// The shortest.
-    pub shortest_us: u32,
+    /// Of these, how many were longer than [`Lag::LATE_US`] where the turn before had begun less than that ago: it is not a slow target
+    /// that makes them late, and each wake-up less brings the session nearer.
+    pub late: u32,
     /// The longest.
     pub longest_us: u32,
 }
 
 impl Lag {
-    pub(crate) fn record(&mut self, us: u32, count: u32) {
-        self.shortest_us = if self.count == 0 { us } else { self.shortest_us.min(us) };
+    /// What is late, microseconds. Less only means that the cores were busy with something else.
+    pub const LATE_US: u32 = 20_000;
+
+    /// `count` delays of `us`, `since_turn_us` after the turn before them began.
+    pub(crate) fn record(&mut self, us: u32, since_turn_us: u32, count: u32) {
+        if us > Self::LATE_US && since_turn_us < Self::LATE_US {
+            self.late += count;
+        }
         self.longest_us = self.longest_us.max(us);
         self.count += count;
     }

@@ -397,6 +397,7 @@ impl Engine {
             if starts_turn && self.is_early(now_ns, s, stored.captured_us) {
                 return;
             }
+            let since_turn_us = micros(now_ns).wrapping_sub(self.sessions[s].turn_sent_us);
             if starts_turn && !self.begin_turn(now_ns, s, stored.need) {
                 return;
             }
@@ -410,7 +411,7 @@ impl Engine {
             } else if offset == 0 {
                 let lag = micros(now_ns).wrapping_sub(stored.captured_us).saturating_sub(shift_us);
                 self.capture_to_transmit.record(lag);
-                self.lag.record(lag, 1);
+                self.lag.record(lag, since_turn_us, 1);
             }
             session.advance_to(seq.wrapping_add(len));
             if !session.timing && !again {

@@ -22,6 +22,29 @@ fn b021_the_second_request_waits_for_the_first_response() {
 }
 
 #[test]
+fn requests_count_as_late_where_it_is_not_the_target_that_takes_its_time() {
+    // Four turns, all captured at the start; the first response takes the target so long, each further one so long; which turns are late.
+    for (first, takes, late) in [(MS, MS, 0), (21 * MS, MS, 2), (19 * MS, 19 * MS, 2), (21 * MS, 21 * MS, 0)]
+    {
+        let mut lab = Lab::new();
+        lab.handshake();
+        lab.client_segments(&[
+            "PA 1+100 ack 1",
+            "PA 101+100 ack 51",
+            "PA 201+100 ack 101",
+            "PA 301+100 ack 151",
+        ]);
+        for turn in 0..4 {
+            lab.expect(&[&format!("PA {}+100 ack {}", 1 + 100 * turn, 1 + 50 * turn)]);
+            lab.pass(if turn == 0 { first } else { takes });
+            lab.target(&format!("PA {}+50 ack {}", 1 + 50 * turn, 101 + 100 * turn));
+        }
+        let lag = lab.engine.take_lag();
+        assert_eq!((lag.count, lag.late), (4, late), "{first} {takes}");
+    }
+}
+
+#[test]
 fn b021_without_waiting() {
     let mut config = config();
     config.wait_for_responses = false;
