@@ -637,29 +637,3 @@ fn b055_strangers_are_refused_with_a_reason_in_the_log_while_requests_are_replay
     assert_eq!(report["channel"]["silent"], 0, "{report:#}");
     Ok(())
 }
-
-#[test]
-fn b063_a_signal_during_the_start_keeps_it_from_the_production_interface() -> Result<()> {
-    let lab = Lab::up(Plan::default())?;
-    let _assistant = Role::assistant(&lab, lab.assistant(), &[])?;
-    // The target's address is asked for in vain, for two seconds.
-    lab.switch().ip("link set target down\n")?;
-    let service = service(STREAM, lab.target().v4(), STREAM);
-    let mut command = lab.online().command(tool("replayer")?);
-    command.args(["online", "-x", &service, "-s", &lab.assistant().v4().to_string(), "-i", NIC]);
-    let mut process = Process::start(&mut command, "online", &lab.dir())?;
-    let status = format!("/proc/{}/status", process.pid());
-    wait_for("the role to take SIGINT over", Duration::from_secs(2), || {
-        let caught = std::fs::read_to_string(&status).ok().and_then(|text| {
-            let mask = text.lines().find_map(|line| line.strip_prefix("SigCgt:"))?.trim().to_owned();
-            u64::from_str_radix(&mask, 16).ok()
-        });
-        caught.is_some_and(|mask| mask & (1 << (Signal::SIGINT as u32 - 1)) != 0)
-    })?;
-    process.signal(Signal::SIGINT)?;
-    let status = process.wait(Duration::from_secs(10))?;
-    let said = process.errors();
-    ensure!(status.success() && said.contains("before anything was attached"), "{status}: {said}");
-    ensure!(!said.contains("online ready"), "{said}");
-    Ok(())
-}
