@@ -1,17 +1,16 @@
 //! The verdicts of the BPF programs, counted in the kernel.
 //!
 //! Each program has a per-CPU array of `u64`, indexed by its enum here. Every packet that a program sees moves exactly
-//! one of them by one: together they are the packets seen. Names are stable, for metrics; the descriptions are for
-//! people.
+//! one of them by one: together they are the packets seen. Names are stable, for reports and metrics.
 
-/// An enum of verdicts: its values count from 0, and each one's first line of documentation is its description.
+/// An enum of verdicts, whose values count from 0, with the stable name of each.
 macro_rules! verdicts {
-    ($(#[doc = $about:literal])+ $name:ident { $(#[doc = $description:literal] $verdict:ident = $text:literal,)+ }) => {
+    ($(#[doc = $about:literal])+ $name:ident { $(#[doc = $meaning:literal] $verdict:ident = $text:literal,)+ }) => {
         $(#[doc = $about])+
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[repr(u32)]
         pub enum $name {
-            $(#[doc = $description] $verdict,)+
+            $(#[doc = $meaning] $verdict,)+
         }
 
         impl $name {
@@ -22,13 +21,6 @@ macro_rules! verdicts {
             pub fn name(self) -> &'static str {
                 match self {
                     $($name::$verdict => $text,)+
-                }
-            }
-
-            /// One line for people.
-            pub fn description(self) -> &'static str {
-                match self {
-                    $($name::$verdict => $description.trim_ascii_start(),)+
                 }
             }
 
@@ -172,6 +164,5 @@ mod tests {
         assert!(MirrorVerdict::ALL.iter().enumerate().all(|(at, verdict)| verdict.index() as usize == at));
         assert_eq!(ResponsesVerdict::NoSocket.index() as usize, ResponsesVerdict::ALL.len() - 1);
         assert_eq!(CaptureVerdict::NoSocket.name(), "no_socket");
-        assert_eq!(MirrorVerdict::Mirrored.description(), "Cloned to the mirror.");
     }
 }

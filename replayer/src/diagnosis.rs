@@ -1,6 +1,7 @@
 //! What is wrong with the set-up around a running role, seen in its figures: said while it runs, of the targets that it concerns, with the
 //! remedy, and once only until it is over. What a role can see before its start it refuses there.
 
+use crate::capture::verdicts::Place;
 use crate::cli::ServiceArg;
 use crate::replay::ReplayArgs;
 use crate::report::Figures;
@@ -34,7 +35,7 @@ pub enum Trouble {
     /// Packets are lost between the interface and the workers.
     CaptureLoses {
         /// How many within the last second, by where they were lost.
-        lost: Vec<(&'static str, u64)>,
+        lost: Vec<(Place, u64)>,
         /// Not one has got through so far.
         all: bool,
     },
@@ -60,7 +61,7 @@ pub struct Diagnosis {
     captures: bool,
     /// What was said of a capture without packets.
     said_unseen: Option<Trouble>,
-    lost: Vec<(&'static str, u64)>,
+    lost: Vec<(Place, u64)>,
     losing: Growth,
     targets: Vec<Target>,
 }
@@ -318,6 +319,7 @@ impl Trouble {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use replayer_common::counters::RingVerdict;
 
     /// What happens at a service within a second.
     type Event = (usize, fn(&mut ServiceCounters));
@@ -468,17 +470,19 @@ mod tests {
     #[test]
     fn b048_a_capture_that_loses_packets_is_told_when_it_begins_with_what_it_lost_where() {
         let mut looks = Looks::new(true);
-        let loses = |lost: &[(&'static str, u64)], all| Trouble::CaptureLoses { lost: lost.to_vec(), all };
-        looks.figures.lost_by_place = vec![("ring.ring_full", 5), ("ring.too_large", 0)];
-        assert_eq!(looks.with(&[]), [loses(&[("ring.ring_full", 5)], true)]);
+        let full = |count| (Place::Ring(RingVerdict::RingFull), count);
+        let too_large = |count| (Place::Ring(RingVerdict::TooLarge), count);
+        let loses = |lost: &[(Place, u64)], all| Trouble::CaptureLoses { lost: lost.to_vec(), all };
+        looks.figures.lost_by_place = vec![full(5), too_large(0)];
+        assert_eq!(looks.with(&[]), [loses(&[full(5)], true)]);
         // All of it was lost, which was told.
         assert_eq!(looks.for_seconds(20, &[]), []);
         looks.figures.counters[Counter::PacketsCaptured] = 1;
-        looks.figures.lost_by_place = vec![("ring.ring_full", 7), ("ring.too_large", 1)];
+        looks.figures.lost_by_place = vec![full(7), too_large(1)];
         assert_eq!(looks.with(&[]), []);
         assert_eq!(looks.for_seconds(100, &[]), []);
-        looks.figures.lost_by_place = vec![("ring.ring_full", 17), ("ring.too_large", 1)];
-        assert_eq!(looks.with(&[]), [loses(&[("ring.ring_full", 10)], false)], "it was over");
+        looks.figures.lost_by_place = vec![full(17), too_large(1)];
+        assert_eq!(looks.with(&[]), [loses(&[full(10)], false)], "it was over");
     }
 
     #[test]

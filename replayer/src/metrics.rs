@@ -3,11 +3,15 @@
 //! The role renders them once a second; a thread of its own hands them out. It holds no lock for longer than a copy, and a slow or hostile reader
 //! keeps nobody waiting: neither the role nor other readers.
 
+use crate::afxdp::Statistics;
+use crate::assistant::report::Report;
+use crate::capture::Verdicts;
 use crate::privileges::{self, Keep};
-use crate::report::{Figures, ServiceFigures};
+use crate::report::{Figures, Quantiles, ServiceFigures};
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use replayer_engine::counters::{Counter, ServiceCounters};
+use serde::Serialize;
 use serde_json::Value;
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -175,8 +179,14 @@ fn answer(request: &[u8], text: &Mutex<String>) -> String {
     )
 }
 
-/// The figures of a role that replays, `online` or `offline`; `kernel` are the programs' verdicts.
-pub fn of_replay(role: &str, figures: &Figures, kernel: Value, seconds: f64, cpu_seconds: f64) -> String {
+/// The figures of a role that replays, `online` or `offline`. `kernel`: what the programs counted, where packets are captured.
+pub fn of_replay(
+    role: &'static str,
+    figures: &Figures,
+    kernel: Option<&Verdicts>,
+    seconds: f64,
+    cpu_seconds: f64,
+) -> String {
     let mut text = Text::new(role, "");
     for &counter in Counter::ALL {
         text.counter(counter.name(), counter.what(), figures.counters[counter]);
@@ -203,52 +213,50 @@ pub fn of_replay(role: &str, figures: &Figures, kernel: Value, seconds: f64, cpu
     let (up, all) = figures.assistants();
     text.gauge("assistants", "assistants that were named", all as u64);
     text.gauge("assistants_connected", "of these, those that every worker is connected to", up as u64);
-    let report = figures.report(kernel, seconds, cpu_seconds);
     text.family("cpu_seconds_total", "counter", "processor time of the process");
     text.sample("cpu_seconds_total", &[], cpu_seconds);
-    for (name, summary) in report.as_object().into_iter().flatten() {
-        if let (Some(name), Some(_)) = (name.strip_suffix("_us"), summary["count"].as_u64()) {
-            text.summary(&format!("{name}_seconds"), summary);
-        }
+    let report = figures.report(role, kernel, seconds, cpu_seconds);
+    text.summary("ring_wait_seconds", &report.ring_wait_us);
+    text.summary("capture_to_transmit_seconds", &report.capture_to_transmit_us);
+    text.summary("target_response_seconds", &report.target_response_us);
+    if let Some(kernel) = kernel {
+        let (help, labels) = ("packets by program and verdict", ["program", "verdict"]);
+        text.by_label("kernel_packets_total", help, labels, kernel.by_program());
     }
-    text.by_label(
-        "kernel_packets_total",
-        "packets by program and verdict",
-        ["program", "verdict"],
-        &report["kernel"],
-    );
-    text.plain("port", "of the AF_XDP ports", &report["port"]);
-    text.by_label("socket_total", "of the AF_XDP sockets", ["socket", "what"], &report["port"]);
+    text.each("port", "of the AF_XDP ports", &report.port.counters);
+    let Statistics { rx, tx } = &report.port.sockets;
+    let sockets = [("capture_socket", named(rx)), ("transmit_socket", named(tx))];
+    text.by_label("socket_total", "of the AF_XDP sockets", ["socket", "what"], sockets);
     text.out
 }
 
-/// The figures of an assistant, by its report.
-pub fn of_assistant(report: &Value) -> String {
+/// The figures of an assistant.
+pub fn of_assistant(report: &Report) -> String {
     let mut text = Text::new("assistant", "assistant_");
-    text.counter("frames_received", "frames that came out of the AF_XDP rings", whole(&report["received"]));
-    text.counter(
-        "frames_dropped_by_kernel",
-        "frames for which a ring had no room",
-        whole(&report["dropped_by_kernel"]),
-    );
-    text.running(report["seconds"].as_f64().unwrap_or_default());
-    text.gauge("records_waiting", "records that wait for their registration", whole(&report["waiting"]));
+    text.counter("frames_received", "frames that came out of the AF_XDP rings", report.received);
+    text.counter("frames_dropped_by_kernel", "frames for which a ring had no room", report.dropped_by_kernel);
+    text.running(report.seconds);
+    text.gauge("records_waiting", "records that wait for their registration", report.waiting);
+    let rejected = report.rejected.iter().map(|(&reason, &count)| (reason, count)).collect();
+    let verdicts = report.verdicts.iter().map(|(verdict, count)| (verdict.name(), count)).collect();
     text.by_label(
         "frames_total",
         "frames by verdict, or by why they could not be used",
         ["by", "reason"],
-        report,
+        [("rejected", rejected), ("verdicts", verdicts)],
     );
-    text.plain("routing", "of the routing of records", &report["routing"]);
-    text.plain("channel", "of the connections of online roles", &report["channel"]);
-    for (name, value) in report["now"].as_object().into_iter().flatten() {
-        text.gauge(name, "now", whole(value));
+    text.each("routing", "of the routing of records", &report.routing);
+    text.each("channel", "of the connections of online roles", &report.channel);
+    for (name, value) in named(&report.now) {
+        text.gauge(&name, "now", value);
     }
     text.out
 }
 
-fn whole(value: &Value) -> u64 {
-    value.as_u64().unwrap_or_default()
+/// The numbers of a struct, each with its name in reports.
+fn named(counters: &impl Serialize) -> Vec<(String, u64)> {
+    let Ok(Value::Object(counters)) = serde_json::to_value(counters) else { return Vec::new() };
+    counters.into_iter().filter_map(|(name, value)| Some((name, value.as_u64()?))).collect()
 }
 
 /// What is written so far.
@@ -298,15 +306,14 @@ impl Text {
     }
 
     /// Quantiles over the whole run, given in microseconds.
-    fn summary(&mut self, name: &str, summary: &Value) {
+    fn summary(&mut self, name: &str, of: &Quantiles) {
         self.family(name, "summary", "over the whole run");
-        for (key, quantile) in
-            [("p50", "0.5"), ("p90", "0.9"), ("p99", "0.99"), ("p999", "0.999"), ("max", "1")]
+        for (quantile, us) in
+            [("0.5", of.p50), ("0.9", of.p90), ("0.99", of.p99), ("0.999", of.p999), ("1", of.max)]
         {
-            let seconds = summary[key].as_f64().unwrap_or_default() / 1e6;
-            self.sample(name, &[("quantile", quantile)], seconds);
+            self.sample(name, &[("quantile", quantile)], f64::from(us) / 1e6);
         }
-        self.sample(&format!("{name}_count"), &[], summary["count"].as_f64().unwrap_or_default());
+        self.sample(&format!("{name}_count"), &[], of.count as f64);
     }
 
     /// What is counted by service, each count a family with the services as labels.
@@ -325,30 +332,26 @@ impl Text {
         }
     }
 
-    /// Each number of an object, as a counter.
-    fn plain(&mut self, prefix: &str, help: &str, object: &Value) {
-        for (name, value) in object.as_object().into_iter().flatten() {
-            if let Some(value) = value.as_u64() {
-                self.counter(&format!("{prefix}_{name}"), help, value);
-            }
+    /// Each number of a struct, as a counter.
+    fn each(&mut self, prefix: &str, help: &str, counters: &impl Serialize) {
+        for (name, value) in named(counters) {
+            self.counter(&format!("{prefix}_{name}"), help, value);
         }
     }
 
-    /// Each number in the objects of an object, labelled by the names of both.
-    fn by_label(&mut self, name: &str, help: &str, labels: [&str; 2], objects: &Value) {
-        let objects = objects.as_object().into_iter().flatten();
-        let samples: Vec<(&String, &String, u64)> = objects
-            .flat_map(|(outer, object)| {
-                let inner = object.as_object().into_iter().flatten();
-                inner.filter_map(move |(inner, value)| Some((outer, inner, value.as_u64()?)))
-            })
-            .filter(|(outer, ..)| !["routing", "channel", "now"].contains(&outer.as_str()))
-            .collect();
-        if !samples.is_empty() {
-            self.family(name, "counter", help);
-        }
-        for (outer, inner, value) in samples {
-            self.sample(name, &[(labels[0], outer), (labels[1], inner)], value as f64);
+    /// Counts with two labels: the values of the first, each with those of the second.
+    fn by_label<N: AsRef<str>>(
+        &mut self,
+        name: &str,
+        help: &str,
+        [outer, inner]: [&str; 2],
+        counts: impl IntoIterator<Item = (&'static str, Vec<(N, u64)>)>,
+    ) {
+        self.family(name, "counter", help);
+        for (of_outer, counts) in counts {
+            for (of_inner, count) in counts {
+                self.sample(name, &[(outer, of_outer), (inner, of_inner.as_ref())], count as f64);
+            }
         }
     }
 }
@@ -356,7 +359,8 @@ impl Text {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use crate::programs::Counts;
+    use replayer_common::counters::{ResponsesVerdict, RingVerdict};
     use std::collections::HashSet;
 
     /// Each sample follows the head of its family, and no family comes twice.
@@ -391,8 +395,9 @@ mod tests {
         let mut figures = Figures::of(&services);
         figures.counters[Counter::TurnsSent] = 7;
         figures.services[1].counters.datagrams_sent = 9;
-        let kernel = json!({"capture_by": "ring", "ring": {"copied": 12, "ring_full": 0}});
-        let text = of_replay("offline", &figures, kernel, 3.0, 0.5);
+        let mut ring = Counts::default();
+        ring[RingVerdict::Copied] = 12;
+        let text = of_replay("offline", &figures, Some(&Verdicts::Ring { ring: Ok(ring) }), 3.0, 0.5);
         let families = check(&text);
         for counter in Counter::ALL {
             assert!(families.contains(format!("replayer_{}_total", counter.name()).as_str()), "{counter:?}");
@@ -415,12 +420,9 @@ mod tests {
 
     #[test]
     fn b066_the_figures_of_an_assistant() {
-        let report = crate::assistant::report::Report {
-            received: 5,
-            verdicts: [("cut", 5)].into(),
-            ..Default::default()
-        };
-        let text = of_assistant(&serde_json::to_value(&report).unwrap());
+        let mut report = Report { received: 5, ..Default::default() };
+        report.verdicts[ResponsesVerdict::Cut] = 5;
+        let text = of_assistant(&report);
         check(&text);
         for line in [
             "replayer_assistant_frames_received_total 5",

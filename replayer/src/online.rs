@@ -6,7 +6,7 @@
 
 use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig, PortError};
 use crate::capture::choice::{self, Facts};
-use crate::capture::{self, Backend, Capture, CaptureArg, Source, span};
+use crate::capture::{Backend, Capture, CaptureArg, Source, Verdicts, span};
 use crate::channel::assistants::{Assistants, Change, Found};
 use crate::channel::random_instance;
 use crate::cli::{OnlineArgs, Role, ServiceArg, StatsFormat};
@@ -34,7 +34,7 @@ use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
 use replayer_common::packet::Protocol;
 use replayer_engine::Engine;
 use replayer_engine::config::Limits;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io::ErrorKind;
 use std::net::TcpStream;
@@ -76,12 +76,13 @@ pub fn run(mut args: OnlineArgs, configuration: Configuration) -> Result<()> {
     let ended = online.serve(&mut args, &signals, started);
     // After an error too: the sessions end cleanly, and what was done until then is told.
     let stopped = online.stop();
+    let verdicts = online.capture.verdicts();
     online.say_tls();
-    let mut figures = online.figures(&online.verdicts);
-    figures.handed_over = capture::handed_over(&online.verdicts);
+    let mut figures = online.figures(&verdicts);
+    figures.handed_over = verdicts.handed_over();
     let (seconds, cpu) = spent(started);
     let mut summary = figures.summary(seconds, cpu);
-    let not_chosen = capture::not_chosen(&online.verdicts);
+    let not_chosen = verdicts.not_chosen();
     if not_chosen > 0 {
         summary += &format!(
             "\n  {not_chosen} packets of clients that were not chosen (--clients, --exclude-clients) were left alone"
@@ -89,7 +90,10 @@ pub fn run(mut args: OnlineArgs, configuration: Configuration) -> Result<()> {
     }
     say!("{summary}");
     let written = match &args.replay.report {
-        Some(path) => report::write(path, &figures.report(online.verdicts.clone(), seconds, cpu)),
+        Some(path) => {
+            let report = figures.report("online", Some(&verdicts), seconds, cpu);
+            report::write(path, &report, &figures.identities())
+        }
         None => Ok(()),
     };
     ended.and(stopped).and(written).and_then(|()| figures.ensure_done())
@@ -105,8 +109,6 @@ struct Online {
     configuration: Configuration,
     assistants: Assistants,
     capture: Capture,
-    /// Verdicts at the time of the stop.
-    verdicts: Value,
     _monitor: Monitor,
     /// Where it captures and where it sends.
     devices: [Device; 2],
@@ -244,7 +246,6 @@ impl Online {
             configuration,
             assistants,
             capture,
-            verdicts: Value::Null,
             _monitor: monitor,
             devices: [device, output],
             services,
@@ -332,8 +333,8 @@ impl Online {
                 let figures = self.figures(&verdicts);
                 longest_lag_us = longest_lag_us.max(figures.lag_us);
                 let (seconds, cpu) = spent(started);
-                let report = figures.report(verdicts, seconds, cpu);
-                report::write_interim(args.replay.report.as_deref(), report);
+                let report = figures.report("online", Some(&verdicts), seconds, cpu);
+                report::write_interim(args.replay.report.as_deref(), &report);
                 if asked != args.replay.stats {
                     interval = args.replay.stats_interval();
                     next_line = Instant::now() + interval;
@@ -357,12 +358,11 @@ impl Online {
             let verdicts = self.capture.verdicts();
             let mut figures = self.figures(&verdicts);
             longest_lag_us = longest_lag_us.max(figures.lag_us);
-            let left_out = capture::left_out(&verdicts);
-            let not_chosen = capture::not_chosen(&verdicts);
             if let Some(metrics) = &self.metrics {
                 let (seconds, cpu) = spent(started);
-                metrics.publish(metrics::of_replay("online", &figures, verdicts, seconds, cpu));
+                metrics.publish(metrics::of_replay("online", &figures, Some(&verdicts), seconds, cpu));
             }
+            let (left_out, not_chosen) = (verdicts.left_out(), verdicts.not_chosen());
             for trouble in diagnosis.look(attached.elapsed(), &figures, left_out, not_chosen) {
                 let text = trouble.describe(&self.services, &args.replay, &self.devices[0].name);
                 caution!(trouble.fields(); "{text}");
@@ -370,11 +370,12 @@ impl Online {
             if args.replay.stats.is_some() && Instant::now() >= next_line {
                 next_line += interval;
                 figures.lag_us = std::mem::take(&mut longest_lag_us);
+                let line = figures.line(started.elapsed().as_secs_f64());
                 match args.replay.stats_format {
-                    StatsFormat::Json => report::print(&figures.line_json(started.elapsed().as_secs_f64())),
+                    StatsFormat::Json => report::print(&line)?,
                     StatsFormat::Text => {
-                        let fields = json!({"figures": figures.line_json(started.elapsed().as_secs_f64())});
-                        plain!(fields; "{}", figures.line_text(&before, interval.as_secs_f64()));
+                        let text = figures.line_text(&before, interval.as_secs_f64());
+                        plain!(json!({"figures": line}); "{text}");
                     }
                 }
                 before = figures;
@@ -472,7 +473,7 @@ impl Online {
     }
 
     /// Those of all workers, and what was lost before it came to them.
-    fn figures(&self, verdicts: &Value) -> Figures {
+    fn figures(&self, verdicts: &Verdicts) -> Figures {
         let mut figures = Figures::of(&self.services);
         for worker in &self.workers {
             let mut snapshot =
@@ -480,7 +481,7 @@ impl Online {
             figures.add(&snapshot, worker.cpu);
             snapshot.lag_us = 0;
         }
-        figures.lost_before(capture::losses(verdicts));
+        figures.lost_before(verdicts.losses());
         figures
     }
 
@@ -499,7 +500,6 @@ impl Online {
         }
         let threads: Vec<_> = self.workers.iter_mut().filter_map(|worker| worker.thread.take()).collect();
         let died = threads.into_iter().filter_map(|thread| thread.join().err()).count();
-        self.verdicts = self.capture.verdicts();
         if died > 0 {
             bail!(
                 "{died} of {} workers died; this is a bug of the replayer, please report it with the lines above. Some sessions may be open \

@@ -7,7 +7,7 @@
 use crate::afxdp::{Port, PortConfig, Received};
 use crate::capture::choice::{self, Facts};
 use crate::capture::ring::Reader;
-use crate::capture::{self, Backend, Capture, CaptureArg, Source};
+use crate::capture::{Backend, Capture, CaptureArg, Source, Verdicts};
 use crate::cli::{PercentArg, Role, online_endpoint, protocol_of};
 use crate::clients::ClientArgs;
 use crate::clock;
@@ -24,7 +24,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use replayer_common::addr::{ANY, Endpoint};
 use replayer_common::hash::sample_threshold;
 use replayer_common::packet::Protocol;
-use serde_json::json;
+use serde::Serialize;
 use std::collections::{BTreeSet, VecDeque};
 use std::fs::{self, File};
 use std::io::BufWriter;
@@ -180,23 +180,23 @@ pub fn run(mut args: RecordArgs, mut configuration: Configuration) -> Result<()>
     while ended.is_ok() && taking.take(&mut files, args.packets)? > 0 {}
     let finished = files.finish();
     let verdicts = capture.verdicts();
-    let lost = capture::lost(&verdicts) + taking.lost();
+    let lost = verdicts.lost() + taking.lost();
     say!("{} packets, {} bytes in {} files", files.packets, files.bytes, files.made);
-    let not_chosen = capture::not_chosen(&verdicts);
+    let not_chosen = verdicts.not_chosen();
     if not_chosen > 0 {
         say!("{not_chosen} packets of clients that were not chosen (--clients, --exclude-clients)");
     }
     if let Some(path) = &args.report {
-        let report = json!({
-            "role": "record",
-            "version": env!("CARGO_PKG_VERSION"),
-            "packets": files.packets,
-            "bytes": files.bytes,
-            "files": files.made,
-            "packets_lost": lost,
-            "kernel": verdicts,
-        });
-        report::write(path, &report)?;
+        let report = Report {
+            role: "record",
+            version: env!("CARGO_PKG_VERSION"),
+            packets: files.packets,
+            bytes: files.bytes,
+            files: files.made,
+            packets_lost: lost,
+            kernel: &verdicts,
+        };
+        report::write(path, &report, &[])?;
     }
     ended?;
     finished?;
@@ -206,6 +206,18 @@ pub fn run(mut args: RecordArgs, mut configuration: Configuration) -> Result<()>
         );
     }
     Ok(())
+}
+
+/// For `--report`.
+#[derive(Serialize)]
+struct Report<'a> {
+    role: &'static str,
+    version: &'static str,
+    packets: u64,
+    bytes: u64,
+    files: u64,
+    packets_lost: u64,
+    kernel: &'a Verdicts,
 }
 
 fn duration_of(args: &RecordArgs) -> Result<Option<Duration>> {

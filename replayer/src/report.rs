@@ -1,6 +1,8 @@
 //! What a role says of itself: a line now and then, and at the end everything.
 
-use crate::afxdp::{PortCounters, SocketStatistics, Statistics};
+use crate::afxdp::{PortCounters, Statistics};
+use crate::capture::Verdicts;
+use crate::capture::verdicts::Place;
 use crate::channel::client::ClientCounters;
 use crate::cli::ServiceArg;
 use crate::say::{caution, say};
@@ -8,10 +10,11 @@ use crate::worker::Snapshot;
 use anyhow::{Context, Result, bail};
 use replayer_common::addr::ANY;
 use replayer_common::packet::Protocol;
-use replayer_engine::counters::{Counter, Counters, Pending, ServiceCounters};
+use replayer_engine::counters::{Counter, Counters, Kind, Pending, ServiceCounters};
 use replayer_engine::histogram::Histogram;
-use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
@@ -35,29 +38,42 @@ pub fn check_writable(path: Option<&Path>) -> Result<()> {
     .with_context(|| unwritable(path))
 }
 
-/// Writes a role's report where `--report` says.
+/// A report as it is written: with the accounts at the end, and told from a final one while the role goes on.
+#[derive(Serialize)]
+struct Written<'a, R> {
+    #[serde(flatten)]
+    report: &'a R,
+    #[serde(skip_serializing_if = "<[Identity]>::is_empty")]
+    accounting: &'a [Identity],
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    running: bool,
+}
+
+/// Writes a role's report where `--report` says, with its accounts if it has any.
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn write(path: &Path, report: &Value) -> Result<()> {
-    std::fs::write(path, format!("{report:#}\n")).with_context(|| unwritable(path))
+pub fn write(path: &Path, report: &impl Serialize, accounting: &[Identity]) -> Result<()> {
+    write_as(path, &Written { report, accounting, running: false })
 }
 
-/// Writes the report of a role that goes on, and says so. `running` in it tells it from a final one. The accounts are not in it: that they
-/// add up can be seen when everything stands still.
-pub(crate) fn write_interim(path: Option<&Path>, mut report: Value) {
+/// Writes the report of a role that goes on, and says so. The accounts are not in it: that they add up can be seen when everything stands
+/// still.
+pub(crate) fn write_interim(path: Option<&Path>, report: &impl Serialize) {
     let Some(path) = path else {
         say!("SIGHUP: there is no report to write (--report FILE)");
         return;
     };
-    if let Some(report) = report.as_object_mut() {
-        report.remove("accounting");
-        report.insert("running".into(), true.into());
-    }
-    match write(path, &report) {
+    match write_as(path, &Written { report, accounting: &[], running: true }) {
         Ok(()) => say!("SIGHUP: the report until now is in {}", path.display()),
         Err(error) => caution!("{error:#}"),
     }
+}
+
+fn write_as(path: &Path, report: &impl Serialize) -> Result<()> {
+    // Sorted, for a person who looks for a name.
+    let report = serde_json::to_value(report)?;
+    std::fs::write(path, format!("{report:#}\n")).with_context(|| unwritable(path))
 }
 
 fn unwritable(path: &Path) -> String {
@@ -65,9 +81,42 @@ fn unwritable(path: &Path) -> String {
 }
 
 /// Prints a line of figures to standard output. Whoever reads them may go away: that ends no replay.
-pub fn print(line: &Value) {
+///
+/// # Errors
+/// None that is known.
+pub fn print(line: &impl Serialize) -> Result<()> {
     use std::io::Write as _;
+    let line = serde_json::to_string(line)?;
     let _ = writeln!(std::io::stdout(), "{line}");
+    Ok(())
+}
+
+/// Two sums of an account, which differ by a defect only.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Identity {
+    /// What is added up.
+    #[serde(rename = "identity")]
+    name: &'static str,
+    left: u64,
+    right: u64,
+    holds: bool,
+}
+
+impl Identity {
+    /// The one sum and the other.
+    pub fn new(name: &'static str, left: u64, right: u64) -> Identity {
+        Identity { name, left, right, holds: left == right }
+    }
+
+    /// # Errors
+    /// When the sums differ.
+    pub fn ensure(self) -> Result<()> {
+        let Identity { name, left, right, holds } = self;
+        if !holds {
+            bail!("the accounts do not add up: {name}: {left} against {right}; please report this");
+        }
+        Ok(())
+    }
 }
 
 /// The figures of all workers together.
@@ -78,7 +127,7 @@ pub struct Figures {
     /// The same by service.
     pub services: Vec<ServiceFigures>,
     /// Packets that were to be captured and came to no worker, by where they were lost.
-    pub lost_by_place: Vec<(&'static str, u64)>,
+    pub lost_by_place: Vec<(Place, u64)>,
     /// Sessions live.
     pub sessions_live: u64,
     /// Client bytes held.
@@ -144,25 +193,9 @@ impl Figures {
         self.target_response.add(&worker.target_response);
         self.taken += worker.taken;
         self.left += worker.left;
-        let (mine, theirs) = (&mut self.port, &worker.port);
-        mine.received += theirs.received;
-        mine.misplaced += theirs.misplaced;
-        mine.transmitted += theirs.transmitted;
-        mine.completed += theirs.completed;
-        mine.dropped += theirs.dropped;
-        mine.kicks += theirs.kicks;
-        mine.again += theirs.again;
-        mine.link_down += theirs.link_down;
-        for (mine, theirs) in
-            [(&mut self.sockets.rx, &worker.sockets.rx), (&mut self.sockets.tx, &worker.sockets.tx)]
-        {
-            mine.rx_dropped += theirs.rx_dropped;
-            mine.rx_ring_full += theirs.rx_ring_full;
-            mine.rx_fill_ring_empty += theirs.rx_fill_ring_empty;
-            mine.rx_invalid_descs += theirs.rx_invalid_descs;
-            mine.tx_invalid_descs += theirs.tx_invalid_descs;
-            mine.tx_ring_empty += theirs.tx_ring_empty;
-        }
+        self.port += worker.port;
+        self.sockets.rx += worker.sockets.rx;
+        self.sockets.tx += worker.sockets.tx;
         self.channels.extend(&worker.channels);
         self.connected.resize(self.connected.len().max(worker.connected.len()), true);
         for (all, one) in self.connected.iter_mut().zip(&worker.connected) {
@@ -184,13 +217,13 @@ impl Figures {
     }
 
     /// Takes what was lost before the workers' sockets, and adds what was lost in them.
-    pub fn lost_before(&mut self, losses: impl Iterator<Item = (&'static str, u64)>) {
-        self.lost_by_place = losses.collect();
+    pub fn lost_before(&mut self, losses: Vec<(Place, u64)>) {
+        self.lost_by_place = losses;
         let socket = &self.sockets.rx;
         self.lost_by_place.extend([
-            ("capture_socket.rx_ring_full", socket.rx_ring_full),
-            ("capture_socket.rx_dropped", socket.rx_dropped),
-            ("left_at_the_end", self.left),
+            (Place::SocketRingFull, socket.rx_ring_full),
+            (Place::SocketDropped, socket.rx_dropped),
+            (Place::LeftAtTheEnd, self.left),
         ]);
     }
 
@@ -200,20 +233,9 @@ impl Figures {
     }
 
     /// What was captured and not replayed, by reason: packets, sessions and bytes whose count is not zero.
-    pub fn not_replayed(&self) -> impl Iterator<Item = (&'static str, u64)> {
-        Counter::ALL
-            .iter()
-            .filter(|counter| is_loss(**counter))
-            .map(|&counter| (counter.name(), self.counters[counter]))
-            .filter(|&(_, value)| value > 0)
-    }
-
-    /// The same, each with what it counts.
-    pub fn losses(&self) -> impl Iterator<Item = (&'static str, u64, &'static str)> {
-        Counter::ALL
-            .iter()
-            .filter(|counter| is_loss(**counter) && self.counters[**counter] > 0)
-            .map(|&counter| (counter.name(), self.counters[counter], counter.what()))
+    pub fn losses(&self) -> impl Iterator<Item = (Counter, u64)> {
+        let counts = Counter::ALL.iter().map(|&counter| (counter, self.counters[counter]));
+        counts.filter(|&(counter, count)| counter.is_loss() && count > 0)
     }
 
     /// Assistants connected, and how many there are.
@@ -227,20 +249,20 @@ impl Figures {
         self.connected = connected.to_vec();
     }
 
-    /// One line of JSON for programs.
-    pub fn line_json(&self, seconds: f64) -> Value {
-        json!({
-            "t": (seconds * 10.0).round() / 10.0,
-            "sessions_live": self.sessions_live,
-            "sessions_opened": self.counters[Counter::SessionsOpened],
-            "turns_sent": self.counters[Counter::TurnsSent],
-            "datagrams_sent": self.counters[Counter::DatagramsSent],
-            "datagram_responses": self.counters[Counter::DatagramResponses],
-            "lag_us": self.lag_us,
-            "held_bytes": self.held_bytes,
-            "packets_lost_in_capture": self.lost_in_capture(),
-            "not_replayed": self.not_replayed().map(|(name, value)| (name.to_owned(), value.into())).collect::<Map<_, _>>(),
-        })
+    /// One line for programs.
+    pub fn line(&self, seconds: f64) -> Line {
+        Line {
+            t: (seconds * 10.0).round() / 10.0,
+            sessions_live: self.sessions_live,
+            sessions_opened: self.counters[Counter::SessionsOpened],
+            turns_sent: self.counters[Counter::TurnsSent],
+            datagrams_sent: self.counters[Counter::DatagramsSent],
+            datagram_responses: self.counters[Counter::DatagramResponses],
+            lag_us: self.lag_us,
+            held_bytes: self.held_bytes,
+            packets_lost_in_capture: self.lost_in_capture(),
+            not_replayed: self.losses().map(|(counter, count)| (counter.name(), count)).collect(),
+        }
     }
 
     /// One line for people; `before` are the figures `interval` seconds ago.
@@ -261,19 +283,22 @@ impl Figures {
             let _ = write!(line, ", {} of {all} assistants unreachable", all - up);
         }
         let lost = Some(("packets_lost_in_capture", self.lost_in_capture())).filter(|(_, lost)| *lost > 0);
-        for (name, value) in lost.into_iter().chain(self.not_replayed()) {
+        for (name, value) in
+            lost.into_iter().chain(self.losses().map(|(counter, count)| (counter.name(), count)))
+        {
             let _ = write!(line, ", {name} {value}");
         }
         line
     }
 
-    /// The accounting identities: name, left, right.
-    pub fn identities(&self) -> Vec<(&'static str, u64, u64)> {
-        let mut identities = self.counters.identities(&self.pending.unwrap_or_default()).to_vec();
+    /// The accounting identities.
+    pub fn identities(&self) -> Vec<Identity> {
+        let of_engines = self.counters.identities(&self.pending.unwrap_or_default());
+        let mut identities = of_engines.map(|(name, left, right)| Identity::new(name, left, right)).to_vec();
         if let Some(handed_over) = self.handed_over {
             let accounted = self.taken + self.left + self.sockets.rx.lost();
             let name = "packets handed over by the capture program = taken by a worker + lost at its socket + left at the end";
-            identities.push((name, handed_over, accounted));
+            identities.push(Identity::new(name, handed_over, accounted));
         }
         identities
     }
@@ -284,11 +309,7 @@ impl Figures {
     /// # Errors
     /// When the accounts do not add up, or nothing of what was to be replayed came to a target.
     pub fn ensure_done(&self) -> Result<()> {
-        for (name, left, right) in self.identities() {
-            if left != right {
-                bail!("the accounts do not add up: {name}: {left} against {right}; please report this");
-            }
-        }
+        self.identities().into_iter().try_for_each(Identity::ensure)?;
         let c = &self.counters;
         let established: u64 =
             self.services.iter().map(|service| service.counters.sessions_established).sum();
@@ -317,55 +338,39 @@ impl Figures {
     /// Why not everything was replayed.
     fn reasons(&self) -> String {
         let c = &self.counters;
-        let ended =
-            Counter::ALL.iter().filter(|counter| counter.what().starts_with("ended: ") && c[**counter] > 0);
-        let ended = ended.map(|counter| (counter.name(), c[*counter], counter.what()));
-        let reasons: Vec<String> = ended
-            .chain(self.losses())
-            .map(|(name, value, what)| format!("{value} {name} ({what})"))
+        let counts = Counter::ALL.iter().map(|&counter| (counter, c[counter]));
+        let ended = counts.filter(|&(counter, count)| counter.kind() == Some(Kind::Ended) && count > 0);
+        let reasons = ended.chain(self.losses());
+        let reasons: Vec<String> = reasons
+            .map(|(counter, count)| format!("{count} {} ({})", counter.name(), counter.what()))
             .collect();
         if reasons.is_empty() { "it did not answer".to_owned() } else { reasons.join(", ") }
     }
 
-    /// Everything, for `--report`. `kernel` are the programs' verdicts.
-    pub fn report(&self, kernel: Value, seconds: f64, cpu_seconds: f64) -> Value {
-        let counters: Map<String, Value> = Counter::ALL
-            .iter()
-            .map(|&counter| (counter.name().into(), self.counters[counter].into()))
-            .collect();
-        let identities: Vec<Value> = self
-            .identities()
-            .into_iter()
-            .map(|(name, left, right)| json!({"identity": name, "left": left, "right": right, "holds": left == right}))
-            .collect();
-        json!({
-            "role": "online",
-            "version": env!("CARGO_PKG_VERSION"),
-            "seconds": seconds,
-            "cpu_seconds": cpu_seconds,
-            "counters": counters,
-            "accounting": identities,
-            "services": self.services.iter().map(ServiceFigures::report).collect::<Vec<_>>(),
-            "packets_lost_in_capture": self.lost_in_capture(),
-            "ring_wait_us": histogram(&self.ring_wait),
-            "capture_to_transmit_us": histogram(&self.capture_to_transmit),
-            "target_response_us": histogram(&self.target_response),
-            "kernel": kernel,
-            "port": {
-                "received": self.port.received,
-                "misplaced": self.port.misplaced,
-                "transmitted": self.port.transmitted,
-                "completed": self.port.completed,
-                "dropped_by_device": self.port.dropped,
-                "kicks": self.port.kicks,
-                "kicks_cut_short": self.port.again,
-                "link_down": self.port.link_down,
-                "capture_socket": socket(&self.sockets.rx),
-                "transmit_socket": socket(&self.sockets.tx),
-            },
-            "return_channels": self.channels,
-            "workers": self.workers,
-        })
+    /// Everything, for `--report` of `role`. `kernel`: what the programs counted, where packets are captured.
+    pub fn report<'a>(
+        &'a self,
+        role: &'static str,
+        kernel: Option<&'a Verdicts>,
+        seconds: f64,
+        cpu_seconds: f64,
+    ) -> Report<'a> {
+        Report {
+            role,
+            version: env!("CARGO_PKG_VERSION"),
+            seconds,
+            cpu_seconds,
+            counters: &self.counters,
+            services: &self.services,
+            packets_lost_in_capture: self.lost_in_capture(),
+            ring_wait_us: Quantiles::of(&self.ring_wait),
+            capture_to_transmit_us: Quantiles::of(&self.capture_to_transmit),
+            target_response_us: Quantiles::of(&self.target_response),
+            kernel,
+            port: Port { counters: self.port, sockets: self.sockets },
+            return_channels: &self.channels,
+            workers: &self.workers,
+        }
     }
 
     /// The final report for people.
@@ -406,8 +411,8 @@ impl Figures {
         }
         line(&mut text, "the worker to transmission", &self.capture_to_transmit);
         line(&mut text, "target's response begins after", &self.target_response);
-        for &counter in Counter::ALL.iter().filter(|&&counter| is_loss(counter) && c[counter] > 0) {
-            let _ = write!(text, "\n  {} {}: {}", c[counter], counter.name(), counter.what());
+        for (counter, count) in self.losses() {
+            let _ = write!(text, "\n  {count} {}: {}", counter.name(), counter.what());
         }
         for &(place, lost) in self.lost_by_place.iter().filter(|(_, lost)| *lost > 0) {
             let _ = write!(
@@ -415,28 +420,116 @@ impl Figures {
                 "\n  {lost} packets were lost in the capture ({place}): the workers did not keep up"
             );
         }
-        for (name, left, right) in self.identities() {
-            if left != right {
-                let _ = write!(
-                    text,
-                    "\n  the accounts do not add up: {name}: {left} against {right}; please report this"
-                );
-            }
+        for error in self.identities().into_iter().filter_map(|identity| identity.ensure().err()) {
+            let _ = write!(text, "\n  {error}");
         }
         text
     }
 }
 
-impl ServiceFigures {
-    fn report(&self) -> Value {
-        let mut report = Map::new();
-        for (label, value) in self.labels() {
-            report.insert(label.into(), value.into());
-        }
-        report.extend(self.counters.named().map(|(name, _, count)| (name.to_owned(), count.into())));
-        report.into()
-    }
+/// A line of figures for programs.
+#[derive(Debug, Serialize)]
+pub struct Line {
+    /// Seconds since the start.
+    t: f64,
+    sessions_live: u64,
+    sessions_opened: u64,
+    turns_sent: u64,
+    datagrams_sent: u64,
+    datagram_responses: u64,
+    lag_us: u32,
+    held_bytes: u64,
+    packets_lost_in_capture: u64,
+    not_replayed: BTreeMap<&'static str, u64>,
+}
 
+/// The report of a role that replays.
+#[derive(Debug, Serialize)]
+pub struct Report<'a> {
+    role: &'static str,
+    version: &'static str,
+    seconds: f64,
+    cpu_seconds: f64,
+    #[serde(serialize_with = "by_name")]
+    counters: &'a Counters,
+    services: &'a [ServiceFigures],
+    packets_lost_in_capture: u64,
+    /// The longest time in the capture ring.
+    pub ring_wait_us: Quantiles,
+    /// From there to transmission.
+    pub capture_to_transmit_us: Quantiles,
+    /// From a turn's first byte to its response's.
+    pub target_response_us: Quantiles,
+    /// `null` where nothing is captured.
+    kernel: Option<&'a Verdicts>,
+    /// Of all workers together.
+    pub port: Port,
+    return_channels: &'a [ClientCounters],
+    workers: &'a [Share],
+}
+
+/// Of ports: what they counted, and the kernel of their sockets.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Port {
+    /// What they counted.
+    #[serde(flatten)]
+    pub counters: PortCounters,
+    /// What the kernel counted.
+    #[serde(flatten)]
+    pub sockets: Statistics,
+}
+
+/// The counters by name.
+fn by_name<S: Serializer>(counters: &Counters, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(Counter::ALL.iter().map(|&counter| (counter.name(), counters[counter])))
+}
+
+/// A histogram's values that are reported.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Quantiles {
+    /// Values in it.
+    pub count: u64,
+    /// The median.
+    pub p50: u32,
+    /// Of ten values nine are at most this.
+    pub p90: u32,
+    /// Of a hundred, 99.
+    pub p99: u32,
+    /// Of a thousand, 999.
+    pub p999: u32,
+    /// The largest.
+    pub max: u32,
+}
+
+impl Quantiles {
+    /// Those of a histogram, in its unit.
+    pub fn of(h: &Histogram) -> Quantiles {
+        Quantiles {
+            count: h.count(),
+            p50: h.quantile(0.5),
+            p90: h.quantile(0.9),
+            p99: h.quantile(0.99),
+            p999: h.quantile(0.999),
+            max: h.max(),
+        }
+    }
+}
+
+/// Its labels and its counts, by name.
+impl Serialize for ServiceFigures {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        for (label, value) in self.labels() {
+            map.serialize_entry(label, &value)?;
+        }
+        for (name, _, count) in self.counters.named() {
+            map.serialize_entry(name, &count)?;
+        }
+        map.end()
+    }
+}
+
+impl ServiceFigures {
     /// Which service it is, for programs.
     pub fn labels(&self) -> [(&'static str, String); 3] {
         let ServiceArg { protocol, service } = self.service;
@@ -447,36 +540,6 @@ impl ServiceFigures {
         };
         [("protocol", protocol.into()), ("service", online), ("target", service.target.to_string())]
     }
-}
-
-/// Whether a counter says that something captured was not replayed.
-pub(crate) fn is_loss(counter: Counter) -> bool {
-    counter.what().starts_with("not replayed")
-        || counter.what().starts_with("not opened")
-        || counter.name().starts_with("lost_bytes")
-}
-
-/// A histogram's values that are reported.
-pub(crate) fn histogram(h: &Histogram) -> Value {
-    json!({
-        "count": h.count(),
-        "p50": h.quantile(0.5),
-        "p90": h.quantile(0.9),
-        "p99": h.quantile(0.99),
-        "p999": h.quantile(0.999),
-        "max": h.max(),
-    })
-}
-
-fn socket(s: &SocketStatistics) -> Value {
-    json!({
-        "rx_dropped": s.rx_dropped,
-        "rx_ring_full": s.rx_ring_full,
-        "rx_fill_ring_empty": s.rx_fill_ring_empty,
-        "rx_invalid_descriptors": s.rx_invalid_descs,
-        "tx_invalid_descriptors": s.tx_invalid_descs,
-        "tx_ring_empty": s.tx_ring_empty,
-    })
 }
 
 #[cfg(test)]

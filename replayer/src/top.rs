@@ -3,7 +3,6 @@
 //! It is a reader like Prometheus: nothing is asked of a role but its page. Rates come from the role's own clock, which is on that page; a role
 //! renders it each second, so two looks may find the same one, and the rates of before stay.
 
-use crate::report::is_loss;
 use crate::signals::{Asked, Signals};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -176,7 +175,7 @@ impl Watched {
             .into()
         } else {
             let lost = ("packets_lost_in_capture".to_owned(), "the kernel had no room for them");
-            let of_engine = Counter::ALL.iter().filter(|counter| is_loss(**counter));
+            let of_engine = Counter::ALL.iter().filter(|counter| counter.is_loss());
             std::iter::once(lost).chain(of_engine.map(|c| (c.name().to_owned(), c.what()))).collect()
         };
         let figures = names.into_iter().map(|(name, what)| {
@@ -268,9 +267,11 @@ fn parse(text: &str) -> Page {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::assistant::report::{Now, Report};
+    use crate::capture::verdicts::Place;
     use crate::metrics::{of_assistant, of_replay};
     use crate::report::Figures;
-    use serde_json::json;
+    use replayer_common::counters::RingVerdict;
     use std::io::{BufRead, BufReader};
     use std::net::TcpListener;
 
@@ -298,8 +299,8 @@ mod tests {
         (figures.sessions_live, figures.lag_us) = (7, 1500);
         figures.counters[Counter::TurnsSent] = turns;
         figures.counters[Counter::PacketsTls] = tls;
-        figures.lost_before([("ring.ring_full", 3)].into_iter());
-        of_replay("online", &figures, json!({}), seconds, 0.5 * seconds)
+        figures.lost_before(vec![(Place::Ring(RingVerdict::RingFull), 3)]);
+        of_replay("online", &figures, None, seconds, 0.5 * seconds)
     }
 
     #[test]
@@ -323,9 +324,8 @@ mod tests {
     #[test]
     fn b066_an_assistant_is_told_by_its_page() {
         let at = |seconds: f64, received: u64| {
-            of_assistant(
-                &json!({"seconds": seconds, "received": received, "now": {"workers": 2}, "dropped_by_kernel": 4}),
-            )
+            let now = Now { workers: 2, ..Now::default() };
+            of_assistant(&Report { seconds, received, now, dropped_by_kernel: 4, ..Report::default() })
         };
         let line = watched(&[at(1.0, 10), at(3.0, 40)]).line();
         assert!(line.starts_with("assistant at 127.0.0.1:") && line.contains(": 15 responses/s, "), "{line}");

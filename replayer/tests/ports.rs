@@ -19,8 +19,9 @@ use nix::sys::socket::{
 use replayer::afxdp::{BATCH, Endpoint, Flush, Port, PortConfig, PortCounters, PortError, Received};
 use replayer::capture::mirror::{Mirror, MirrorError};
 use replayer::netns::Namespace;
-use replayer::programs::{Attachment, Program, Programs, ProgramsError};
+use replayer::programs::{Attachment, Program, Programs, ProgramsError, Verdict};
 use replayer_common::addr;
+use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict};
 use replayer_common::maps::CaptureConfig;
 use replayer_common::packet::Protocol;
 
@@ -174,15 +175,14 @@ impl Capture {
         Capture { programs, ports, mirror }
     }
 
-    fn counter(&self, program: Program, name: &str) -> u64 {
-        let counters = self.programs.counters(program).expect("counters");
-        counters.iter().find(|counter| counter.name == name).expect("a counter of that name").value
+    /// Packets with this verdict.
+    fn count<V: Verdict>(&self, verdict: V) -> u64 {
+        self.programs.counts().expect("counts")[verdict]
     }
 
     /// Packets that the tcx program saw.
     fn seen(&self) -> u64 {
-        let counters = self.programs.counters(Program::Mirror).expect("counters");
-        counters.iter().map(|counter| counter.value).sum()
+        self.programs.counts::<MirrorVerdict>().expect("counts").iter().map(|(_, count)| count).sum()
     }
 }
 
@@ -242,8 +242,8 @@ fn frames_travel_from_one_namespace_to_another() {
         assert_eq!(port.counters(), expected);
         let statistics = port.statistics().expect("statistics").rx;
         assert_eq!((statistics.rx_dropped, statistics.rx_ring_full), (0, 0));
-        assert_eq!(capture.counter(Program::Mirror, "mirrored"), u64::from(COUNT));
-        assert_eq!(capture.counter(Program::Capture, "redirected"), u64::from(COUNT));
+        assert_eq!(capture.count(MirrorVerdict::Mirrored), u64::from(COUNT));
+        assert_eq!(capture.count(CaptureVerdict::Redirected), u64::from(COUNT));
     });
 }
 
@@ -304,7 +304,7 @@ fn services_change_at_run_time() {
             flush(&mut sender);
             wait_until("the packet's verdict", || capture.seen() > before);
             mirrored += expected;
-            assert_eq!(capture.counter(Program::Mirror, "mirrored"), mirrored, "{services:?}");
+            assert_eq!(capture.count(MirrorVerdict::Mirrored), mirrored, "{services:?}");
         }
     });
 }
@@ -434,10 +434,9 @@ fn b052_responses_are_taken_in_native_and_in_generic_mode() {
                 !passed.is_empty()
             });
             assert_eq!(passed, [response([192, 0, 2, 1])]);
-            let counters = programs.counters(Program::Responses).expect("counters");
-            let moved = counters.iter().filter(|counter| counter.value > 0);
-            let moved: Vec<_> = moved.map(|counter| (counter.name, counter.value)).collect();
-            assert_eq!(moved, [("cut", 1), ("to_this_host", 1)]);
+            let counts = programs.counts().expect("counts");
+            let moved: Vec<_> = counts.iter().filter(|&(_, count)| count > 0).collect();
+            assert_eq!(moved, [(ResponsesVerdict::Cut, 1), (ResponsesVerdict::ToThisHost, 1)]);
         });
     }
 }

@@ -2,14 +2,14 @@
 //!
 //! The identities that must hold are computed by [`Counters::identities`]; `docs/engine.md` lists them.
 
-/// Defines the counters once: variant, name in reports, what it counts.
+/// Defines the counters once: variant, name in reports, the kind of what it counts if it has one, what it counts.
 macro_rules! counters {
-    ($($variant:ident $name:literal $what:literal,)*) => {
+    ($($variant:ident $name:literal $($kind:ident)? $what:literal,)*) => {
         /// A counter of the engine.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[repr(usize)]
         pub enum Counter {
-            $(#[doc = $what] $variant,)*
+            $(#[doc = what!($($kind)? $what)] $variant,)*
         }
 
         impl Counter {
@@ -23,10 +23,61 @@ macro_rules! counters {
 
             /// What it counts, for a person.
             pub const fn what(self) -> &'static str {
-                match self { $(Counter::$variant => $what,)* }
+                match self { $(Counter::$variant => what!($($kind)? $what),)* }
+            }
+
+            /// The kind of what it counts, if it is one of these.
+            pub const fn kind(self) -> Option<Kind> {
+                match self { $(Counter::$variant => kind!($($kind)?),)* }
+            }
+
+            /// Whether it says that something of the traffic was not replayed.
+            pub const fn is_loss(self) -> bool {
+                matches!(self.kind(), Some(Kind::NotReplayed | Kind::NotOpened | Kind::NotDelivered))
             }
         }
     };
+}
+
+/// What a counter counts, for a person: begins with its kind.
+macro_rules! what {
+    (NotReplayed $what:literal) => {
+        concat!("not replayed: ", $what)
+    };
+    (NotOpened $what:literal) => {
+        concat!("not opened: ", $what)
+    };
+    (NotDelivered $what:literal) => {
+        concat!("bytes not delivered: ", $what)
+    };
+    (Ended $what:literal) => {
+        concat!("ended: ", $what)
+    };
+    ($what:literal) => {
+        $what
+    };
+}
+
+macro_rules! kind {
+    () => {
+        None
+    };
+    ($kind:ident) => {
+        Some(Kind::$kind)
+    };
+}
+
+/// The kind of what a counter counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Captured, and not given to a session or sent.
+    NotReplayed,
+    /// A session that the traffic asked for.
+    NotOpened,
+    /// Given to a session, and not acknowledged by its target.
+    NotDelivered,
+    /// A session that was opened.
+    Ended,
 }
 
 counters! {
@@ -39,81 +90,81 @@ counters! {
     PacketsAck "packets_ack" "acknowledgments without data",
     PacketsDuplicate "packets_duplicate" "packets whose bytes had all been seen",
     PacketsDatagrams "packets_datagrams" "datagrams to UDP services, given to their targets",
-    PacketsUnparsable "packets_unparsable" "not replayed: not TCP over IP (nor UDP, where that is replayed), a fragment, truncated or malformed",
-    PacketsNotService "packets_not_service" "not replayed: not for a service",
-    PacketsSampledOut "packets_sampled_out" "not replayed: the connection is outside the sample",
-    PacketsMidstream "packets_midstream" "not replayed: of a connection that was open before, not yet at the start of a turn, or left out by -O",
+    PacketsUnparsable "packets_unparsable" NotReplayed "not TCP over IP (nor UDP, where that is replayed), a fragment, truncated or malformed",
+    PacketsNotService "packets_not_service" NotReplayed "not for a service",
+    PacketsSampledOut "packets_sampled_out" NotReplayed "the connection is outside the sample",
+    PacketsMidstream "packets_midstream" NotReplayed "of a connection that was open before, not yet at the start of a turn, or left out by -O",
     PacketsNoConnection "packets_no_connection" "FIN, RST or ACK of a connection that is unknown or over: there is nothing in it to replay",
-    PacketsAfterEnd "packets_after_end" "not replayed: after the connection's FIN or RST",
-    PacketsTls "packets_tls" "not replayed: of a TLS connection, which no other server can decrypt",
-    PacketsOutOfWindow "packets_out_of_window" "not replayed: sequence number far from the stream",
+    PacketsAfterEnd "packets_after_end" NotReplayed "after the connection's FIN or RST",
+    PacketsTls "packets_tls" NotReplayed "of a TLS connection, which no other server can decrypt",
+    PacketsOutOfWindow "packets_out_of_window" NotReplayed "sequence number far from the stream",
     PacketsDoubtful "packets_doubtful" "SYNs and RSTs inside an open connection, such as a server answers by a challenge ACK (RFC 5961): what its client sends next shows whether they were its own",
-    PacketsLimit "packets_limit" "not replayed: a limit on connections or held bytes was reached",
-    PacketsNoSession "packets_no_session" "not replayed: the rest of a turn whose sessions had ended",
-    PacketsStopping "packets_stopping" "not replayed: captured after the stop began",
+    PacketsLimit "packets_limit" NotReplayed "a limit on connections or held bytes was reached",
+    PacketsNoSession "packets_no_session" NotReplayed "the rest of a turn whose sessions had ended",
+    PacketsStopping "packets_stopping" NotReplayed "captured after the stop began",
 
     // Bytes as captured: `bytes_captured` is the sum of the other bytes_*, plus what waits for a hole to be filled.
     BytesCaptured "bytes_captured" "client bytes captured",
     BytesAccepted "bytes_accepted" "client bytes given to sessions",
     BytesDatagrams "bytes_datagrams" "bytes of datagrams given to the targets of UDP services",
     BytesDuplicate "bytes_duplicate" "client bytes seen before",
-    BytesUnparsable "bytes_unparsable" "not replayed: the capture had cut the packet short",
-    BytesNotService "bytes_not_service" "not replayed: not for a service",
-    BytesSampledOut "bytes_sampled_out" "not replayed: outside the sample",
-    BytesMidstream "bytes_midstream" "not replayed: before the first turn of a connection that was open before, or left out by -O",
-    BytesAfterEnd "bytes_after_end" "not replayed: after the connection's FIN or RST",
-    BytesTls "bytes_tls" "not replayed: of a TLS connection, which no other server can decrypt",
-    BytesOutOfWindow "bytes_out_of_window" "not replayed: sequence number far from the stream",
-    BytesGap "bytes_gap" "not replayed: behind a hole in the capture that was not filled in time",
-    BytesLimit "bytes_limit" "not replayed: a limit on connections or held bytes was reached",
-    BytesNoSession "bytes_no_session" "not replayed: the rest of a turn whose sessions had ended",
-    BytesStopping "bytes_stopping" "not replayed: captured after the stop began, or waiting for order when it came",
+    BytesUnparsable "bytes_unparsable" NotReplayed "the capture had cut the packet short",
+    BytesNotService "bytes_not_service" NotReplayed "not for a service",
+    BytesSampledOut "bytes_sampled_out" NotReplayed "outside the sample",
+    BytesMidstream "bytes_midstream" NotReplayed "before the first turn of a connection that was open before, or left out by -O",
+    BytesAfterEnd "bytes_after_end" NotReplayed "after the connection's FIN or RST",
+    BytesTls "bytes_tls" NotReplayed "of a TLS connection, which no other server can decrypt",
+    BytesOutOfWindow "bytes_out_of_window" NotReplayed "sequence number far from the stream",
+    BytesGap "bytes_gap" NotReplayed "behind a hole in the capture that was not filled in time",
+    BytesLimit "bytes_limit" NotReplayed "a limit on connections or held bytes was reached",
+    BytesNoSession "bytes_no_session" NotReplayed "the rest of a turn whose sessions had ended",
+    BytesStopping "bytes_stopping" NotReplayed "captured after the stop began, or waiting for order when it came",
 
     // Bytes as replayed, summed over copies: offered = delivered + lost by reason + pending.
     ReplayBytesOffered "replay_bytes_offered" "client bytes given to sessions, times copies",
     ReplayBytesDelivered "replay_bytes_delivered" "bytes that the target acknowledged",
-    LostTargetClosed "lost_bytes_target_closed" "bytes not delivered: the target closed in the middle of a turn",
-    LostTargetReset "lost_bytes_target_reset" "bytes not delivered: the target reset the connection",
-    LostRefused "lost_bytes_refused" "bytes not delivered: the target refused the connection",
-    LostHandshakeTimeout "lost_bytes_handshake_timeout" "bytes not delivered: the target did not answer the SYN",
-    LostRetransmitTimeout "lost_bytes_retransmit_timeout" "bytes not delivered: the target stopped acknowledging",
-    LostClientReset "lost_bytes_client_reset" "bytes not delivered: the client reset its connection",
-    LostGap "lost_bytes_gap" "bytes not delivered: a hole in the capture",
-    LostLimit "lost_bytes_limit" "bytes not delivered: shed at a limit",
-    LostTls "lost_bytes_tls" "bytes not delivered: the connection turned out to be TLS",
-    LostFinTimeout "lost_bytes_fin_timeout" "bytes not delivered: the target did not finish closing",
-    LostStopped "lost_bytes_stopped" "bytes not delivered: the replayer was stopped",
+    LostTargetClosed "lost_bytes_target_closed" NotDelivered "the target closed in the middle of a turn",
+    LostTargetReset "lost_bytes_target_reset" NotDelivered "the target reset the connection",
+    LostRefused "lost_bytes_refused" NotDelivered "the target refused the connection",
+    LostHandshakeTimeout "lost_bytes_handshake_timeout" NotDelivered "the target did not answer the SYN",
+    LostRetransmitTimeout "lost_bytes_retransmit_timeout" NotDelivered "the target stopped acknowledging",
+    LostClientReset "lost_bytes_client_reset" NotDelivered "the client reset its connection",
+    LostGap "lost_bytes_gap" NotDelivered "a hole in the capture",
+    LostLimit "lost_bytes_limit" NotDelivered "shed at a limit",
+    LostTls "lost_bytes_tls" NotDelivered "the connection turned out to be TLS",
+    LostFinTimeout "lost_bytes_fin_timeout" NotDelivered "the target did not finish closing",
+    LostStopped "lost_bytes_stopped" NotDelivered "the replayer was stopped",
 
     // Sessions: wanted = opened + refused by reason; opened = ended by reason + live.
     SessionsWanted "sessions_wanted" "sessions that the traffic asked for",
     SessionsOpened "sessions_opened" "sessions opened: a SYN was sent",
-    SessionsRefusedLimit "sessions_refused_limit" "not opened: the limit on sessions was reached",
-    SessionsRefusedPool "sessions_refused_pool" "not opened: no identity was free",
-    SessionsRefusedFamily "sessions_refused_family" "not opened: client and target are not of one address family; give addresses of the target's with -c",
-    SessionsRefusedUnanswered "sessions_refused_unanswered" "not opened: the target is silent and too many SYNs wait for its answer",
-    SessionsRefusedTargetDown "sessions_refused_target_down" "not opened: the target refuses connections or is silent; it is probed",
-    SessionsCompleted "sessions_completed" "ended: both sides closed",
-    SessionsTargetClosed "sessions_target_closed" "ended: the target closed first",
-    SessionsTargetReset "sessions_target_reset" "ended: the target reset the connection",
-    SessionsRefused "sessions_refused" "ended: the target refused the connection",
-    SessionsHandshakeTimeout "sessions_handshake_timeout" "ended: the target did not answer the SYN",
-    SessionsRetransmitTimeout "sessions_retransmit_timeout" "ended: the target stopped acknowledging",
-    SessionsClientReset "sessions_client_reset" "ended: the client reset its connection",
-    SessionsGap "sessions_gap" "ended: a hole in the capture",
-    SessionsLimit "sessions_limit" "ended: shed at a limit",
-    SessionsTls "sessions_tls" "ended: the connection turned out to be TLS, nothing was sent",
-    SessionsFinTimeout "sessions_fin_timeout" "ended: the target did not finish closing",
-    SessionsStopped "sessions_stopped" "ended: the replayer was stopped",
+    SessionsRefusedLimit "sessions_refused_limit" NotOpened "the limit on sessions was reached",
+    SessionsRefusedPool "sessions_refused_pool" NotOpened "no identity was free",
+    SessionsRefusedFamily "sessions_refused_family" NotOpened "client and target are not of one address family; give addresses of the target's with -c",
+    SessionsRefusedUnanswered "sessions_refused_unanswered" NotOpened "the target is silent and too many SYNs wait for its answer",
+    SessionsRefusedTargetDown "sessions_refused_target_down" NotOpened "the target refuses connections or is silent; it is probed",
+    SessionsCompleted "sessions_completed" Ended "both sides closed",
+    SessionsTargetClosed "sessions_target_closed" Ended "the target closed first",
+    SessionsTargetReset "sessions_target_reset" Ended "the target reset the connection",
+    SessionsRefused "sessions_refused" Ended "the target refused the connection",
+    SessionsHandshakeTimeout "sessions_handshake_timeout" Ended "the target did not answer the SYN",
+    SessionsRetransmitTimeout "sessions_retransmit_timeout" Ended "the target stopped acknowledging",
+    SessionsClientReset "sessions_client_reset" Ended "the client reset its connection",
+    SessionsGap "sessions_gap" Ended "a hole in the capture",
+    SessionsLimit "sessions_limit" Ended "shed at a limit",
+    SessionsTls "sessions_tls" Ended "the connection turned out to be TLS, nothing was sent",
+    SessionsFinTimeout "sessions_fin_timeout" Ended "the target did not finish closing",
+    SessionsStopped "sessions_stopped" Ended "the replayer was stopped",
 
     // Datagrams, summed over copies: wanted = sent + not sent by reason.
     DatagramsWanted "datagrams_wanted" "datagrams captured, times copies and targets",
     DatagramsSent "datagrams_sent" "datagrams sent to targets",
-    DatagramsTooLarge "datagrams_too_large" "not replayed: larger than the path's MTU, and datagrams are not cut",
-    DatagramsRefusedPool "datagrams_refused_pool" "not replayed: no identity was free",
-    DatagramsRefusedLimit "datagrams_refused_limit" "not replayed: the limit on sessions was reached",
-    DatagramsRefusedFamily "datagrams_refused_family" "not replayed: client and target are not of one address family; give addresses of the target's with -c",
-    DatagramsNoLink "datagrams_no_link" "not replayed: no route or next hop to the target",
-    DatagramsNoFrame "datagrams_no_frame" "not replayed: no free frame or no room in the transmit ring",
+    DatagramsTooLarge "datagrams_too_large" NotReplayed "larger than the path's MTU, and datagrams are not cut",
+    DatagramsRefusedPool "datagrams_refused_pool" NotReplayed "no identity was free",
+    DatagramsRefusedLimit "datagrams_refused_limit" NotReplayed "the limit on sessions was reached",
+    DatagramsRefusedFamily "datagrams_refused_family" NotReplayed "client and target are not of one address family; give addresses of the target's with -c",
+    DatagramsNoLink "datagrams_no_link" NotReplayed "no route or next hop to the target",
+    DatagramsNoFrame "datagrams_no_frame" NotReplayed "no free frame or no room in the transmit ring",
     DatagramBytesSent "datagram_bytes_sent" "bytes of datagrams sent to targets",
     DatagramFlows "datagram_flows" "clients' addresses and ports that sent datagrams to a service",
     DatagramResponses "datagram_responses" "datagrams that the targets answered with",

@@ -6,10 +6,11 @@
 use super::pin::{Left, Pin};
 use crate::afxdp::{BATCH, Endpoint as Queue, Port, PortConfig, PortError, Received, SocketStatistics};
 use crate::net::Network;
-use crate::programs::{Attachment, Counter, Program, Programs, Services, before_xdp};
+use crate::programs::{Attachment, Counts, Program, Programs, Services, before_xdp};
 use crate::say::{caution, say};
 use anyhow::{Result, anyhow, bail};
 use replayer_common::addr::{Endpoint, Ip};
+use replayer_common::counters::ResponsesVerdict;
 use replayer_common::maps::MAX_QUEUES;
 use replayer_common::packet::Protocol;
 use std::collections::BTreeSet;
@@ -208,21 +209,17 @@ impl BlackHole {
     pub fn statistics(&self) -> Result<SocketStatistics> {
         let mut sum = SocketStatistics::default();
         for port in &self.ports {
-            let rx = port.statistics()?.rx;
-            sum.rx_dropped += rx.rx_dropped;
-            sum.rx_ring_full += rx.rx_ring_full;
-            sum.rx_fill_ring_empty += rx.rx_fill_ring_empty;
-            sum.rx_invalid_descs += rx.rx_invalid_descs;
+            sum += port.statistics()?.rx;
         }
         Ok(sum)
     }
 
-    /// What the program did, by verdict, over all CPUs.
+    /// What the program did with the interface's packets.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn verdicts(&self) -> Result<Vec<Counter>> {
-        Ok(self.programs.counters(Program::Responses)?)
+    pub fn verdicts(&self) -> Result<Counts<ResponsesVerdict>> {
+        Ok(self.programs.counts()?)
     }
 }
 

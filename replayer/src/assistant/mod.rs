@@ -31,6 +31,7 @@ use crate::configuration::{ConfigArg, Configuration};
 use crate::metrics::{self, Metrics};
 use crate::moderation::{Moderation, Next};
 use crate::privileges::{self, Keep};
+use crate::report::Identity;
 use crate::say::{self, caution, plain, say};
 use crate::signals::{Asked, Signals};
 use anyhow::{Context, Result, anyhow, bail};
@@ -176,10 +177,12 @@ pub fn run(mut args: AssistantArgs, configuration: Configuration) -> Result<()> 
     };
     let reported = assistant.report().and_then(|report| {
         plain!("{}", report.to_string().trim_end());
-        let json = report.to_json()?;
-        let written = args.report.as_ref().map_or(Ok(()), |path| crate::report::write(path, &json));
+        let accounts = report.identities();
+        let write = |path| crate::report::write(path, &report, &accounts);
+        let written = args.report.as_deref().map_or(Ok(()), write);
         // A turn that failed may have left frames in no account.
-        let accounted = if ended.is_ok() { report.ensure_accounted() } else { Ok(()) };
+        let accounted =
+            if ended.is_ok() { accounts.into_iter().try_for_each(Identity::ensure) } else { Ok(()) };
         all([written, accounted])
     });
     all([ended, let_go, reported])
@@ -278,13 +281,13 @@ impl Assistant {
                     stats = interval(args);
                     next_stats = stats.map_or(u64::MAX, |interval| now + interval);
                 }
-                writer.write(args.report.clone(), self.report()?.to_json()?);
+                writer.write(args.report.clone(), self.report()?);
             }
             if let Some(metrics) = metrics
                 && now >= next_metrics
             {
                 next_metrics = now + metrics::INTERVAL.as_nanos() as u64;
-                metrics.publish(metrics::of_assistant(&self.report()?.to_json()?));
+                metrics.publish(metrics::of_assistant(&self.report()?));
             }
             if let Some(interval) = stats
                 && now >= next_stats
@@ -424,12 +427,7 @@ impl Assistant {
             waiting: self.routing.waiting() as u64,
             dropped_by_kernel: socket.lost(),
             dropped_ring_full: socket.rx_ring_full,
-            verdicts: self
-                .blackhole
-                .verdicts()?
-                .iter()
-                .map(|counter| (counter.name, counter.value))
-                .collect(),
+            verdicts: self.blackhole.verdicts()?,
             routing: *self.routing.counters(),
             channel: *self.server.counters(),
             now: Now {
@@ -449,12 +447,12 @@ struct InterimWriter {
 }
 
 impl InterimWriter {
-    fn write(&mut self, path: Option<PathBuf>, report: serde_json::Value) {
+    fn write(&mut self, path: Option<PathBuf>, report: Report) {
         if self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
             say!("SIGHUP: the report of the one before is still being written");
             return;
         }
-        let write = move || crate::report::write_interim(path.as_deref(), report);
+        let write = move || crate::report::write_interim(path.as_deref(), &report);
         match std::thread::Builder::new().name("report".into()).spawn(write) {
             Ok(thread) => self.thread = Some(thread),
             Err(error) => caution!("no thread to write the report with: {error}"),
@@ -578,8 +576,8 @@ mod tests {
         report.routing.unknown_target = 4;
         report.routing.early_overflow = 5;
         report.channel.records_sent = 6;
-        report.ensure_accounted().unwrap();
+        report.identities()[0].ensure().unwrap();
         report.channel.records_dropped = 1;
-        assert!(report.ensure_accounted().unwrap_err().to_string().contains("please report"));
+        assert!(report.identities()[0].ensure().unwrap_err().to_string().contains("please report"));
     }
 }

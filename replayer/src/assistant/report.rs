@@ -1,12 +1,13 @@
 //! The assistant's final report, as text and as JSON.
 //!
-//! Every frame that was received ends in exactly one place: [`Report::identity`] has both sums.
+//! Every frame that was received ends in exactly one place: [`Report::identities`] has both sums.
 
 use super::routing::RoutingCounters;
 use crate::channel::server::ServerCounters;
-use anyhow::{Result, bail};
+use crate::programs::Counts;
+use crate::report::Identity;
+use replayer_common::counters::ResponsesVerdict;
 use serde::Serialize;
-use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -32,7 +33,7 @@ pub struct Report {
     /// Of these, because the ring was full: this process did not keep up.
     pub dropped_ring_full: u64,
     /// What the XDP program did with the interface's packets, by verdict.
-    pub verdicts: BTreeMap<&'static str, u64>,
+    pub verdicts: Counts<ResponsesVerdict>,
     /// Looking up whose a record is.
     pub routing: RoutingCounters,
     /// The peers' connections.
@@ -55,8 +56,8 @@ pub struct Now {
 }
 
 impl Report {
-    /// The accounting identity: its name, the frames that were received, and those that are in a counter. They differ by a defect only.
-    pub fn identity(&self) -> (&'static str, u64, u64) {
+    /// The accounting identities: the frames that were received, and those that are in a counter.
+    pub fn identities(&self) -> [Identity; 1] {
         let known = self.rejected.values().sum::<u64>()
             + self.routing.unknown_target
             + self.routing.unregistered
@@ -64,31 +65,8 @@ impl Report {
             + self.waiting
             + self.channel.records_sent
             + self.channel.records_dropped;
-        ("frames received = returned + not returned by reason + waiting", self.received, known)
-    }
-
-    /// Whether every frame is accounted for.
-    ///
-    /// # Errors
-    /// When one is not.
-    pub fn ensure_accounted(&self) -> Result<()> {
-        let (name, left, right) = self.identity();
-        if left != right {
-            bail!("the accounts do not add up: {name}: {left} against {right}; please report this");
-        }
-        Ok(())
-    }
-
-    /// Everything, for `--report`.
-    ///
-    /// # Errors
-    /// None that is known.
-    pub fn to_json(&self) -> Result<Value> {
-        let mut report = serde_json::to_value(self)?;
-        let (name, left, right) = self.identity();
-        report["accounting"] =
-            json!([{"identity": name, "left": left, "right": right, "holds": left == right}]);
-        Ok(report)
+        let name = "frames received = returned + not returned by reason + waiting";
+        [Identity::new(name, self.received, known)]
     }
 
     /// One line for a person who watches.
@@ -124,8 +102,8 @@ impl fmt::Display for Report {
         }
         row("frames lost in the kernel", self.dropped_by_kernel)?;
         row("  of these, because the ring was full", self.dropped_ring_full)?;
-        for (verdict, count) in &self.verdicts {
-            row(&format!("XDP verdict: {verdict}"), *count)?;
+        for (verdict, count) in self.verdicts.iter() {
+            row(&format!("XDP verdict: {}", verdict.name()), count)?;
         }
         row("identities registered", self.routing.registered)?;
         row("  of these, taken from another connected worker", self.routing.conflicts)?;

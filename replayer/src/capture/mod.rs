@@ -5,6 +5,7 @@
 //! - [`ring`]: copies in BPF ring buffers
 //! - [`span`]: AF_XDP sockets on the NIC of a mirror port, which serves nobody
 //! - [`pieces`]: packets that an offload put together, cut to segments
+//! - [`verdicts`]: what the programs counted, and what of it is lost
 //!
 //! What a back end costs, and why it is as it is, is in docs/capture.md.
 //!
@@ -20,12 +21,11 @@ use anyhow::{Context, Result};
 use replayer_common::addr::Ip;
 use replayer_common::maps::CaptureConfig;
 use replayer_common::packet::Protocol;
-use serde_json::{Map, Value, json};
 
 use crate::afxdp::{Endpoint, Frame, Port, Received};
 use crate::clients::Clients;
 use crate::net::Device;
-use crate::programs::{Program, Programs, before_xdp};
+use crate::programs::{Counts, Program, Programs, Verdict, before_xdp};
 use crate::say::say;
 
 pub mod choice;
@@ -33,12 +33,15 @@ pub mod mirror;
 pub mod pieces;
 pub mod ring;
 pub mod span;
+pub mod verdicts;
 
 pub use choice::{Backend, CaptureArg};
+pub use verdicts::Verdicts;
 
 use mirror::Mirror;
 use ring::Reader;
 use span::Promiscuous;
+use verdicts::Unreadable;
 
 /// One back end on one device. Dropping it detaches and removes everything.
 #[derive(Debug)]
@@ -160,26 +163,20 @@ impl Capture {
         self.programs.detach(self.program());
     }
 
-    /// What the programs counted, by verdict.
-    pub fn verdicts(&mut self) -> Value {
-        let read = |program: Program| match self.programs.counters(program) {
-            Ok(counters) => Value::Object(
-                counters.into_iter().map(|c| (c.name.to_owned(), c.value.into())).collect::<Map<_, _>>(),
-            ),
-            Err(error) => json!({ "error": error.to_string() }),
-        };
-        let mut verdicts = json!({
-            "capture_by": self.backend().to_string(),
-            self.program().name(): read(self.program()),
-        });
-        if let Parts::Mirror(mirror) = &mut self.parts {
-            verdicts["capture"] = read(Program::Capture);
-            verdicts["mirror_device_dropped"] = match mirror.dropped() {
-                Ok(count) => count.into(),
-                Err(error) => Value::String(error.to_string()),
-            };
+    /// What the programs counted.
+    pub fn verdicts(&mut self) -> Verdicts {
+        fn read<V: Verdict>(programs: &Programs) -> Result<Counts<V>, Unreadable> {
+            programs.counts().map_err(|error| Unreadable { error: error.to_string() })
         }
-        verdicts
+        match &mut self.parts {
+            Parts::Mirror(mirror) => Verdicts::Mirror {
+                mirror: read(&self.programs),
+                capture: read(&self.programs),
+                mirror_device_dropped: mirror.dropped().map_err(|error| error.to_string()),
+            },
+            Parts::Ring => Verdicts::Ring { ring: read(&self.programs) },
+            Parts::Span(_) => Verdicts::Span { span: read(&self.programs) },
+        }
     }
 
     /// How long the program on the device has run, and how often, while the kernel kept such statistics (`kernel.bpf_stats_enabled`).
@@ -202,50 +199,6 @@ impl Capture {
             Parts::Span(_) => Backend::Span,
         }
     }
-}
-
-/// Where packets are lost that were to be captured and do not reach a worker's socket: a program and its verdict.
-const LOST: [(&str, &str, &str); 8] = [
-    ("mirror.mirror_full", "mirror", "mirror_full"),
-    ("mirror.clone_failed", "mirror", "clone_failed"),
-    ("ring.ring_full", "ring", "ring_full"),
-    ("ring.too_large", "ring", "too_large"),
-    ("ring.copy_failed", "ring", "copy_failed"),
-    ("ring.no_ring", "ring", "no_ring"),
-    ("span.no_socket", "span", "no_socket"),
-    ("capture.no_socket", "capture", "no_socket"),
-];
-
-/// Of the verdicts of a back end: packets that were to be captured and did not reach a worker, by where they were lost. What its socket
-/// lost after that is not among them; `ring` has no such place.
-pub fn losses(verdicts: &Value) -> impl Iterator<Item = (&'static str, u64)> {
-    let of_programs = LOST.iter().map(|&(place, program, verdict)| (place, &verdicts[program][verdict]));
-    let all = of_programs.chain([("mirror_device_dropped", &verdicts["mirror_device_dropped"])]);
-    all.filter_map(|(place, count)| Some((place, count.as_u64()?)))
-}
-
-/// All of them.
-pub fn lost(verdicts: &Value) -> u64 {
-    losses(verdicts).map(|(_, count)| count).sum()
-}
-
-/// Of the same: packets that the program which gives them to the workers put into a ring or gave to a socket, which may have lost them still.
-/// `None`: they cannot be read.
-pub fn handed_over(verdicts: &Value) -> Option<u64> {
-    let counters = [("ring", "copied"), ("span", "redirected"), ("capture", "redirected")];
-    counters.iter().find_map(|&(program, name)| verdicts[program][name].as_u64())
-}
-
-/// Of the same: clients' packets to services that were not to be captured, for they are outside the sample or say nothing.
-pub fn left_out(verdicts: &Value) -> u64 {
-    let of_program = |program: &'static str| ["not_sampled", "pure_ack"].map(|name| &verdicts[program][name]);
-    ["mirror", "ring", "span"].into_iter().flat_map(of_program).filter_map(Value::as_u64).sum()
-}
-
-/// Of the same: packets to services of clients that were not chosen.
-pub fn not_chosen(verdicts: &Value) -> u64 {
-    let of_program = |program: &'static str| verdicts[program]["client_not_chosen"].as_u64();
-    ["mirror", "ring", "span"].into_iter().filter_map(of_program).sum()
 }
 
 /// One line for people: where it captures, and how.
@@ -300,7 +253,7 @@ impl Source {
         count
     }
 
-    /// How many of the packets that the capture program handed over were taken: [`handed_over`] says how many there were.
+    /// How many of the packets that the capture program handed over were taken: [`Verdicts::handed_over`] says how many there were.
     pub fn taken(&self, port: &Port) -> u64 {
         match self {
             Source::Port(_) => port.counters().received,

@@ -13,7 +13,7 @@ use crate::growth::Growth;
 use crate::inspect::progress_line;
 use crate::metrics::{self, Metrics};
 use crate::net::{Monitor, Network};
-use crate::offline::shown::Shown;
+use crate::offline::shown::{FileFigures, Shown};
 use crate::online::{conclude_check, output_device, spent};
 use crate::pcap::Files;
 use crate::pcap::input::STANDARD_INPUT;
@@ -27,6 +27,7 @@ use crate::worker::{Ask, Shared, Worker};
 use anyhow::{Context, Result, bail};
 use replayer_common::addr::to_std;
 use replayer_engine::Engine;
+use serde::Serialize;
 use serde_json::json;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -125,6 +126,16 @@ pub(super) fn run(
     ended.map(drop)
 }
 
+/// A line of figures for programs, with what there is to say of the files.
+#[derive(Serialize)]
+struct Line {
+    #[serde(flatten)]
+    figures: report::Line,
+    file: FileFigures,
+    file_bytes_replayed: u64,
+    file_bytes: Option<u64>,
+}
+
 /// The worker's thread. Dropping it ends it.
 struct Running {
     configuration: Configuration,
@@ -182,8 +193,8 @@ impl Running {
                 terminal = to_terminal() && args.replay.stats_format == StatsFormat::Text;
                 let figures = self.figures(services);
                 longest_lag_us = longest_lag_us.max(figures.lag_us);
-                let report = report_of(&figures, shown, spent(started))?;
-                report::write_interim(args.replay.report.as_deref(), report);
+                let report = report_of(&figures, shown, spent(started));
+                report::write_interim(args.replay.report.as_deref(), &report);
                 if asked != (args.replay.stats, terminal) {
                     interval = args.replay.stats_interval();
                     next = Instant::now() + interval;
@@ -200,8 +211,7 @@ impl Running {
                 longest_lag_us = longest_lag_us.max(figures.lag_us);
                 if let Some(metrics) = metrics {
                     let (seconds, cpu) = spent(started);
-                    let kernel = serde_json::Value::Null;
-                    metrics.publish(metrics::of_replay("offline", &figures, kernel, seconds, cpu));
+                    metrics.publish(metrics::of_replay("offline", &figures, None, seconds, cpu));
                 }
                 for trouble in diagnosis.look(started.elapsed(), &figures, 0, 0) {
                     if terminal {
@@ -223,14 +233,16 @@ impl Running {
             let line = figures.line_text(&before, interval.as_secs_f64());
             let (done, size) = shown.progress();
             let progress = progress_line(done, size, shown.packets_replayed(), started);
-            let mut fields = figures.line_json(started.elapsed().as_secs_f64());
-            fields["file"] = serde_json::to_value(shown.figures())?;
-            fields["file_bytes_replayed"] = done.into();
-            fields["file_bytes"] = size.into();
+            let figures_line = Line {
+                figures: figures.line(started.elapsed().as_secs_f64()),
+                file: shown.figures(),
+                file_bytes_replayed: done,
+                file_bytes: size,
+            };
             match args.replay.stats_format {
-                StatsFormat::Json => report::print(&fields),
+                StatsFormat::Json => report::print(&figures_line)?,
                 StatsFormat::Text if terminal => show!("\r\x1b[K{progress}; {line}"),
-                StatsFormat::Text => plain!(json!({"figures": fields}); "{progress}; {line}"),
+                StatsFormat::Text => plain!(json!({"figures": figures_line}); "{progress}; {line}"),
             }
             before = figures;
         }

@@ -28,7 +28,7 @@ use crate::pcap::writer::Writer;
 use crate::pcap::{Files, Order};
 use crate::placement::Workers;
 use crate::replay::nanoseconds;
-use crate::report::{self, Figures, histogram};
+use crate::report::{self, Figures, Quantiles};
 use crate::say::{caution, plain, say, show, to_terminal};
 use crate::signals::{Asked, Signals};
 use crate::worker::Snapshot;
@@ -41,7 +41,7 @@ use replayer_common::hash::sample_threshold;
 use replayer_engine::Engine;
 use replayer_engine::config::Config;
 use replayer_engine::counters::Counter;
-use serde_json::Value;
+use serde::Serialize;
 use shown::{FileFigures, Shown};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -229,8 +229,8 @@ fn summary(figures: &Figures, shown: &Shown, replay_seconds: f64, seconds: f64, 
             c[Counter::DatagramBytesSent]
         );
     }
-    for (name, value, what) in figures.losses() {
-        text += &format!("\n  {value} {name}: {what}");
+    for (counter, count) in figures.losses() {
+        text += &format!("\n  {count} {}: {}", counter.name(), counter.what());
     }
     text + &not_given(&file)
 }
@@ -273,7 +273,7 @@ fn conclude(
 ) -> Result<()> {
     let file = shown.figures();
     if let Some(path) = &args.replay.report {
-        report::write(path, &report_of(figures, shown, (seconds, cpu))?)?;
+        report::write(path, &report_of(figures, shown, (seconds, cpu)), &figures.identities())?;
     }
     let problems = shown.take_problems();
     // The first is what the run ends with.
@@ -296,12 +296,20 @@ fn conclude(
 }
 
 /// For `--report`.
-fn report_of(figures: &Figures, shown: &Shown, (seconds, cpu): (f64, f64)) -> Result<Value> {
-    let mut report = figures.report(Value::Null, seconds, cpu);
-    report["role"] = "offline".into();
-    report["file"] = serde_json::to_value(shown.figures())?;
-    report["late_us"] = histogram(&shown.lateness());
-    Ok(report)
+#[derive(Serialize)]
+struct Report<'a> {
+    #[serde(flatten)]
+    figures: report::Report<'a>,
+    file: FileFigures,
+    late_us: Quantiles,
+}
+
+fn report_of<'a>(figures: &'a Figures, shown: &Shown, (seconds, cpu): (f64, f64)) -> Report<'a> {
+    Report {
+        figures: figures.report("offline", None, seconds, cpu),
+        file: shown.figures(),
+        late_us: Quantiles::of(&shown.lateness()),
+    }
 }
 
 /// No packet was for a service: which services the files have instead.

@@ -25,7 +25,7 @@ use aya::programs::xdp::XdpLink;
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, Xdp, XdpMode, loaded_programs};
 use aya::{Ebpf, EbpfError};
 use replayer_common::addr::Ip;
-use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict, RingVerdict, SpanVerdict};
+use replayer_common::counters::ResponsesVerdict;
 use replayer_common::maps::{
     CaptureConfig, MAX_LOCAL_ADDRESSES, MAX_QUEUES, MAX_SERVICES, ServiceKey, names, port_bit,
 };
@@ -35,6 +35,10 @@ use thiserror::Error;
 use crate::capture::mirror::Mirror;
 use crate::clients::Clients;
 use crate::net::Device;
+
+mod counts;
+
+pub use counts::{Counts, Verdict};
 
 /// The object with all programs and maps.
 static OBJECT: &[u8] =
@@ -86,17 +90,6 @@ impl fmt::Display for Attachment {
             Attachment::Tcx => "tcx",
         })
     }
-}
-
-/// A counter of a program.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Counter {
-    /// The stable name.
-    pub name: &'static str,
-    /// One line for people.
-    pub description: &'static str,
-    /// Packets, over all CPUs.
-    pub value: u64,
 }
 
 /// Why something about the programs did not work.
@@ -415,24 +408,12 @@ impl Programs {
         self.links.retain(|(program, _)| *program != which);
     }
 
-    /// The counters of a program, in a fixed order. Together they are the packets that it saw.
-    pub fn counters(&self, program: Program) -> Result<Vec<Counter>, ProgramsError> {
-        macro_rules! read {
-            ($map:expr, $verdicts:ty) => {{
-                let values = self.sums($map)?;
-                let counters = <$verdicts>::ALL.iter().zip(values);
-                counters
-                    .map(|(v, value)| Counter { name: v.name(), description: v.description(), value })
-                    .collect()
-            }};
-        }
-        Ok(match program {
-            Program::Mirror => read!(names::MIRROR_COUNTERS, MirrorVerdict),
-            Program::Ring => read!(names::RING_COUNTERS, RingVerdict),
-            Program::Span => read!(names::SPAN_COUNTERS, SpanVerdict),
-            Program::Capture => read!(names::CAPTURE_COUNTERS, CaptureVerdict),
-            Program::Responses => read!(names::RESPONSES_COUNTERS, ResponsesVerdict),
-        })
+    /// What the program with these verdicts has counted.
+    pub fn counts<V: Verdict>(&self) -> Result<Counts<V>, ProgramsError> {
+        let map = self.ebpf.map(V::MAP).ok_or_else(|| missing(V::MAP))?;
+        let map: PerCpuArray<_, u64> = map.try_into().map_err(map_error(V::MAP))?;
+        let sums = map.iter().map(|of_cpus| Ok(of_cpus.map_err(map_error(V::MAP))?.iter().sum()));
+        Ok(Counts::of(sums.collect::<Result<_, ProgramsError>>()?))
     }
 
     /// How long a program has run and how often, as far as the kernel kept statistics (`kernel.bpf_stats_enabled`). It must be loaded.
@@ -445,15 +426,6 @@ impl Programs {
         };
         let info = info.map_err(program_error(name))?;
         Ok((info.run_time(), info.run_count()))
-    }
-
-    /// The values of a per-CPU array, each summed over the CPUs.
-    fn sums(&self, name: &'static str) -> Result<Vec<u64>, ProgramsError> {
-        let map = self.ebpf.map(name).ok_or_else(|| missing(name))?;
-        let array: PerCpuArray<_, u64> = PerCpuArray::try_from(map).map_err(map_error(name))?;
-        (0..array.len())
-            .map(|index| Ok(array.get(&index, 0).map_err(map_error(name))?.iter().sum()))
-            .collect()
     }
 
     fn hash_map<K: aya::Pod>(
