@@ -307,7 +307,7 @@ impl Figures {
     /// failure; that nothing was, is one.
     ///
     /// # Errors
-    /// When the accounts do not add up, or nothing of what was to be replayed came to a target.
+    /// When the accounts do not add up, or nothing of what was to be replayed came to a target, or to one of several.
     pub fn ensure_done(&self) -> Result<()> {
         self.identities().into_iter().try_for_each(Identity::ensure)?;
         let c = &self.counters;
@@ -331,6 +331,10 @@ impl Figures {
         let sent = c[Counter::ReplayBytesDelivered] + c[Counter::DatagramsSent];
         if c[Counter::BytesAccepted] + c[Counter::PacketsDatagrams] > 0 && sent == 0 {
             bail!("the target took nothing: {}", self.reasons());
+        }
+        let absent: Vec<String> = self.services.iter().filter_map(ServiceFigures::absence).collect();
+        if !absent.is_empty() {
+            bail!("nothing was replayed to {}", absent.join(", nor to "));
         }
         Ok(())
     }
@@ -396,6 +400,10 @@ impl Figures {
             if c[Counter::DatagramsSent] > 0 && c[Counter::DatagramResponses] == 0 {
                 text += ": the target does not answer, or its route to the clients does not lead to the assistant";
             }
+        }
+        // Of one alone all is said already.
+        for service in self.services.iter().filter(|_| self.services.len() > 1) {
+            let _ = write!(text, "\n  {}", service.summary());
         }
         let line = |text: &mut String, what: &str, h: &Histogram| {
             let _ = write!(
@@ -530,6 +538,45 @@ impl Serialize for ServiceFigures {
 }
 
 impl ServiceFigures {
+    /// The target, and why nothing came to it in the whole run, where something was to come. A client that left at once says nothing of a target
+    /// that answers others.
+    fn absence(&self) -> Option<String> {
+        let c = &self.counters;
+        let target = self.service.service.target;
+        if self.service.protocol == Protocol::Udp {
+            let absent = c.datagrams_sent == 0 && c.packets_no_link > 0;
+            return absent.then(|| format!("{target} (UDP: no route or next hop)"));
+        }
+        let missed = c.sessions_refused + c.sessions_unanswered + c.packets_no_link;
+        let silent = c.sessions_opened > 0 && c.heard == 0;
+        (c.sessions_established == 0 && (missed > 0 || silent)).then(|| {
+            let counts = [
+                (c.sessions_refused, "refused"),
+                (c.sessions_unanswered, "not answered"),
+                (c.packets_no_link, "packets without a route or next hop"),
+            ];
+            let counts = counts.into_iter().filter(|(count, _)| *count > 0);
+            let counts: String = counts.map(|(count, what)| format!(", {count} {what}")).collect();
+            format!("{target} ({} sessions tried{counts})", c.sessions_opened)
+        })
+    }
+
+    /// What became of it, for people.
+    fn summary(&self) -> String {
+        let c = &self.counters;
+        let (online, target) = (self.service.online_name(), self.service.service.target);
+        match self.service.protocol {
+            Protocol::Udp => format!(
+                "{online} to {target}: {} datagrams sent, {} came back",
+                c.datagrams_sent, c.datagrams_answered
+            ),
+            Protocol::Tcp => format!(
+                "{online} to {target}: {} sessions opened, {} established, {} refused, {} not answered",
+                c.sessions_opened, c.sessions_established, c.sessions_refused, c.sessions_unanswered
+            ),
+        }
+    }
+
     /// Which service it is, for programs.
     pub fn labels(&self) -> [(&'static str, String); 3] {
         let ServiceArg { protocol, service } = self.service;
@@ -577,6 +624,26 @@ mod tests {
         assert!(told.starts_with("the target took nothing: 1 datagrams_no_link"), "{told}");
         assert_eq!(run(&[&datagram[..], &[C::DatagramsSent]].concat(), 0), "");
         assert_eq!(run(&[], 0), "");
+        // One of several: `what` happens at a second target of TCP.
+        let other = |what: fn(&mut ServiceCounters)| {
+            let mut figures = Figures::of(
+                &["80-192.0.2.7:80", "80-192.0.2.8:80", "udp:53-192.0.2.7:53"].map(|it| it.parse().unwrap()),
+            );
+            figures.services[0].counters.sessions_established = 1;
+            what(&mut figures.services[1].counters);
+            figures.ensure_done().map_err(|error| error.to_string()).err().unwrap_or_default()
+        };
+        assert_eq!(other(|_| ()), "");
+        assert_eq!(other(|c| (c.sessions_opened, c.heard) = (1, 1)), "");
+        assert_eq!(other(|c| (c.sessions_refused, c.sessions_established) = (1, 1)), "");
+        let told = other(|c| (c.sessions_opened, c.sessions_refused, c.heard) = (3, 2, 1));
+        assert_eq!(told, "nothing was replayed to 192.0.2.8:80 (3 sessions tried, 2 refused)");
+        assert_eq!(
+            other(|c| c.sessions_opened = 1),
+            "nothing was replayed to 192.0.2.8:80 (1 sessions tried)"
+        );
+        let told = other(|c| c.packets_no_link = 9);
+        assert!(told.contains("0 sessions tried, 9 packets without a route"), "{told}");
         let told = run(&[C::PacketsCaptured], 0);
         assert!(
             told.contains("do not add up: packets captured = sum by fate: 1 against 0; please report"),
