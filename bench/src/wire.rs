@@ -4,10 +4,10 @@
 use crate::traffic::{self, CLIENT_ISN, SMALL, SMALL_FRAME, TARGET_ISN, client, response, write_segment};
 use anyhow::{Context, Result, ensure};
 use replayer::afxdp::{Endpoint as PortEndpoint, Frame, HEADROOM, KICK, Port, PortConfig};
+use replayer::bpf::Programs;
 use replayer::capture::mirror::Mirror;
 use replayer::clock;
 use replayer::netns::Namespace;
-use replayer::programs::Programs;
 use replayer_common::addr::Endpoint;
 use replayer_common::packet::flags;
 use replayer_common::response::ResponseHeader;

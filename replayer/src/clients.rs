@@ -3,7 +3,7 @@
 //! Of the networks that a client's address is in, the one with the longest prefix decides. A client that is in none is left out where
 //! `--clients` names any, and taken otherwise. The same rules are in a map for the BPF programs (`CLIENTS`) and looked up here for files.
 
-use crate::cli::network;
+use crate::cli::values::network;
 use anyhow::{Result, bail};
 use clap::Args;
 use replayer_common::addr::{Ip, from_std, from_v4, is_v4, to_std};

@@ -2,8 +2,7 @@
 //! remedy, and once only until it is over. What a role can see before its start it refuses there.
 
 use crate::capture::verdicts::Place;
-use crate::cli::ServiceArg;
-use crate::replay::ReplayArgs;
+use crate::cli::{ReplayArgs, ServiceArg};
 use crate::report::Figures;
 use replayer_common::addr::{Endpoint, to_std};
 use replayer_common::packet::Protocol;

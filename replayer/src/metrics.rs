@@ -359,7 +359,7 @@ impl Text {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::programs::Counts;
+    use crate::bpf::Counts;
     use replayer_common::counters::{ResponsesVerdict, RingVerdict};
     use std::collections::HashSet;
 

@@ -9,10 +9,9 @@ use crate::capture::choice::{self, Facts};
 use crate::capture::{Backend, Capture, CaptureArg, Source, Verdicts, span};
 use crate::channel::assistants::{Assistants, Change, Found};
 use crate::channel::random_instance;
-use crate::cli::{OnlineArgs, Role, ServiceArg, StatsFormat};
+use crate::cli::{OnlineArgs, ReplayArgs, Role, ServiceArg, StatsFormat};
 use crate::clock;
 use crate::configuration::{self, Configuration, Partly, Settings};
-use crate::connections::{self, Connection};
 use crate::diagnosis::{self, Diagnosis};
 use crate::growth::Growth;
 use crate::metrics::{self, Metrics};
@@ -20,9 +19,9 @@ use crate::net::{Device, Monitor, NetError, Network};
 use crate::placement::{Placement, Workers};
 use crate::privileges::{self, Keep};
 use crate::reload::Reload;
-use crate::replay::ReplayArgs;
 use crate::report::{self, Figures};
 use crate::say::{self, caution, plain, say};
+use crate::server_connections::{self, Connection};
 use crate::signals::{Asked, Signals};
 use crate::sizing::{self, Demand, Supply};
 use crate::worker::{Ask, Shared, Worker};
@@ -755,7 +754,7 @@ fn capture_device(network: &mut Network, args: &OnlineArgs, services: &[ServiceA
 }
 
 fn open_connections(ports: &[u16]) -> Vec<Connection> {
-    connections::established(ports).unwrap_or_else(|error| {
+    server_connections::established(ports).unwrap_or_else(|error| {
         caution!(
             "the open connections cannot be looked up ({error}); each is joined at its second request from now on"
         );

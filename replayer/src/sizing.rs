@@ -3,8 +3,8 @@
 //! What the traffic will need is estimated from what the host sees now: the connections that are open, and how many were accepted
 //! in a moment.
 
-use crate::connections::Connection;
-use crate::replay::ReplayArgs;
+use crate::cli::ReplayArgs;
+use crate::server_connections::Connection;
 use replayer_common::addr::{Ip, to_std};
 use replayer_engine::{PORTS_PER_ADDRESS, QUARANTINE_SECONDS};
 use std::collections::HashMap;

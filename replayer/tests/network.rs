@@ -11,9 +11,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use replayer::assistant::host;
-use replayer::connections::{self, Connection};
 use replayer::net::{Link, Monitor, NetError, Network, Snapshot, Watch};
 use replayer::netns::Namespace;
+use replayer::server_connections::{self, Connection};
 use replayer_common::addr::Endpoint;
 
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -213,7 +213,7 @@ fn the_monitor_publishes_changes() {
 fn connection(port: u16, client: &TcpStream) -> Connection {
     let client = client.local_addr().expect("an address");
     let expected = Endpoint::from(client);
-    let connections = connections::established(&[port]).expect("socket diagnostics");
+    let connections = server_connections::established(&[port]).expect("socket diagnostics");
     let mut found = connections.into_iter().filter(|connection| connection.client == expected);
     let connection = found.next().expect("the connection");
     assert!(found.next().is_none());
@@ -263,9 +263,9 @@ fn b013_connections_and_their_turns() {
 
             client.shutdown(Shutdown::Write).expect("FIN");
             client.read_exact(&mut [0; 9]).expect("receive");
-            let established = || connections::established(&[port]).expect("socket diagnostics");
+            let established = || server_connections::established(&[port]).expect("socket diagnostics");
             wait_until("no longer established", || established().is_empty());
         }
-        assert!(connections::established(&[1]).expect("socket diagnostics").is_empty());
+        assert!(server_connections::established(&[1]).expect("socket diagnostics").is_empty());
     });
 }

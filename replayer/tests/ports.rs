@@ -17,9 +17,9 @@ use nix::sys::socket::{
     AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, setsockopt, socket, sockopt,
 };
 use replayer::afxdp::{BATCH, Endpoint, Flush, Port, PortConfig, PortCounters, PortError, Received};
+use replayer::bpf::{Attachment, Program, Programs, ProgramsError, Verdict};
 use replayer::capture::mirror::{Mirror, MirrorError};
 use replayer::netns::Namespace;
-use replayer::programs::{Attachment, Program, Programs, ProgramsError, Verdict};
 use replayer_common::addr;
 use replayer_common::counters::{CaptureVerdict, MirrorVerdict, ResponsesVerdict};
 use replayer_common::maps::CaptureConfig;

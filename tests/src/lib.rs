@@ -5,7 +5,7 @@
 //! - [`process`]: a started program, its output, and its certain end
 //! - [`servers`]: nginx, redis and the project's stream server, started on a host of the lab
 //! - [`capture`]: tcpdump on a host
-//! - [`made`]: capture files made by a program
+//! - [`capture_file`]: capture files made by a program
 //! - [`clients`]: load, and counters of what arrives at a host
 //! - [`pairs`]: the same server on both sides, compared
 //! - [`conversation`]: one connection, driven step by step
@@ -16,28 +16,28 @@
 //! - [`load`]: what that client measures
 //! - [`soak`]: the highest rate that the machine sustains, for long
 //! - [`packet`]: whole frames from and to a NIC
-//! - [`sleepers`]: when the machine itself was late
+//! - [`lateness`]: when the machine itself was late
 //! - [`wait`]: waiting for a condition with a deadline
-//! - [`way`]: the ways to capture
+//! - [`capture_ways`]: the ways to capture
 //!
 //! Binaries: `stream-server` records every byte that it is sent; `loadgen` drives it, or any HTTP server.
 
 pub mod capture;
+pub mod capture_file;
+pub mod capture_ways;
 pub mod clients;
 pub mod conversation;
 pub mod http;
 pub mod lab;
+pub mod lateness;
 pub mod ledger;
 pub mod load;
-pub mod made;
 pub mod namespace;
 pub mod packet;
 pub mod pairs;
 pub mod process;
 pub mod replay;
 pub mod servers;
-pub mod sleepers;
 pub mod soak;
 pub mod stream;
 pub mod wait;
-pub mod way;

@@ -14,6 +14,7 @@ use nix::sys::signal::Signal;
 use replayer_common::addr::from_v4;
 use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
 use replayer_tests::capture::Capture;
+use replayer_tests::capture_ways::{WAYS, Way};
 use replayer_tests::clients::{Load, output_of};
 use replayer_tests::conversation::Conversation;
 use replayer_tests::lab::{Host, Lab, NIC, Plan};
@@ -24,7 +25,6 @@ use replayer_tests::replay::{Report, Role, service};
 use replayer_tests::servers::{Driver, MIRROR_PORT_NIC, mirror_port, start, tool};
 use replayer_tests::stream::RequestHeader;
 use replayer_tests::wait::{settled, wait_for};
-use replayer_tests::way::{WAYS, Way};
 use serde_json::Value;
 
 const HTTP: u16 = 8080;

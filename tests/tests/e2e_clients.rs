@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use replayer_tests::capture_ways::WAYS;
 use replayer_tests::clients::{Load, Watch, output_of};
 use replayer_tests::conversation::Conversation;
 use replayer_tests::lab::{Lab, Plan};
@@ -16,7 +17,6 @@ use replayer_tests::pairs::{ARRIVAL, NginxPair, StreamPair};
 use replayer_tests::servers::{start, tool};
 use replayer_tests::stream::RequestHeader;
 use replayer_tests::wait::wait_for;
-use replayer_tests::way::WAYS;
 
 const HTTP: u16 = 8080;
 const STREAM: u16 = 9000;

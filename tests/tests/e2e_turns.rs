@@ -15,10 +15,10 @@ use replayer_tests::capture::{Capture, Passed, passed};
 use replayer_tests::clients::{Load, output_of};
 use replayer_tests::conversation::Conversation;
 use replayer_tests::lab::{Lab, Plan};
+use replayer_tests::lateness::Sleepers;
 use replayer_tests::pairs::{NginxPair, StreamPair};
 use replayer_tests::replay::Replay;
 use replayer_tests::servers::H2C_PORT;
-use replayer_tests::sleepers::Sleepers;
 use replayer_tests::stream::{Connection, Record, RequestHeader};
 
 const HTTP: u16 = 8080;

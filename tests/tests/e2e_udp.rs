@@ -16,12 +16,12 @@ use nix::sys::socket::{setsockopt, sockopt};
 use replayer_common::addr::from_std;
 use replayer_common::hash::{FLOW_SEED, flow_hash, sample_threshold};
 use replayer_tests::capture::Capture;
+use replayer_tests::capture_ways::{WAYS, Way};
 use replayer_tests::lab::{Host, Lab, NIC, POOL_V4, Plan};
 use replayer_tests::pairs::{ARRIVAL, StreamPair};
 use replayer_tests::replay::{Replay, Report, Role};
 use replayer_tests::servers::{start, tool};
 use replayer_tests::wait::{settled, wait_for};
-use replayer_tests::way::{WAYS, Way};
 
 const PORT: u16 = 5353;
 const CLIENTS: usize = 50;

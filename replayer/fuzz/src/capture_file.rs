@@ -5,7 +5,7 @@ use replayer::inspect::inspect;
 use replayer::offline::dry_run::{self, FRAME_ROOM, LINK, Memory, START_NS};
 use replayer::offline::feed::{Feed, FeedPace};
 use replayer::offline::pace::Speed;
-use replayer::offline::reading::FeedConfig;
+use replayer::offline::read_ahead::FeedConfig;
 use replayer::pcap::input::Input;
 use replayer::pcap::{Files, Order, Reader};
 use replayer_common::addr::{ANY, Endpoint, from_v4};
@@ -89,7 +89,7 @@ fn replay(files: Files, choice: u8) {
     for (name, left, right) in engine.counters().identities(&engine.pending()) {
         assert_eq!(left, right, "{name}: {:?}", engine.counters());
     }
-    let figures = feed.shown().figures();
+    let figures = feed.status().figures();
     assert_eq!(
         figures.packets,
         figures.packets_given

@@ -5,8 +5,8 @@
 
 use super::pin::{Left, Pin};
 use crate::afxdp::{BATCH, Endpoint as Queue, Port, PortConfig, PortError, Received, SocketStatistics};
+use crate::bpf::{Attachment, Counts, Program, Programs, Services, before_xdp};
 use crate::net::Network;
-use crate::programs::{Attachment, Counts, Program, Programs, Services, before_xdp};
 use crate::say::{caution, say};
 use anyhow::{Result, anyhow, bail};
 use replayer_common::addr::{Endpoint, Ip};

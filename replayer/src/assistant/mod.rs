@@ -25,7 +25,8 @@ pub mod routing;
 
 use crate::channel::limits::DEFAULT_PORT;
 use crate::channel::{Server, ServerConfig};
-use crate::cli::{Role, STATS};
+use crate::cli::Role;
+use crate::cli::values::STATS;
 use crate::clock;
 use crate::configuration::{ConfigArg, Configuration};
 use crate::metrics::{self, Metrics};

@@ -6,8 +6,8 @@
 //! What may not happen here: the program of another interface is replaced. Numbers of interfaces are those of a network namespace and files are
 //! seen from several, so the interface has to have the very program that the file's link has.
 
+use crate::bpf::{self, Attachment, Services};
 use crate::net::{Device, Network};
-use crate::programs::{self, Attachment, Services};
 use anyhow::{Context, Result, anyhow, bail};
 use aya::programs::links::{FdLink, LinkType, PinnedLink};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
@@ -102,7 +102,7 @@ impl Pin {
         let Some(attachment) = attachment(&device, info.program_id()) else {
             return Err(stranger(&format!("not of {}, or of one that is gone", self.interface)));
         };
-        let (services, dropped) = programs::responses_of(info.program_id())?;
+        let (services, dropped) = bpf::responses_of(info.program_id())?;
         Ok(Some(Left { link, attachment, services, dropped }))
     }
 

@@ -3,8 +3,8 @@
 //! Every frame that was received ends in exactly one place: [`Report::identities`] has both sums.
 
 use super::routing::RoutingCounters;
+use crate::bpf::Counts;
 use crate::channel::server::ServerCounters;
-use crate::programs::Counts;
 use crate::report::Identity;
 use replayer_common::counters::ResponsesVerdict;
 use serde::Serialize;

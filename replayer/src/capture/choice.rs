@@ -6,8 +6,8 @@ use anyhow::{Result, bail};
 use clap::ValueEnum;
 
 use super::mirror::MAX_MTU;
+use crate::bpf;
 use crate::net::{Device, NetError, Network};
-use crate::programs;
 
 /// What was asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -53,7 +53,7 @@ pub struct Facts {
     pub offloaded: u32,
     /// Whether some service has no address.
     pub wildcard: bool,
-    /// [`programs::has_tcx`].
+    /// [`bpf::has_tcx`].
     pub tcx: bool,
 }
 
@@ -64,7 +64,7 @@ impl Facts {
             serves: network.service_of(device)?,
             offloaded: device.gro_max_size,
             wildcard,
-            tcx: programs::has_tcx(&device.name),
+            tcx: bpf::has_tcx(&device.name),
         })
     }
 }

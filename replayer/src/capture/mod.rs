@@ -4,7 +4,7 @@
 //! - [`mirror`]: clones into a private veth pair, at whose far end are AF_XDP sockets
 //! - [`ring`]: copies in BPF ring buffers
 //! - [`span`]: AF_XDP sockets on the NIC of a mirror port, which serves nobody
-//! - [`pieces`]: packets that an offload put together, cut to segments
+//! - [`segmentation`]: packets that an offload put together, cut to segments
 //! - [`verdicts`]: what the programs counted, and what of it is lost
 //!
 //! What a back end costs, and why it is as it is, is in docs/capture.md.
@@ -23,15 +23,15 @@ use replayer_common::maps::CaptureConfig;
 use replayer_common::packet::Protocol;
 
 use crate::afxdp::{Endpoint, Frame, Port, Received};
+use crate::bpf::{Counts, Program, Programs, Verdict, before_xdp};
 use crate::clients::Clients;
 use crate::net::Device;
-use crate::programs::{Counts, Program, Programs, Verdict, before_xdp};
 use crate::say::say;
 
 pub mod choice;
 pub mod mirror;
-pub mod pieces;
 pub mod ring;
+pub mod segmentation;
 pub mod span;
 pub mod verdicts;
 
@@ -218,7 +218,7 @@ pub enum Source {
 
 impl Source {
     /// The most packets that one call of [`Source::receive`] adds.
-    pub const MOST: usize = crate::afxdp::BATCH + pieces::MOST;
+    pub const MOST: usize = crate::afxdp::BATCH + segmentation::MOST;
 
     /// Appends captured packets to `out` as frames of `port`, some [`BATCH`](crate::afxdp::BATCH) at a time; how many.
     pub fn receive(&mut self, port: &mut Port, out: &mut Vec<(Frame, usize)>) -> usize {

@@ -14,9 +14,9 @@ use aya::maps::{Array, MapData, RingBuf};
 use replayer_common::maps::{RING_HEADER_LEN, RingHeader};
 use replayer_common::packet::{parse_tcp, parse_udp};
 
-use super::pieces::{self, Pieces};
+use super::segmentation::{self, Pieces};
 use crate::afxdp::{BATCH, Frame, Port};
-use crate::programs::Programs;
+use crate::bpf::Programs;
 
 /// Bytes of all workers' rings together: half a second at 1 Gbit/s.
 const BYTES: u32 = 64 << 20;
@@ -120,7 +120,7 @@ impl AsFd for Reader {
 /// Whether there are frames for all that can come of one record, besides those that the engine needs for its own packets. If not, the
 /// packets wait in the ring.
 fn has_room(port: &mut Port) -> bool {
-    let enough = |port: &Port| port.frames().free as usize >= port.reserve() as usize + pieces::MOST;
+    let enough = |port: &Port| port.frames().free as usize >= port.reserve() as usize + segmentation::MOST;
     if !enough(port) {
         port.flush();
         port.reclaim();
@@ -156,7 +156,7 @@ fn for_each_segment(
         && let Ok(datagram) = parse_udp(&packet)
         && usize::from(datagram.payload_offset) + header.segment_len as usize <= room
     {
-        for piece in pieces::datagrams(packet, &datagram, header.segment_len as usize) {
+        for piece in segmentation::datagrams(packet, &datagram, header.segment_len as usize) {
             each(piece.len(), &|to| piece.write(to));
         }
         return;
@@ -167,7 +167,7 @@ fn for_each_segment(
         return each(len, &|to| to.copy_from_slice(&packet[..len]));
     };
     let headers = usize::from(segment.payload_offset);
-    let size = if header.segment_len > 0 { header.segment_len as usize } else { pieces::USUAL };
+    let size = if header.segment_len > 0 { header.segment_len as usize } else { segmentation::USUAL };
     for piece in Pieces::new(packet, &segment, size.min(room - headers.min(room))) {
         each(piece.len(), &|to| piece.write(to));
     }

@@ -5,7 +5,7 @@ use std::fmt;
 use replayer_common::counters::{CaptureVerdict, MirrorVerdict, Refusal, RingVerdict, SpanVerdict};
 use serde::{Serialize, Serializer};
 
-use crate::programs::{Counts, Verdict};
+use crate::bpf::{Counts, Verdict};
 
 /// What the programs of a back end counted, as far as it could be read.
 #[derive(Clone, Debug, Serialize)]

@@ -1,8 +1,8 @@
 //! The arguments of the offline role.
 
+use crate::cli::ReplayArgs;
 use crate::configuration::ConfigArg;
 use crate::placement::Workers;
-use crate::replay::ReplayArgs;
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use std::path::PathBuf;

@@ -7,8 +7,8 @@
 //! ```
 
 use super::pace::{Pace, Speed};
-use super::reading::{self, Chunk, Chunks, FeedConfig, Item};
-use super::shown::Shown;
+use super::read_ahead::{self, Chunk, Chunks, FeedConfig, Item};
+use super::status::Status;
 use crate::pcap::Files;
 use anyhow::Result;
 use replayer_engine::histogram::Histogram;
@@ -61,8 +61,8 @@ pub struct Feed {
     /// How far the files were read at the end of the chunk before.
     read_before: (u64, u64),
     lateness: Histogram,
-    shown_at: u64,
-    shown: Arc<Shown>,
+    published_at: u64,
+    status: Arc<Status>,
     over: bool,
 }
 
@@ -98,8 +98,8 @@ impl Feed {
     /// # Errors
     /// When no thread can be started.
     pub fn over(files: Files, config: FeedConfig, pace: FeedPace) -> Result<Feed> {
-        let shown = Arc::new(Shown::default());
-        let chunks = reading::start(files, config, shown.clone())?;
+        let status = Arc::new(Status::default());
+        let chunks = read_ahead::start(files, config, status.clone())?;
         Ok(Feed {
             chunks,
             chunk: None,
@@ -118,15 +118,15 @@ impl Feed {
             batch_time_ns: 0,
             read_before: (0, 0),
             lateness: Histogram::default(),
-            shown_at: 0,
-            shown,
+            published_at: 0,
+            status,
             over: false,
         })
     }
 
     /// What the reader thread shows.
-    pub fn shown(&self) -> Arc<Shown> {
-        self.shown.clone()
+    pub fn status(&self) -> Arc<Status> {
+        self.status.clone()
     }
 
     /// Whether everything was given to the engine.
@@ -202,7 +202,7 @@ impl Feed {
     fn finish(&mut self) {
         self.over = true;
         self.show();
-        self.shown.over.store(true, Ordering::Release);
+        self.status.over.store(true, Ordering::Release);
     }
 
     /// Shows how far it is: within a chunk by its items, since a chunk may be minutes.
@@ -215,9 +215,9 @@ impl Feed {
             };
             (bytes, packets) = (part(bytes, chunk.read.0), part(packets, chunk.read.1));
         }
-        self.shown.replayed.bytes.store(bytes, Ordering::Relaxed);
-        self.shown.replayed.packets.store(packets, Ordering::Relaxed);
-        self.shown
+        self.status.replayed.bytes.store(bytes, Ordering::Relaxed);
+        self.status.replayed.packets.store(packets, Ordering::Relaxed);
+        self.status
             .replayed
             .lateness
             .lock()
@@ -288,8 +288,8 @@ impl Feed {
             self.due = None;
         }
         engine.on_captured(now, batch, out);
-        if now >= self.shown_at + SHOW_NS {
-            self.shown_at = now;
+        if now >= self.published_at + SHOW_NS {
+            self.published_at = now;
             self.show();
         }
         given
@@ -328,7 +328,7 @@ impl Feed {
 impl Drop for Feed {
     fn drop(&mut self) {
         // The reader may wait for an empty chunk or for room: both ends go with this.
-        self.shown.stop.store(true, Ordering::Relaxed);
+        self.status.stop.store(true, Ordering::Relaxed);
     }
 }
 
@@ -377,14 +377,14 @@ mod tests {
             hold_limit_ns: SECOND,
         };
         let mut feed = Feed::start(config, pace).unwrap();
-        let shown = feed.shown();
+        let status = feed.status();
         // The reader is at the end of the file before the first packet is given.
         feed.wait(Duration::from_secs(10));
         let mut batch = Vec::new();
         let mut shares = Vec::new();
         for second in 0..4 {
             assert_eq!(feed.give(START_NS + second * SECOND, &mut engine, &mut batch, &mut out), 1);
-            let (done, all) = shown.progress();
+            let (done, all) = status.progress();
             assert_eq!(all, Some(size));
             shares.push(done as f64 / size as f64);
         }
@@ -392,8 +392,8 @@ mod tests {
         while !feed.is_over() {
             feed.wait(Duration::from_secs(10));
         }
-        assert_eq!(shown.progress(), (size, Some(size)));
-        assert_eq!(shown.lateness().count(), 4);
+        assert_eq!(status.progress(), (size, Some(size)));
+        assert_eq!(status.lateness().count(), 4);
         std::fs::remove_file(path).unwrap();
     }
 }

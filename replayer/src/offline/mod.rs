@@ -2,24 +2,23 @@
 //!
 //! - [`args`]: its arguments
 //! - [`feed`]: from files to the engine, in the order and at the time that the arguments ask for
-//! - [`reading`]: the thread that reads ahead
-//! - [`shown`]: what both show of the files
+//! - [`read_ahead`]: the thread that reads the files
+//! - [`status`]: what both show of the files
 //! - [`pace`]: when a packet is due
-//! - [`dry_run`]: the engine without a network
-//! - `target`: what a dry run has for a target
-//! - `live`: the engine with one
+//! - `replay`: the replay itself, to the target
+//! - [`dry_run`]: the whole engine without a network
 
 pub mod args;
 pub mod dry_run;
 pub mod feed;
-mod live;
 pub mod pace;
-pub mod reading;
-pub mod shown;
-mod target;
+pub mod read_ahead;
+mod replay;
+pub mod status;
 
 use crate::channel::random_instance;
 use crate::cli::ServiceArg;
+use crate::cli::replay::nanoseconds;
 use crate::clock;
 use crate::configuration::Configuration;
 use crate::inspect::{inspect, progress_line};
@@ -27,7 +26,6 @@ use crate::pcap::input::STANDARD_INPUT;
 use crate::pcap::writer::Writer;
 use crate::pcap::{Files, Order};
 use crate::placement::Workers;
-use crate::replay::nanoseconds;
 use crate::report::{self, Figures, Quantiles};
 use crate::say::{caution, plain, say, show, to_terminal};
 use crate::signals::{Asked, Signals};
@@ -36,13 +34,13 @@ use anyhow::{Context, Result, bail};
 pub use args::OfflineArgs;
 use dry_run::Memory;
 use feed::{Feed, FeedPace};
-use reading::FeedConfig;
+use read_ahead::FeedConfig;
 use replayer_common::hash::sample_threshold;
 use replayer_engine::Engine;
 use replayer_engine::config::Config;
 use replayer_engine::counters::Counter;
 use serde::Serialize;
-use shown::{FileFigures, Shown};
+use status::{FileFigures, Status};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -63,7 +61,7 @@ pub fn run(mut args: OfflineArgs, configuration: Configuration) -> Result<()> {
     if !args.check && (args.dry_run || args.write.is_some()) {
         return run_dry(&args, &services);
     }
-    live::run(&mut args, configuration, &services)
+    replay::run(&mut args, configuration, &services)
 }
 
 /// What clap cannot see.
@@ -149,7 +147,7 @@ fn run_dry(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     };
     // The target answers at once: there is nothing to wait for.
     let mut feed = start_feed(args, services, dry_run::FRAME_ROOM, u64::MAX)?;
-    let shown = feed.shown();
+    let status = feed.status();
     let epoch_ns = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64);
     let copies = args.replay.most_copies() as usize * services.len();
     let mut out = Memory::new(services, copies, sessions, writer, epoch_ns, random_instance());
@@ -168,7 +166,7 @@ fn run_dry(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
         signalled = signals.take() == Some(Asked::Stop);
         stop.store(signalled, Ordering::Relaxed);
         if terminal || args.replay.stats.is_some() {
-            show(&shown, engine, started, terminal);
+            show(&status, engine, started, terminal);
         }
     })
     .with_context(|| match &args.write {
@@ -186,17 +184,17 @@ fn run_dry(args: &OfflineArgs, services: &[ServiceArg]) -> Result<()> {
     figures.add(&snapshot, None);
     let (seconds, cpu) = (started.elapsed().as_secs_f64(), clock::process_cpu() as f64 / 1e9);
     let replay_seconds = (now - dry_run::START_NS) as f64 / 1e9;
-    let mut text = summary(&figures, &shown, replay_seconds, seconds, out.bytes_sent());
+    let mut text = summary(&figures, &status, replay_seconds, seconds, out.bytes_sent());
     if let Some(path) = &args.write {
         text += &format!("\n  written to {}", path.display());
     }
     say!("{text}");
-    conclude(args, services, &figures, &shown, (seconds, cpu), signalled)
+    conclude(args, services, &figures, &status, (seconds, cpu), signalled)
 }
 
-fn show(shown: &Shown, engine: &Engine, started: Instant, terminal: bool) {
-    let (done, size) = shown.progress();
-    let line = progress_line(done, size, shown.packets_replayed(), started);
+fn show(status: &Status, engine: &Engine, started: Instant, terminal: bool) {
+    let (done, size) = status.progress();
+    let line = progress_line(done, size, status.packets_replayed(), started);
     let counters = engine.counters();
     let line = format!(
         "{line}; {} requests in {} sessions, {} live",
@@ -208,8 +206,8 @@ fn show(shown: &Shown, engine: &Engine, started: Instant, terminal: bool) {
 }
 
 /// What a dry run found, for a person.
-fn summary(figures: &Figures, shown: &Shown, replay_seconds: f64, seconds: f64, bytes_sent: u64) -> String {
-    let file = shown.figures();
+fn summary(figures: &Figures, status: &Status, replay_seconds: f64, seconds: f64, bytes_sent: u64) -> String {
+    let file = status.figures();
     let c = &figures.counters;
     let mut text = format!(
         "read {} packets in {seconds:.2} s ({:.0}/s), {} of them to the services\n\
@@ -267,15 +265,15 @@ fn conclude(
     args: &OfflineArgs,
     services: &[ServiceArg],
     figures: &Figures,
-    shown: &Shown,
+    status: &Status,
     (seconds, cpu): (f64, f64),
     interrupted: bool,
 ) -> Result<()> {
-    let file = shown.figures();
+    let file = status.figures();
     if let Some(path) = &args.replay.report {
-        report::write(path, &report_of(figures, shown, (seconds, cpu)), &figures.identities())?;
+        report::write(path, &report_of(figures, status, (seconds, cpu)), &figures.identities())?;
     }
-    let problems = shown.take_problems();
+    let problems = status.take_problems();
     // The first is what the run ends with.
     for problem in problems.iter().skip(1) {
         caution!("{problem}");
@@ -304,11 +302,11 @@ struct Report<'a> {
     late_us: Quantiles,
 }
 
-fn report_of<'a>(figures: &'a Figures, shown: &Shown, (seconds, cpu): (f64, f64)) -> Report<'a> {
+fn report_of<'a>(figures: &'a Figures, status: &Status, (seconds, cpu): (f64, f64)) -> Report<'a> {
     Report {
         figures: figures.report("offline", None, seconds, cpu),
-        file: shown.figures(),
-        late_us: Quantiles::of(&shown.lateness()),
+        file: status.figures(),
+        late_us: Quantiles::of(&status.lateness()),
     }
 }
 

@@ -4,8 +4,8 @@
 //! What the server said is not replayed, but it tells more of a connection whose beginning is missing: client data that follows a response
 //! (or SYN-ACK) without a hole and acknowledges all of it starts a turn, so the connection is joined there.
 
-use super::shown::{FileFigures, Shown};
-use crate::capture::pieces::{Pieces, USUAL};
+use super::status::{FileFigures, Status};
+use crate::capture::segmentation::{Pieces, USUAL};
 use crate::clients::Clients;
 use crate::pcap::files::Progress;
 use crate::pcap::{Files, Order, ReadError};
@@ -116,11 +116,11 @@ pub(super) struct Chunks {
     pub(super) empty: SyncSender<Chunk>,
 }
 
-/// Begins to read files that are open; what there is to say of them goes to `shown`. The thread ends when both channels do.
+/// Begins to read files that are open; what there is to say of them goes to `status`. The thread ends when both channels do.
 ///
 /// # Errors
 /// When no thread can be started.
-pub(super) fn start(files: Files, config: FeedConfig, shown: Arc<Shown>) -> std::io::Result<Chunks> {
+pub(super) fn start(files: Files, config: FeedConfig, status: Arc<Status>) -> std::io::Result<Chunks> {
     let (full_in, full) = sync_channel(CHUNKS);
     let (empty, empty_out) = sync_channel(CHUNKS);
     for _ in 0..CHUNKS {
@@ -136,7 +136,7 @@ pub(super) fn start(files: Files, config: FeedConfig, shown: Arc<Shown>) -> std:
     }
     let reading = Reading {
         config,
-        shown,
+        status,
         full: full_in,
         empty: empty_out,
         chunk: Chunk::default(),
@@ -155,7 +155,7 @@ pub(super) fn start(files: Files, config: FeedConfig, shown: Arc<Shown>) -> std:
 
 struct Reading {
     config: FeedConfig,
-    shown: Arc<Shown>,
+    status: Arc<Status>,
     full: SyncSender<Chunk>,
     empty: Receiver<Chunk>,
     chunk: Chunk,
@@ -196,15 +196,15 @@ impl Reading {
                 },
             };
             self.progress = opened.progress();
-            *self.shown.size.lock().unwrap_or_else(PoisonError::into_inner) = self.progress.size();
+            *self.status.size.lock().unwrap_or_else(PoisonError::into_inner) = self.progress.size();
             let given = self.seen.packets_given;
             let Ok(end_ns) = self.read(&mut opened, time_ns, number) else { return };
             time_ns = end_ns;
             number += 1;
             self.seen.loops = number;
             if number == 1 {
-                let mut shown = self.shown.problems.lock().unwrap_or_else(PoisonError::into_inner);
-                shown.extend(opened.take_problems());
+                let mut status = self.status.problems.lock().unwrap_or_else(PoisonError::into_inner);
+                status.extend(opened.take_problems());
             }
             if self.push(end_ns, Item::End).is_err() {
                 return;
@@ -218,11 +218,11 @@ impl Reading {
     }
 
     fn stopped(&self) -> bool {
-        self.shown.stop.load(Ordering::Relaxed)
+        self.status.stop.load(Ordering::Relaxed)
     }
 
     fn problem(&self, error: ReadError) {
-        self.shown.problems.lock().unwrap_or_else(PoisonError::into_inner).push(error);
+        self.status.problems.lock().unwrap_or_else(PoisonError::into_inner).push(error);
     }
 
     /// Reads the files once; `begin_ns` is the time of its first packet in the stream of all loops. The time of its end.
@@ -235,7 +235,7 @@ impl Reading {
             let Some(packet) = files.packet() else { break };
             self.seen.packets += 1;
             if self.seen.packets.is_multiple_of(1 << 14) {
-                self.shown.counters.publish(&self.seen);
+                self.status.counters.publish(&self.seen);
                 if self.stopped() {
                     break;
                 }
@@ -434,7 +434,7 @@ impl Reading {
     }
 
     fn send(&mut self) -> Result<(), Gone> {
-        self.shown.counters.publish(&self.seen);
+        self.status.counters.publish(&self.seen);
         if self.chunk.items.is_empty() {
             return Ok(());
         }

@@ -1,8 +1,8 @@
 //! What the online and the offline role have in common: the flags that say what is replayed to where, the checks of what clap cannot see,
 //! and the engine's configuration that comes of them.
 
+use super::values::{CopiesArg, PercentArg, PoolArg, STATS, ServiceArg, StatsFormat, VlanArg};
 use crate::channel::assistants::Named;
-use crate::cli::{CopiesArg, PercentArg, PoolArg, STATS, ServiceArg, StatsFormat, VlanArg};
 use crate::clients::ClientArgs;
 use crate::net::VlanTag;
 use crate::report;

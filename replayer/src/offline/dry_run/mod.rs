@@ -3,9 +3,10 @@
 //!
 //! The clock jumps from one thing to do to the next, so an hour of traffic takes seconds, and what would be sent is the same in every run.
 
-use super::feed::{Feed, Next};
-use super::target::Target;
+mod target;
+
 use crate::cli::ServiceArg;
+use crate::offline::feed::{Feed, Next};
 use crate::pcap::writer::Writer;
 use replayer_common::addr::Endpoint;
 use replayer_common::packet::{parse_tcp, parse_udp};
@@ -15,6 +16,7 @@ use std::fs::File;
 use std::io::{self, BufWriter};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use target::Target;
 
 /// The links of a dry run: nobody has these addresses.
 pub const LINK: Link =

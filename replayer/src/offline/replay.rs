@@ -5,7 +5,7 @@ use super::{
 };
 use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
 use crate::channel::assistants::{Assistants, Change, Found};
-use crate::cli::{Role, ServiceArg, StatsFormat};
+use crate::cli::{ReplayArgs, Role, ServiceArg, StatsFormat};
 use crate::clock;
 use crate::configuration::{self, Configuration, Settings};
 use crate::diagnosis::{self, Diagnosis};
@@ -13,13 +13,12 @@ use crate::growth::Growth;
 use crate::inspect::progress_line;
 use crate::metrics::{self, Metrics};
 use crate::net::{Monitor, Network};
-use crate::offline::shown::{FileFigures, Shown};
+use crate::offline::status::{FileFigures, Status};
 use crate::online::{conclude_check, output_device, spent};
 use crate::pcap::Files;
 use crate::pcap::input::STANDARD_INPUT;
 use crate::privileges::{self, Keep};
 use crate::reload::Reload;
-use crate::replay::ReplayArgs;
 use crate::report::{self, Figures};
 use crate::say::{self, caution, plain, say, show, to_terminal};
 use crate::signals::{Asked, Signals};
@@ -78,7 +77,7 @@ pub(super) fn run(
     }
     let room = port.area();
     let feed = start_feed(args, services, room, args.in_flight)?;
-    let shown = feed.shown();
+    let status = feed.status();
     let shared = Shared::new()?;
     let port_mode = port.mode().to_owned();
     let engine = Engine::new(engine_config(args, room as u16)?, clock::now());
@@ -103,15 +102,15 @@ pub(super) fn run(
     privileges::drop_all_but(Keep::Main);
     say::ready(format_args!("stop with SIGTERM or Ctrl-C"));
 
-    let ended = running.serve(args, services, &signals, metrics.as_ref(), &shown, started);
+    let ended = running.serve(args, services, &signals, metrics.as_ref(), &status, started);
     running.stop()?;
     let figures = running.figures(services);
     let (seconds, cpu) = spent(started);
-    let file = shown.figures();
+    let file = status.figures();
     let mut summary = figures.summary(seconds, cpu);
     summary +=
         &format!("\n  of {} packets in the files, {} went to the services", file.packets, file.packets_given);
-    let late = shown.lateness();
+    let late = status.lateness();
     if late.count() > 0 {
         summary += &format!(
             "\n  given to the engine after they were due: median {} us, p99 {} us, max {} us",
@@ -122,7 +121,7 @@ pub(super) fn run(
     }
     say!("{summary}{}", not_given(&file));
     let interrupted = *ended.as_ref().unwrap_or(&false);
-    conclude(args, services, &figures, &shown, (seconds, cpu), interrupted)?;
+    conclude(args, services, &figures, &status, (seconds, cpu), interrupted)?;
     ended.map(drop)
 }
 
@@ -160,7 +159,7 @@ impl Running {
         services: &[ServiceArg],
         signals: &Signals,
         metrics: Option<&Metrics>,
-        shown: &Shown,
+        status: &Status,
         started: Instant,
     ) -> Result<bool> {
         let mut terminal = to_terminal() && args.replay.stats_format == StatsFormat::Text;
@@ -193,7 +192,7 @@ impl Running {
                 terminal = to_terminal() && args.replay.stats_format == StatsFormat::Text;
                 let figures = self.figures(services);
                 longest_lag_us = longest_lag_us.max(figures.lag_us);
-                let report = report_of(&figures, shown, spent(started));
+                let report = report_of(&figures, status, spent(started));
                 report::write_interim(args.replay.report.as_deref(), &report);
                 if asked != (args.replay.stats, terminal) {
                     interval = args.replay.stats_interval();
@@ -231,11 +230,11 @@ impl Running {
             let mut figures = self.figures(services);
             figures.lag_us = figures.lag_us.max(std::mem::take(&mut longest_lag_us));
             let line = figures.line_text(&before, interval.as_secs_f64());
-            let (done, size) = shown.progress();
-            let progress = progress_line(done, size, shown.packets_replayed(), started);
+            let (done, size) = status.progress();
+            let progress = progress_line(done, size, status.packets_replayed(), started);
             let figures_line = Line {
                 figures: figures.line(started.elapsed().as_secs_f64()),
-                file: shown.figures(),
+                file: status.figures(),
                 file_bytes_replayed: done,
                 file_bytes: size,
             };

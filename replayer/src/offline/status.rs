@@ -116,7 +116,7 @@ pub(super) struct Replayed {
 
 /// What the reader thread and the feed show.
 #[derive(Debug, Default)]
-pub struct Shown {
+pub struct Status {
     pub(super) counters: Counters,
     /// What was wrong with the files.
     pub(super) problems: Mutex<Vec<ReadError>>,
@@ -128,7 +128,7 @@ pub struct Shown {
     pub(super) over: AtomicBool,
 }
 
-impl Shown {
+impl Status {
     /// The counters now.
     pub fn figures(&self) -> FileFigures {
         self.counters.figures()
