@@ -491,7 +491,7 @@ impl Engine {
     }
 
     /// A connection that is not followed yet, or was lost to a hole: joined at the first segment that surely starts a turn. That is one
-    /// that follows what was seen last without a hole and acknowledges more of the response.
+    /// that follows without a hole what was seen last, or in another place where the stream may go on, and acknowledges more of the response.
     fn on_watched<O: Output>(
         &mut self,
         now_ns: u64,
@@ -510,7 +510,8 @@ impl Engine {
         let connection = &self.connections[c];
         let starts_turn = segment.payload_len > 0
             && (connection.phase == Phase::BetweenTurns
-                || (segment.seq == connection.next_seq && connection.ack_advances(segment.ack)));
+                || (segment.seq == connection.next_seq && connection.ack_advances(segment.ack))
+                || self.starts_turn_where_left(c, segment));
         // With `-O`, connections that were open before are not in the table: one that is here was lost to a hole or a limit.
         if starts_turn && protocol::tls_record(Self::payload(out, in_hand)) {
             self.begin_encrypted(now_ns, c, out);
@@ -526,15 +527,12 @@ impl Engine {
             if !connection.timestamps {
                 connection.set_timestamps(options, now_ns);
             }
+            self.connections.set_left(c, None);
             self.counters[Counter::ConnectionsJoined] += 1;
             self.open_sessions(now_ns, c, segment.seq.wrapping_sub(1), true, out);
             return self.on_stream(now_ns, c, segment, segment.seq, in_hand, out);
         }
-        // Not known yet of one that was shed at the data in its SYN.
-        if connection.ack_advances(segment.ack) || !connection.ack_known {
-            connection.last_ack = segment.ack;
-            connection.ack_known = true;
-        }
+        self.watch(c, segment);
         self.follow_idly(c, segment, segment.seq);
         Err((Counter::PacketsMidstream, Counter::BytesMidstream))
     }

@@ -58,6 +58,17 @@ pub(crate) struct EarlyEnd {
     pub(crate) is_reset: bool,
 }
 
+/// Where a stream that is watched was before it was seen further on: with a hole between, or that was not its client's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Left {
+    /// The next number there.
+    pub(crate) seq: u32,
+    /// Where what was seen further on begins: up to there a hole may be filled late.
+    pub(crate) until: u32,
+    /// What the data just before `seq` acknowledges, if that came since.
+    pub(crate) ack: Option<u32>,
+}
+
 /// What a client's SYN says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Syn {
@@ -103,7 +114,7 @@ pub(crate) struct Connection {
     pub(crate) place: Place,
     /// Data was appended.
     pub(crate) any_data: bool,
-    /// Its stream has a hole, an end, or a SYN inside it.
+    /// Its stream has a hole, an end, a SYN inside it, or another place where it may go on.
     interrupted: bool,
     /// The client sends timestamps.
     pub(crate) timestamps: bool,
@@ -176,7 +187,8 @@ impl Origin {
     }
 }
 
-/// What few connections have: a hole in the stream, an end, a SYN inside it, or a server that is not among those known. There only while one of them is so.
+/// What few connections have: a hole in the stream, an end, a SYN inside it, another place where it may go on, or a server that is not among those
+/// known. There only while one of them is so.
 #[derive(Clone, Copy, Debug)]
 struct Rarity {
     /// Whose it is; `NONE`: nobody's, the place is free.
@@ -188,6 +200,8 @@ struct Rarity {
     early_end: Option<EarlyEnd>,
     /// A SYN of another number than its own, which its client may not have sent.
     syn_inside: Option<Syn>,
+    /// Watching: where it may go on as well.
+    left: Option<Left>,
     /// Since when there is a hole.
     gap_since: Tick,
     /// The stream has gone on before it since then.
@@ -382,7 +396,7 @@ impl Connection {
         self.any_data || self.ack_known || self.phase != Phase::Following
     }
 
-    /// Whether its stream has neither a hole nor an end, nor a SYN inside it.
+    /// Whether its stream has neither a hole nor an end, nor a SYN inside it, nor another place where it may go on.
     #[inline]
     pub(crate) fn is_uninterrupted(&self) -> bool {
         !self.interrupted
@@ -402,8 +416,13 @@ impl Connection {
 
     /// Whether `ack` says that the client has read more of the response than `last_ack` says.
     pub(crate) fn ack_advances(&self, ack: u32) -> bool {
-        self.ack_known && self.last_ack.wrapping_sub(ack) > LARGEST_WINDOW
+        self.ack_known && acknowledges_more(self.last_ack, ack)
     }
+}
+
+/// Whether who acknowledges `ack` has read more than who acknowledged `before`.
+pub(crate) fn acknowledges_more(before: u32, ack: u32) -> bool {
+    before.wrapping_sub(ack) > LARGEST_WINDOW
 }
 
 /// The connections, by place: each in its cache line, and what it has besides in places that data does not touch.
@@ -502,6 +521,7 @@ impl Connections {
                 out_of_order_tail: NONE,
                 early_end: None,
                 syn_inside: None,
+                left: None,
                 gap_since: 0,
                 goes_on: false,
                 walked: 0,
@@ -515,7 +535,8 @@ impl Connections {
         connection.interrupted = rarity.end != End::Open
             || rarity.out_of_order != NONE
             || rarity.early_end.is_some()
-            || rarity.syn_inside.is_some();
+            || rarity.syn_inside.is_some()
+            || rarity.left.is_some();
         if !connection.interrupted && connection.known_server != UNKNOWN {
             self.drop_rarity(c);
         }
@@ -597,6 +618,17 @@ impl Connections {
     pub(crate) fn set_syn_inside(&mut self, c: u32, syn: Option<Syn>) {
         if self.syn_inside(c) != syn {
             self.change(c, |rarity| rarity.syn_inside = syn);
+        }
+    }
+
+    /// Where else the stream may go on.
+    pub(crate) fn left(&self, c: u32) -> Option<Left> {
+        self.interruption(c)?.left
+    }
+
+    pub(crate) fn set_left(&mut self, c: u32, left: Option<Left>) {
+        if self.left(c) != left {
+            self.change(c, |rarity| rarity.left = left);
         }
     }
 

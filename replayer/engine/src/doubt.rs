@@ -15,7 +15,7 @@
 //! A genuine SYN that the server did not take, for it still has an older connection, does no harm either: the client answers the challenge ACK
 //! by an RST at the very number, and sends its SYN again.
 
-use crate::connection::{EarlyEnd, End, NewConnection, Phase, Place, Syn};
+use crate::connection::{EarlyEnd, End, Left, NewConnection, Phase, Place, Syn, acknowledges_more};
 use crate::counters::Counter;
 use crate::engine::Engine;
 use crate::output::Output;
@@ -46,6 +46,13 @@ pub(crate) struct Behind {
     pub(crate) end: u32,
     /// The most that one of them acknowledges, near what the first one does.
     pub(crate) ack: u32,
+}
+
+impl Behind {
+    /// The number of its first byte, or of the end.
+    pub(crate) fn begin(&self) -> u32 {
+        self.first.0
+    }
 }
 
 impl Engine {
@@ -204,6 +211,43 @@ impl Engine {
         if is_data && self.connections.origin(c).copies() > 0 && self.may_stay(c) {
             let end = segment.seq.wrapping_add(segment.payload_len);
             self.watch_beside(now_ns, c, end, segment.ack, out);
+        }
+    }
+
+    /// Whether a turn starts with the segment where the stream was before it was seen further on.
+    pub(crate) fn starts_turn_where_left(&self, c: u32, segment: &TcpSegment) -> bool {
+        let Some(Left { seq, ack: Some(ack), .. }) = self.connections.left(c) else { return false };
+        segment.seq == seq && acknowledges_more(ack, segment.ack)
+    }
+
+    /// Takes note of data with which no turn of a watched stream is known to start: what it acknowledges, and where else the stream may go on.
+    /// To be told before [`Engine::follow_idly`].
+    pub(crate) fn watch(&mut self, c: u32, segment: &TcpSegment) {
+        let (seq, len) = (segment.seq, segment.payload_len);
+        if len == 0 {
+            return;
+        }
+        let connection = &self.connections[c];
+        let next_seq = connection.next_seq;
+        let is_repeated = next_seq.wrapping_sub(seq.wrapping_add(len)) < NEAR;
+        let follows = next_seq.wrapping_sub(seq) < len;
+        match self.connections.left(c) {
+            Some(left) if left.seq == seq => {
+                // What was seen before and comes once more behind a hole that was filled starts no turn.
+                let is_filled = left.until.wrapping_sub(seq) <= len;
+                let new = Left { seq: seq.wrapping_add(len), ack: Some(segment.ack), ..left };
+                self.connections.set_left(c, (!is_filled).then_some(new));
+            }
+            Some(Left { ack: Some(_), .. }) => {}
+            _ if is_repeated || follows => {}
+            _ => self.connections.set_left(c, Some(Left { seq: next_seq, until: seq, ack: None })),
+        }
+        let is_more = self.connections[c].ack_advances(segment.ack);
+        let fits = is_more && self.acknowledgment_fits(c, segment.ack);
+        let connection = &mut self.connections[c];
+        // Where it is not of one sender with what came before, that says nothing. Nothing is known of one that was shed at the data in its SYN.
+        if fits || !connection.ack_known || seq != next_seq && !is_repeated {
+            (connection.last_ack, connection.ack_known) = (segment.ack, true);
         }
     }
 

@@ -8,7 +8,7 @@
 
 use crate::capture::Looked;
 use crate::config::{Config, timing};
-use crate::connection::{Connection, Connections, End, NewConnection, Origin, Phase, Place};
+use crate::connection::{Connection, Connections, End, Left, NewConnection, Origin, Phase, Place};
 use crate::counters::{Counter, Counters, EndReason, Pending, ServiceCounters};
 use crate::gate::{Ahead, Turns};
 use crate::histogram::Histogram;
@@ -855,6 +855,9 @@ impl Engine {
         if let Some(behind) = self.behind_hole(c)
             && self.connections.out_of_order(c) != NONE
         {
+            // Unless its client has not sent that.
+            let left = Left { seq: self.connections[c].next_seq, until: behind.begin(), ack: None };
+            self.connections.set_left(c, Some(left));
             let connection = &mut self.connections[c];
             connection.next_seq = behind.end;
             if connection.ack_advances(behind.ack) {

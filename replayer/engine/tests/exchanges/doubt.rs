@@ -963,3 +963,67 @@ fn whatever_a_stranger_guesses_the_client_has_its_session_and_every_byte() {
         lab.stop();
     }
 }
+
+/// Requests of 100 bytes from `place` on, each with 50 bytes more read. Returns the number of the first one with which a session is opened.
+fn turns_until_joined(lab: &mut Lab, mut place: u32, mut ack: u32) -> Option<u32> {
+    lab.sent();
+    for turn in 1..=20 {
+        lab.client(&format!("PA {place}+100 ack {ack}"));
+        let syn = format!("S {}", place - 1);
+        if lab.sent().iter().any(|segment| lab.text(segment) == syn) {
+            return Some(turn);
+        }
+        (place, ack) = (place + 100, ack + 50);
+    }
+    None
+}
+
+#[test]
+fn a_guess_that_is_near_costs_a_silent_client_its_session_and_one_turn() {
+    for text in ["PA 500101+10 ack 51", "PA 350+1400 ack 200000000", "PA 202+1400 ack -200000000"] {
+        let mut lab = between_turns();
+        lab.client(text);
+        lab.pass(1_100 * MS);
+        lab.expect(&["FA 101 ack 51"]);
+        lab.target("FA 51 ack 102");
+        assert_eq!(lab.count(Counter::SessionsGap), 1);
+        // Once more after that.
+        lab.client(text);
+        assert_eq!(turns_until_joined(&mut lab, 101, 51), Some(2), "{text}");
+        lab.stop();
+    }
+}
+
+#[test]
+fn b013_a_strangers_data_keeps_no_connection_from_being_joined() {
+    // Anywhere, with any acknowledgment: before the client's next data, and before each of it.
+    for place in ["151+10", "500101+10", "200000101+10", "-5000+10", "3000000000+10"] {
+        for ack in ["51", "900000000", "3000000000", "-40000"] {
+            let mut lab = Lab::new();
+            lab.client("PA 1+100 ack 51");
+            lab.client(&format!("PA {place} ack {ack}"));
+            let turn = turns_until_joined(&mut lab, 101, 101);
+            assert!(turn.is_some_and(|turn| turn <= 2), "{place}, {ack}: {turn:?}");
+            lab.stop();
+        }
+    }
+}
+
+#[test]
+fn b014_a_hole_in_a_request_that_is_filled_late_is_no_turn() {
+    // Of a request up to 401 the part 101..201 was lost on the way to the server, and comes again, with a newer acknowledgment, when the hole had its
+    // time; then what follows it, once more. So it is where the connection is watched.
+    for is_watched in [false, true] {
+        let mut lab = if is_watched { Lab::new() } else { between_turns() };
+        if is_watched {
+            lab.client("PA 1+100 ack 51");
+        }
+        lab.client_segments(&["A 201+100 ack 51", "PA 301+100 ack 51"]);
+        lab.pass(2 * S);
+        lab.target("FA 51 ack 102");
+        lab.sent();
+        lab.client_segments(&["A 101+50 ack 52", "A 151+50 ack 52", "A 201+100 ack 54", "PA 301+100 ack 55"]);
+        assert_eq!(lab.count(Counter::ConnectionsJoined), 0, "{is_watched}");
+        assert_eq!(turns_until_joined(&mut lab, 401, 101), Some(1), "{is_watched}");
+    }
+}
