@@ -24,13 +24,13 @@ use replayer_common::tcp_options::{self, TcpOptions};
 const MAX_DISTANCE: u32 = 1 << 28;
 
 /// Steps through what is held behind a hole to the place of a segment: so many cost little, and are free for each.
-const FREE_STEPS: u32 = 64;
+pub(crate) const FREE_STEPS: u32 = 64;
 /// Steps beyond that, of one connection. Where a network reorders packets they are a few for each; who strews thousands of segments and then sends
 /// others in between wants to keep the worker busy.
 const MOST_STEPS: u32 = 1 << 17;
 
 /// Where a packet ends in the accounts: its counter, or why it is not replayed, with the counter for its bytes.
-type Fate = Result<Counter, (Counter, Counter)>;
+pub(crate) type Fate = Result<Counter, (Counter, Counter)>;
 
 /// What a batch's first pass found out of a packet.
 #[derive(Clone, Copy, Debug)]
@@ -724,46 +724,22 @@ impl Engine {
         in_hand: &mut Option<InHand<O::Frame>>,
         out: &mut O,
     ) -> Fate {
-        let payload = Self::payload(out, in_hand);
-        let len = payload.len() as u32;
+        let len = Self::payload(out, in_hand).len() as u32;
         let places = store::places(len);
-        let new = || Segment::new(seq, ack, push, micros(now_ns));
-        let mut stored = self.hold(c, new(), payload);
-        if stored.is_none() && self.drop_doubtful(c) {
-            stored = self.hold(c, new(), payload);
-        }
-        let Some(segment) = stored else {
-            return self.over_limit(now_ns, c, seq.wrapping_add(len), ack, out);
+        let segment = loop {
+            let new = Segment::new(seq, ack, push, micros(now_ns));
+            if let Some(segment) = self.hold(c, new, Self::payload(out, in_hand)) {
+                break segment;
+            }
+            if !self.drop_doubtful(c) && !self.make_room(now_ns, c, len, out) {
+                return self.over_limit(now_ns, c, seq.wrapping_add(len), ack, out);
+            }
         };
         if let Some(hand) = in_hand {
             hand.segment = segment;
         }
         self.connections[c].held_places += places;
         Ok(self.link(now_ns, c, segment, in_hand, out))
-    }
-
-    /// Stores a segment, if there is room for that, and the connection may have it.
-    fn hold(&mut self, c: u32, segment: Segment, payload: &[u8]) -> Option<u32> {
-        let held = self.connections[c].held_places + store::places(payload.len() as u32);
-        if held > self.config.limits.places_per_connection() {
-            return None;
-        }
-        self.store.insert(segment, payload).ok()
-    }
-
-    /// No room to hold the stream, up to `end`: its sessions are shed whole, and it is joined again at its next turn.
-    fn over_limit<O: Output>(&mut self, now_ns: u64, c: u32, end: u32, ack: u32, out: &mut O) -> Fate {
-        let ack_fits = self.acknowledgment_fits(c, ack);
-        self.drop_out_of_order(c, Counter::BytesLimit);
-        self.shed(now_ns, c, out);
-        let connection = &mut self.connections[c];
-        connection.phase = Phase::Watching;
-        connection.next_seq = end;
-        if ack_fits {
-            (connection.last_ack, connection.ack_known) = (ack, true);
-        }
-        self.connections.set_early_end(c, None);
-        Err((Counter::PacketsLimit, Counter::BytesLimit))
     }
 
     /// Puts a stored segment at the end of the stream and lets the sessions send it.
@@ -872,10 +848,10 @@ impl Engine {
         in_hand: &mut Option<InHand<O::Frame>>,
         out: &mut O,
     ) -> Fate {
-        let mut left = Self::payload(out, in_hand);
-        let (whole, end) = (left.len() as u64, seq.wrapping_add(left.len() as u32));
-        let mut kept = 0;
-        let mut duplicate = 0;
+        let whole = Self::payload(out, in_hand).len();
+        let end = seq.wrapping_add(whole as u32);
+        // How many bytes are done, of them kept, and not.
+        let (mut done, mut kept, mut duplicate) = (0, 0, 0);
         let (mut previous, steps) = self.out_of_order_before(c, seq);
         if self.connections.out_of_order(c) == NONE {
             self.connections.forget_walk(c);
@@ -885,11 +861,11 @@ impl Engine {
             }
             return self.over_limit(now_ns, c, end, ack, out);
         }
-        while !left.is_empty() {
+        while done < whole {
             if previous != NONE {
                 let covered = (self.store[previous].end().wrapping_sub(seq) as i32).max(0) as usize;
-                let covered = covered.min(left.len());
-                left = &left[covered..];
+                let covered = covered.min(whole - done);
+                done += covered;
                 seq = seq.wrapping_add(covered as u32);
                 duplicate += covered as u64;
             }
@@ -897,30 +873,39 @@ impl Engine {
                 NONE => self.connections.out_of_order(c),
                 previous => self.store[previous].next,
             };
-            let room = match next {
-                NONE => left.len(),
-                next => ((self.store[next].seq.wrapping_sub(seq) as i32).max(0) as usize).min(left.len()),
+            let len = match next {
+                NONE => whole - done,
+                next => ((self.store[next].seq.wrapping_sub(seq) as i32).max(0) as usize).min(whole - done),
             };
-            let (piece, rest) = left.split_at(room);
-            if !piece.is_empty() {
-                let len = piece.len() as u32;
-                let new = Segment::new(seq, ack, push && rest.is_empty(), micros(now_ns));
-                let Some(segment) = self.hold(c, new, piece) else {
-                    if self.drop_doubtful(c) || !self.continues(c, seq, ack) {
-                        // What was kept of it is still held, or has just been counted.
-                        self.counters[Counter::BytesLimit] += whole - kept;
-                        return Ok(Counter::PacketsLimit);
-                    }
+            let segment = loop {
+                if len == 0 {
+                    break NONE;
+                }
+                let piece = &Self::payload(out, in_hand)[done..done + len];
+                let new = Segment::new(seq, ack, push && done + len == whole, micros(now_ns));
+                if let Some(segment) = self.hold(c, new, piece) {
+                    break segment;
+                }
+                let is_dropped = self.drop_doubtful(c);
+                let is_doubtful = !self.continues(c, seq, ack) && self.connections.walked(c) <= MOST_STEPS;
+                if is_dropped || is_doubtful {
+                    // What was kept of it is still held, or has just been counted.
+                    self.counters[Counter::BytesLimit] += whole as u64 - kept;
+                    return Ok(Counter::PacketsLimit);
+                }
+                if !self.make_room(now_ns, c, len as u32, out) {
                     let fate = self.over_limit(now_ns, c, end, ack, out);
                     // The caller counts the whole packet; what was kept of it has just been counted too.
                     self.counters[Counter::BytesLimit] -= kept;
                     return fate;
-                };
-                kept += u64::from(len);
+                }
+            };
+            if segment != NONE {
+                kept += len as u64;
                 self.link_out_of_order(c, previous, segment, next);
-                seq = seq.wrapping_add(len);
+                seq = seq.wrapping_add(len as u32);
+                done += len;
             }
-            left = rest;
             previous = next;
         }
         self.counters[Counter::BytesDuplicate] += duplicate;

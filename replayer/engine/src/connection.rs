@@ -671,6 +671,11 @@ impl Connections {
             rarity.walked = (rarity.walked + steps).saturating_sub(free);
             rarity.walked_to = to;
         });
+        self.walked(c)
+    }
+
+    /// Steps that were too many so far.
+    pub(crate) fn walked(&self, c: u32) -> u32 {
         self.rarity(c).map_or(0, |rarity| rarity.walked)
     }
 
@@ -700,6 +705,11 @@ impl Connections {
     /// Since when its hole is open, if it has one.
     pub(crate) fn gap_since(&self, c: u32) -> Option<Tick> {
         self.has_hole(c).then(|| self.rarity(c).map_or(0, |rarity| rarity.gap_since))
+    }
+
+    /// One past the highest number that a hole ever had.
+    pub(crate) fn holes(&self) -> u32 {
+        self.rarities.high_water()
     }
 
     /// Whose hole has this number, if it is still open, and since when.

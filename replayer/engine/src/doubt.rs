@@ -15,6 +15,7 @@
 //! A genuine SYN that the server did not take, for it still has an older connection, does no harm either: the client answers the challenge ACK
 //! by an RST at the very number, and sends its SYN again.
 
+use crate::capture::FREE_STEPS;
 use crate::connection::{EarlyEnd, End, Left, NewConnection, Phase, Place, Syn, acknowledges_more};
 use crate::counters::Counter;
 use crate::engine::Engine;
@@ -41,6 +42,8 @@ pub(crate) struct Behind {
     /// The numbers of the first segment, and what it acknowledges.
     first: (u32, u32),
     bytes: u32,
+    /// How many segments.
+    steps: u32,
     /// The last segment, or `NONE` where there is none but an end, and where it ends.
     last: u32,
     pub(crate) end: u32,
@@ -94,10 +97,11 @@ impl Engine {
             (NONE, Some(EarlyEnd { seq, ack, .. })) => ((seq, ack), seq),
             _ => ((self.store[next].seq, self.store[next].ack), self.store[next].seq),
         };
-        let mut behind = Behind { first, bytes: 0, last: NONE, end, ack: first.1 };
+        let mut behind = Behind { first, bytes: 0, steps: 0, last: NONE, end, ack: first.1 };
         while next != NONE && self.store[next].seq.wrapping_sub(behind.end) < NEAR {
             let stored = &self.store[next];
             behind.bytes += stored.len;
+            behind.steps += 1;
             (behind.last, behind.end) = (next, stored.end());
             if seq_before(behind.ack, stored.ack) && stored.ack.wrapping_sub(first.1) < READ {
                 behind.ack = stored.ack;
@@ -137,15 +141,26 @@ impl Engine {
         };
         if is_dropped {
             self.connections.forget_walk(c);
+        } else {
+            // Who comes again and again leads through all of it for nothing.
+            self.connections.walk(c, behind.steps, self.connections.walked_to(c), FREE_STEPS);
         }
         is_dropped
     }
 
-    /// Whether a segment at `seq` is of one sender with what is held behind the hole, and that is the client's.
+    /// Whether what is held behind the hole is not near it, if anything is.
+    pub(crate) fn is_doubtful_behind_hole(&self, c: u32) -> bool {
+        let first = self.connections.out_of_order(c);
+        first != NONE && !self.fits(c, self.store[first].seq, self.store[first].ack)
+    }
+
+    /// Whether a segment at `seq` is of one sender with what is held behind the hole, where nothing of that is doubtful.
     pub(crate) fn continues(&self, c: u32, seq: u32, ack: u32) -> bool {
         let from = self.connections[c].next_seq;
-        let behind = self.behind_hole(c).filter(|behind| behind.last != NONE);
-        let most = behind.map_or(from, |behind| behind.end);
+        let most = match self.connections.out_of_order(c) {
+            NONE => from,
+            _ => self.store[self.connections.out_of_order_tail(c)].end(),
+        };
         seq.wrapping_sub(from) < most.wrapping_sub(from).wrapping_add(NEAR)
             && self.acknowledgment_fits(c, ack)
     }

@@ -14,6 +14,7 @@ use crate::gate::{Ahead, Turns};
 use crate::histogram::Histogram;
 use crate::identity::{Copies, Pool, Ports};
 use crate::output::Output;
+use crate::room::Room;
 use crate::sack::{Board, MAX_BOARDS};
 use crate::sender::{WINDOW, micros};
 use crate::session::{Session, Sessions, State, Turn, segment_after};
@@ -124,6 +125,7 @@ pub struct Engine {
     pub(crate) earlier: u32,
     pub(crate) by_identity: Table,
     pub(crate) store: Store,
+    pub(crate) room: Room,
     pub(crate) wheel: Wheel,
     pub(crate) boards: Slab<Board>,
     pool: Option<Pool>,
@@ -183,6 +185,7 @@ impl Engine {
         let pool = (!config.pool.is_empty()).then(|| {
             Pool::new(&config.pool, config.worker, config.workers, limits.identities, timing::QUARANTINE)
         });
+        let store = Store::new(limits.held_bytes);
         Engine {
             hold_limit: ticks(config.hold_limit_ns),
             gap_timeout: ticks(config.gap_timeout_ns),
@@ -192,7 +195,8 @@ impl Engine {
             by_client: Table::new(limits.connections),
             earlier: 0,
             by_identity: Table::new(limits.sessions),
-            store: Store::new(limits.held_bytes),
+            room: Room::new(store.places(), limits.places_per_connection()),
+            store,
             wheel: Wheel::new(limits.sessions + limits.connections, now),
             boards: Slab::new(limits.sessions.min(MAX_BOARDS)),
             pool,
@@ -699,17 +703,6 @@ impl Engine {
             self.connections[c].held_places -= stored.places();
             self.store.remove(segment);
             segment = stored.next;
-        }
-    }
-
-    /// Ends all sessions of a connection at once by RST, for a limit, and waits for its next turn.
-    pub(crate) fn shed<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) {
-        let mut s = self.connections[c].first_session;
-        while s != NONE {
-            let next = self.sessions[s].next_copy;
-            self.send_reset(now_ns, s, out);
-            self.end_session(tick(now_ns), s, EndReason::Limit, out);
-            s = next;
         }
     }
 

@@ -21,6 +21,7 @@
 //! - `path`: the path's MTU where nobody tells it
 //! - `protocol`: what a stream's first bytes say of it
 //! - `store`: client data that is held
+//! - `room`: who makes way where there is no room for more of it
 //! - `timer`, [`table`], [`slab`]: mechanism
 //! - `wire`: writing segments
 //! - `check`: the invariants, in debug builds
@@ -46,6 +47,7 @@ pub mod output;
 mod path;
 mod protocol;
 mod receiver;
+mod room;
 mod sack;
 mod sender;
 mod session;

@@ -148,7 +148,8 @@ impl Store {
         self.used
     }
 
-    fn places(&self) -> usize {
+    /// Places there are.
+    pub(crate) fn places(&self) -> usize {
         self.bytes.len() / BLOCK
     }
 

@@ -41,7 +41,7 @@ impl Engine {
         let places = store::places(len);
         let usual = connection.goes_on()
             && connection.next_seq == seq
-            && connection.held_places + places <= self.config.limits.places_per_connection()
+            && self.room.has(connection.held_places, places)
             && self.stopping.is_none()
             // Without a session nothing is stored; with too few, a turn opens those that are missing.
             && takers > 0

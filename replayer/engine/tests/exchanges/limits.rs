@@ -384,3 +384,96 @@ fn b031_many_losses_at_once_are_no_such_client() {
     assert_eq!(lab.count(Counter::BytesAccepted), u64::from(10 * sent));
     assert_eq!(lab.engine.pending().out_of_order_bytes, 0);
 }
+
+#[test]
+fn b028_where_the_store_is_full_who_holds_most_makes_room() {
+    let mut config = config();
+    config.limits.held_bytes = 640 * 256;
+    config.limits.held_bytes_per_connection = 320 * 256;
+    let mut lab = Lab::with(config);
+    // Two uploads to a target that reads nothing take nearly all of it: one of 300 blocks, one of 318. With a client that holds a little.
+    for (port, segments) in [(20_001, 50), (20_002, 53), (20_003, 3)] {
+        lab.client.port = port;
+        lab.handshake();
+        for i in 0..segments {
+            lab.client(&format!("A {}+1400 ack 1", 1 + i * 1400));
+        }
+        lab.sent();
+    }
+    assert_eq!(lab.count(Counter::SessionsLimit), 0);
+    // Others have room, in order and behind a hole.
+    lab.client.port = 20_004;
+    lab.handshake();
+    lab.client_segments(&["PA 1+1400 ack 1", "PA 2801+1400 ack 1"]);
+    let sent = lab.sent();
+    assert_eq!(sent.iter().filter(|segment| segment.flags & flags::RST != 0).count(), 2);
+    assert!(sent.iter().all(|segment| segment.flags & flags::RST == 0 || segment.source.port == 20_002));
+    assert_eq!((lab.count(Counter::SessionsLimit), lab.count(Counter::PacketsLimit)), (1, 0));
+    lab.client("PA 1401+1400 ack 1");
+    assert_eq!(lab.sent().len(), 2);
+    // Who was shed is joined at its next turn.
+    lab.client.port = 20_002;
+    lab.client("PA 74201+100 ack 1");
+    lab.client("PA 74301+100 ack 51");
+    assert_eq!((lab.sent().len(), lab.count(Counter::ConnectionsJoined)), (1, 1));
+    // Who holds most itself makes room itself.
+    lab.client.port = 20_001;
+    for i in 50..54 {
+        lab.client(&format!("A {}+1400 ack 1", 1 + i * 1400));
+    }
+    assert_eq!(lab.count(Counter::SessionsLimit), 2);
+    assert!(
+        lab.sent().iter().any(|segment| segment.flags & flags::RST != 0 && segment.source.port == 20_001)
+    );
+    lab.stop();
+}
+
+#[test]
+fn b028_strangers_data_on_many_connections_sheds_nobody() {
+    let mut config = config();
+    config.limits.held_bytes = 640 * 256;
+    let mut lab = Lab::with(config);
+    for port in 20_000..20_200 {
+        lab.client.port = port;
+        lab.handshake();
+    }
+    for i in 0..4 {
+        for port in 20_000..20_200 {
+            lab.client.port = port;
+            lab.client(&format!("A {}+1 ack 1", 200_000_001 + 2 * i));
+        }
+    }
+    assert_eq!(lab.count(Counter::SessionsLimit), 0);
+    // The store is full of that. Others have room all the same.
+    assert!(lab.count(Counter::PacketsLimit) > 0);
+    for port in 21_000..21_200 {
+        lab.client.port = port;
+        lab.handshake();
+        lab.client("PA 1+600 ack 1");
+        lab.expect(&["PA 1+600 ack 1"]);
+    }
+    assert_eq!(lab.count(Counter::SessionsLimit), 0);
+    lab.stop();
+}
+
+/// What lies near behind a hole is the client's; whether all of it does takes a walk through it.
+#[test]
+fn b039_who_makes_the_engine_look_through_all_that_it_holds_for_nothing_is_shed() {
+    let mut config = config();
+    config.limits = config.limits.with_held(16 << 20);
+    let mut lab = Lab::with(config);
+    lab.handshake();
+    let most = (8 << 20) / 256;
+    let texts: Vec<String> = (0..most).map(|i| format!("A {}+1 ack 1", 1001 + 2 * i)).collect();
+    for texts in texts.chunks(256) {
+        lab.client_segments(&texts.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    assert_eq!((lab.count(Counter::PacketsLimit), lab.engine.gauges().held_bytes), (0, most));
+    let sent = (1..10).find(|_| {
+        lab.client("A 200000001+1 ack 1");
+        lab.count(Counter::SessionsLimit) > 0
+    });
+    assert_eq!(sent, Some(5), "four times 32 768 steps are allowed, but for those that are free");
+    assert_eq!((lab.engine.gauges().held_bytes, lab.engine.pending().out_of_order_bytes), (0, 0));
+    lab.stop();
+}
