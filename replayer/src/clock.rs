@@ -1,6 +1,7 @@
 //! The one clock of a role: CLOCK_MONOTONIC, nanoseconds.
 
 use nix::time::{ClockId, clock_gettime};
+use std::time::Instant;
 
 /// Now.
 #[inline]
@@ -14,6 +15,11 @@ pub fn now() -> u64 {
 pub fn process_cpu() -> u64 {
     clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID)
         .map_or(0, |t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64)
+}
+
+/// Seconds since `started`, and processor time of the whole process, seconds.
+pub fn spent(started: Instant) -> (f64, f64) {
+    (started.elapsed().as_secs_f64(), process_cpu() as f64 / 1e9)
 }
 
 /// Sleeps for so many nanoseconds, or until a signal comes.

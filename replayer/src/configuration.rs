@@ -324,8 +324,9 @@ fn text_of(error: &clap::Error) -> String {
 mod tests {
     use super::*;
     use crate::capture::CaptureArg;
-    use crate::cli::{CheckedRole, OnlineArgs, Role};
+    use crate::cli::{CheckedRole, Role};
     use crate::offline::pace::Speed;
+    use crate::online::OnlineArgs;
     use crate::say::LogFormat;
 
     /// A role with a file of this text.

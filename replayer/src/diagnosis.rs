@@ -3,7 +3,7 @@
 
 use crate::capture::verdicts::Place;
 use crate::cli::{ReplayArgs, ServiceArg};
-use crate::report::Figures;
+use crate::figures::Figures;
 use replayer_common::addr::{Endpoint, to_std};
 use replayer_common::packet::Protocol;
 use replayer_engine::counters::{Counter, ServiceCounters};

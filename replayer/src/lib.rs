@@ -25,12 +25,13 @@
 //! - [`sizing`]: whether there are identities enough
 //! - [`growth`]: memory for more sessions, before they come
 //! - [`moderation`]: when to pause, so that one wake-up serves many packets
+//! - [`targets`]: the way to the targets
 //! - [`net`]: routes, neighbours, devices; [`netns`]: network namespaces
 //! - [`server_connections`]: the connections that a server has open
 //!
 //! What is told of it:
 //!
-//! - [`report`]: the figures of a run; [`metrics`]: the same for Prometheus
+//! - [`figures`]: the figures of a run; [`report`]: where they are written; [`metrics`]: the same for Prometheus
 //! - [`diagnosis`]: what is wrong with the set-up, seen in them
 //! - [`say`]: messages to people
 //!
@@ -46,6 +47,7 @@ pub mod clients;
 pub mod clock;
 pub mod configuration;
 pub mod diagnosis;
+pub mod figures;
 pub mod growth;
 pub mod inspect;
 pub mod metrics;
@@ -64,5 +66,6 @@ pub mod say;
 pub mod server_connections;
 pub mod signals;
 pub mod sizing;
+pub mod targets;
 pub mod top;
 pub mod worker;

@@ -6,8 +6,9 @@
 use crate::afxdp::Statistics;
 use crate::assistant::report::Report;
 use crate::capture::Verdicts;
+use crate::figures::{Figures, ServiceFigures};
 use crate::privileges::{self, Keep};
-use crate::report::{Figures, Quantiles, ServiceFigures};
+use crate::report::Quantiles;
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use replayer_engine::counters::{Counter, ServiceCounters};

@@ -269,8 +269,8 @@ mod tests {
     use super::*;
     use crate::assistant::report::{Now, Report};
     use crate::capture::verdicts::Place;
+    use crate::figures::Figures;
     use crate::metrics::{of_assistant, of_replay};
-    use crate::report::Figures;
     use replayer_common::counters::RingVerdict;
     use std::io::{BufRead, BufReader};
     use std::net::TcpListener;

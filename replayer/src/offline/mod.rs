@@ -21,12 +21,13 @@ use crate::cli::ServiceArg;
 use crate::cli::replay::nanoseconds;
 use crate::clock;
 use crate::configuration::Configuration;
+use crate::figures::{self, Figures};
 use crate::inspect::{inspect, progress_line};
 use crate::pcap::input::STANDARD_INPUT;
 use crate::pcap::writer::Writer;
 use crate::pcap::{Files, Order};
 use crate::placement::Workers;
-use crate::report::{self, Figures, Quantiles};
+use crate::report::{self, Quantiles};
 use crate::say::{caution, plain, say, show, to_terminal};
 use crate::signals::{Asked, Signals};
 use crate::worker::Snapshot;
@@ -297,7 +298,7 @@ fn conclude(
 #[derive(Serialize)]
 struct Report<'a> {
     #[serde(flatten)]
-    figures: report::Report<'a>,
+    figures: figures::Report<'a>,
     file: FileFigures,
     late_us: Quantiles,
 }

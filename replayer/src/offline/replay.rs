@@ -6,22 +6,23 @@ use super::{
 use crate::afxdp::{Endpoint as PortEndpoint, Port, PortConfig};
 use crate::channel::assistants::{Assistants, Change, Found};
 use crate::cli::{ReplayArgs, Role, ServiceArg, StatsFormat};
-use crate::clock;
+use crate::clock::{self, spent};
 use crate::configuration::{self, Configuration, Settings};
 use crate::diagnosis::{self, Diagnosis};
+use crate::figures::{self, Figures};
 use crate::growth::Growth;
 use crate::inspect::progress_line;
 use crate::metrics::{self, Metrics};
 use crate::net::{Monitor, Network};
 use crate::offline::status::{FileFigures, Status};
-use crate::online::{conclude_check, output_device, spent};
 use crate::pcap::Files;
 use crate::pcap::input::STANDARD_INPUT;
 use crate::privileges::{self, Keep};
 use crate::reload::Reload;
-use crate::report::{self, Figures};
+use crate::report;
 use crate::say::{self, caution, plain, say, show, to_terminal};
 use crate::signals::{Asked, Signals};
+use crate::targets::{conclude_check, output_device};
 use crate::worker::{Ask, Shared, Worker};
 use anyhow::{Context, Result, bail};
 use replayer_common::addr::to_std;
@@ -129,7 +130,7 @@ pub(super) fn run(
 #[derive(Serialize)]
 struct Line {
     #[serde(flatten)]
-    figures: report::Line,
+    figures: figures::Line,
     file: FileFigures,
     file_bytes_replayed: u64,
     file_bytes: Option<u64>,
