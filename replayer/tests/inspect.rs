@@ -1,5 +1,6 @@
 //! `replayer inspect` over real captures, those of the project and those of `../shared/pcaps` where that is there, and over damaged copies of them.
 
+use replayer::inspect::report::NotReplayable;
 use replayer::inspect::{Report, inspect};
 use replayer::pcap::input::Input;
 use replayer::pcap::{Files, Order, Reader};
@@ -60,7 +61,7 @@ fn b060_every_capture_is_inspected() {
             let not: u64 = service
                 .not_replayable
                 .iter()
-                .filter(|(reason, _)| **reason != "connections_without_data")
+                .filter(|(reason, _)| **reason != NotReplayable::ConnectionsWithoutData)
                 .map(|(_, count)| count)
                 .sum();
             assert_eq!(
