@@ -7,7 +7,7 @@
 //! - [`sending`]: copies into a TX ring, beside other ways to send
 //! - [`scale`]: one worker and two
 //! - [`live`]: the roles in the lab, with real servers and clients
-//! - `delays`: a part of it, from a request to its copy
+//! - `delays`, `neighbour`: parts of it: from a request to its copy; what capture costs a saturated server
 //! - [`offline`]: capture files: pace, speed, memory
 //! - `traffic`, `wire`: what several of them share: clients and target; devices and a replayer between them
 //!
@@ -18,6 +18,7 @@ pub mod capture;
 mod delays;
 pub mod engine;
 pub mod live;
+mod neighbour;
 pub mod offline;
 pub mod path;
 pub mod report;

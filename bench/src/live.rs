@@ -1,23 +1,19 @@
 //! The roles at work: nginx on the online host and on the target, real clients, all of it in the lab, everything on this machine's cores.
 //!
 //! CPU time is measured in a lab where the packets that the roles send are received by threads of the switch, so that a role's time is its own.
-//! What capture alone costs the online server is measured with `replayer record`, whose capture is the online role's, beside nothing and beside
-//! tcpdump with the same packets to the same file system. Delays: `delays.rs`.
+//! Delays: `delays.rs`. What capture alone costs the online server: `neighbour.rs`.
 
 use crate::Options;
 use crate::delays;
+use crate::neighbour;
 use crate::report::{Figure, Wanted};
-use anyhow::{Context, Result, bail, ensure};
-use core_affinity::CoreId;
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
+use anyhow::{Context, Result, ensure};
 use replayer_tests::clients::{Load, output_of};
-use replayer_tests::lab::{Lab, NIC, Plan};
+use replayer_tests::lab::{Lab, Plan};
 use replayer_tests::load::Summary;
 use replayer_tests::pairs::NginxPair;
-use replayer_tests::process::Process;
 use replayer_tests::replay::Replay;
-use replayer_tests::servers::{Nginx, NginxRequests, start, tool};
+use replayer_tests::servers::NginxRequests;
 use replayer_tests::wait::settled;
 use std::time::{Duration, Instant};
 
@@ -31,12 +27,10 @@ pub(crate) const STEADY_RATE: u32 = 20_000;
 pub(crate) const EASY_RATE: u32 = 5_000;
 const CONNECTIONS: u32 = 50;
 /// Connections that saturate the server.
-const SATURATING: u32 = 16;
+pub(crate) const SATURATING: u32 = 16;
 /// How long after a load copies may still arrive, and how long nothing may come until all have.
 const ARRIVAL: Duration = Duration::from_secs(10);
 const QUIET: Duration = Duration::from_millis(700);
-/// Ways to capture, as `--capture` names them.
-const BACK_ENDS: &[&str] = &["ring", "mirror"];
 
 /// Measures all of it.
 pub fn run(options: Options) -> Result<Vec<Figure>> {
@@ -46,7 +40,7 @@ pub fn run(options: Options) -> Result<Vec<Figure>> {
     figures.extend(mixed(seconds, rounds)?);
     figures.extend(steady(seconds, rounds)?);
     figures.extend(delays::measure(seconds, rounds)?);
-    figures.extend(capture_alone(seconds.div_ceil(2), 2 * rounds - 1)?);
+    figures.extend(neighbour::measure(seconds.div_ceil(4), 4 * rounds - 3)?);
     Ok(figures)
 }
 
@@ -138,108 +132,13 @@ fn steady(seconds: u32, rounds: usize) -> Result<Vec<Figure>> {
     ])
 }
 
-/// What capture costs the online server when the capturing program has a core of its own: its rate when it is saturated and its response times
-/// when it is not, each beside those without capture just before.
-fn capture_alone(seconds: u32, rounds: usize) -> Result<Vec<Figure>> {
-    let cpus = core_affinity::get_core_ids().context("look up the CPUs that this process may use")?;
-    let [serving, capturing, ..] = cpus[..] else {
-        bail!("one CPU: the capturing program has none of its own")
-    };
-    let lab = Lab::up(Plan::default())?;
-    // The clients as well, and with them the network between the hosts, whose work is done by the one who sends.
-    let _nginx = on_cpu(serving, || Nginx::start(&lab, lab.online(), HTTP))?;
-    let measure = |name: &str| {
-        let capture = on_cpu(capturing, || recorder(&lab, name))?;
-        let rate = on_cpu(serving, || wrk(&lab, SATURATING, seconds))?;
-        let p99 = on_cpu(serving, || latency(&lab, EASY_RATE, seconds))?;
-        capture.map(|mut capture| capture.stop()).transpose()?;
-        anyhow::Ok([rate, p99])
-    };
-    let mut names = vec!["tcpdump".to_owned()];
-    names.extend(BACK_ENDS.iter().map(|name| format!("capture by {name}")));
-    let mut without = [const { Vec::new() }; 2];
-    let mut shares = vec![[const { Vec::new() }; 2]; names.len()];
-    for _ in 0..rounds {
-        for (name, shares) in names.iter().zip(&mut shares) {
-            let before = measure("no capture")?;
-            let with = measure(name)?;
-            for at in 0..2 {
-                without[at].push(before[at]);
-                shares[at].push(100.0 * with[at] / before[at]);
-            }
-        }
-    }
-    let [rates, latencies] = without;
-    let mut figures = vec![
-        Figure::median("no capture: online server saturated, on one core", rates, "requests/s"),
-        Figure::median(format!("no capture: p99 at {EASY_RATE} requests/s"), latencies, "us"),
-    ];
-    for (name, [rates, latencies]) in names.iter().zip(shares) {
-        let rate = Figure::median(format!("{name}: the saturated server's rate"), rates, "% of without");
-        let p99 = Figure::median(format!("{name}: p99 at {EASY_RATE} requests/s"), latencies, "% of without");
-        figures.extend(if name == "tcpdump" {
-            [rate, p99]
-        } else {
-            [rate.wanted(Wanted::AtLeast(98.0)), p99.wanted(Wanted::AtMost(102.0))]
-        });
-    }
-    Ok(figures)
-}
-
-/// Runs `start` on one CPU, and whatever it starts.
-fn on_cpu<T>(cpu: CoreId, start: impl FnOnce() -> Result<T>) -> Result<T> {
-    let all = sched_getaffinity(Pid::from_raw(0))?;
-    let mut one = CpuSet::new();
-    one.set(cpu.id)?;
-    sched_setaffinity(Pid::from_raw(0), &one)?;
-    let outcome = start();
-    sched_setaffinity(Pid::from_raw(0), &all)?;
-    outcome
-}
-
-/// Starts what captures the requests to the online server, and only that.
-fn recorder(lab: &Lab, name: &str) -> Result<Option<Process>> {
-    let file = lab.dir().join("recorded");
-    let online = lab.online();
-    let (mut command, ready) = match name.strip_prefix("capture by ") {
-        Some(back_end) => {
-            let mut command = online.command(tool("replayer")?);
-            command
-                .args([
-                    "record",
-                    "-i",
-                    NIC,
-                    "--capture",
-                    back_end,
-                    "-x",
-                    &HTTP.to_string(),
-                    "--files",
-                    "1",
-                    "-w",
-                ])
-                .arg(file);
-            (command, "record ready")
-        }
-        None if name == "tcpdump" => {
-            let mut command = online.command("tcpdump");
-            command.args(["-i", NIC, "-s", "0", "-Z", "root", "-w"]).arg(file);
-            command.arg(format!("tcp dst port {HTTP}"));
-            (command, "listening on")
-        }
-        None => return Ok(None),
-    };
-    let mut process = start(lab, online, "recorder", &mut command)?;
-    process.wait_for_message(ready, Duration::from_secs(10))?;
-    Ok(Some(process))
-}
-
 /// Runs loadgen at a rate, with its kind of arrivals; how many requests were answered, which must be all.
 pub(crate) fn load(lab: &Lab, rate: u32, arrivals: &str, seconds: u32) -> Result<u64> {
     Ok(summary(lab, rate, arrivals, seconds)?.responses)
 }
 
 /// 99 % of the responses were complete after so many microseconds.
-fn latency(lab: &Lab, rate: u32, seconds: u32) -> Result<f64> {
+pub(crate) fn latency(lab: &Lab, rate: u32, seconds: u32) -> Result<f64> {
     Ok(summary(lab, rate, "ticks", seconds)?.latency_us.p99)
 }
 
@@ -263,7 +162,7 @@ fn answered(summary: Summary) -> Result<Summary> {
 }
 
 /// As many requests as are answered on so many keep-alive connections; how many a second.
-fn wrk(lab: &Lab, connections: u32, seconds: u32) -> Result<f64> {
+pub(crate) fn wrk(lab: &Lab, connections: u32, seconds: u32) -> Result<f64> {
     let url = format!("http://{}:{HTTP}/wrk", lab.online().v4());
     let (connections, seconds) = (format!("-c{connections}"), format!("-d{seconds}"));
     let text = output_of(lab.client().command("wrk").args(["-t1", &connections, &seconds, &url]))?;
