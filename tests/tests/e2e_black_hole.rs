@@ -2,7 +2,7 @@
 //!
 //! Root only; each test has a lab of its own.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -19,30 +19,81 @@ use replayer_tests::wait::{holds_within, wait_for};
 
 const STREAM: u16 = 9000;
 
+/// An IP version, as a lab has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    fn address(self, host: &Host) -> IpAddr {
+        match self {
+            Family::V4 => host.v4().into(),
+            Family::V6 => host.v6().into(),
+        }
+    }
+
+    /// Has a host forward packets.
+    fn forward(self, host: &Host) -> Result<()> {
+        let key = match self {
+            Family::V4 => "ipv4/ip_forward",
+            Family::V6 => "ipv6/conf/all/forwarding",
+        };
+        host.namespace().set_sysctl(key, "1")
+    }
+
+    /// How many packets a host has forwarded.
+    fn forwarded(self, host: &Host) -> Result<u64> {
+        if self == Family::V4 {
+            return counter(host, "Ip:", "ForwDatagrams");
+        }
+        let text = output_of(host.command("cat").arg("/proc/net/snmp6"))?;
+        let count = text.lines().find_map(|line| line.strip_prefix("Ip6OutForwDatagrams"));
+        Ok(count.context("no counter")?.trim().parse()?)
+    }
+}
+
 /// Without the flag, the same host shows what would have happened.
 #[test]
 fn b049_b053_a_black_hole_that_stays_lets_nothing_through_until_another_assistant_takes_over() -> Result<()> {
+    ensure_nothing_gets_through(Family::V4)
+}
+
+#[test]
+fn b010_b049_b053_a_black_hole_that_stays_lets_nothing_through_over_ipv6() -> Result<()> {
+    ensure_nothing_gets_through(Family::V6)
+}
+
+fn ensure_nothing_gets_through(family: Family) -> Result<()> {
     for keep in [false, true] {
         let lab = Lab::up(Plan::default())?;
         let mut streams = StreamPair::start(&lab, STREAM)?;
         let host = lab.assistant();
-        host.namespace().set_sysctl("ipv4/ip_forward", "1")?;
+        family.forward(host)?;
+        let online = family.address(lab.online());
         let before = programs(host)?;
         let file = lab.bpf_file_system()?.join("black-hole");
         let keep_dropping = format!("--keep-dropping={}", file.display());
         let arguments = ["--allow-forwarding", &keep_dropping];
         let arguments = if keep { &arguments[..] } else { &arguments[..1] };
-        let not_online = format!("ip protocol tcp ip saddr != {}", lab.online().v4());
+        let not_online = match family {
+            Family::V4 => format!("ip protocol tcp ip saddr != {online}"),
+            Family::V6 => format!("ip6 nexthdr tcp ip6 saddr != {online}"),
+        };
         let watch = Watch::arriving(lab.client(), &[("strangers", &not_online)])?;
-        let forwarded = || counter(host, "Ip:", "ForwDatagrams");
+        let forwarded = || family.forwarded(host);
 
         let assistant = Role::assistant(&lab, host, arguments)?;
-        let services = [service(STREAM, lab.target().v4(), STREAM)];
-        let online = Role::online(&lab, lab.online(), &services, host.v4().into(), &[])?;
-        let mut replay = Replay { online, assistant };
+        let target = SocketAddr::new(family.address(lab.target()), STREAM);
+        let services = [format!("{STREAM}-{target}")];
+        let mut replay = Replay {
+            online: Role::online(&lab, lab.online(), &services, family.address(host), &[])?,
+            assistant,
+        };
         let load = format!(
-            "--connect {}:{STREAM} --connections 20 --rate 400 --seconds 5 --body 1-3000 --response 1-30000",
-            lab.online().v4()
+            "--connect {} --connections 20 --rate 400 --seconds 5 --body 1-3000 --response 1-30000",
+            SocketAddr::new(online, STREAM)
         );
         let mut load = Load::start(&lab, lab.client(), "load", &load)?;
         wait_for("requests at the target", ARRIVAL, || {
@@ -63,15 +114,13 @@ fn b049_b053_a_black_hole_that_stays_lets_nothing_through_until_another_assistan
         let said = replay.assistant.process.errors();
         let dropped = said.split("which has dropped ").nth(1).and_then(|rest| rest.split(' ').next());
         let dropped: u64 = dropped.and_then(|number| number.parse().ok()).with_context(|| said.clone())?;
-        ensure!(
-            dropped > 10 && said.contains(&format!("{}:{STREAM} (TCP): taken over", lab.target().v4())),
-            "{said}"
-        );
+        ensure!(dropped > 10 && said.contains(&format!("{target} (TCP): taken over")), "{said}");
 
         let summary = load.finish()?;
         assert_eq!((summary.errors, summary.responses), (0, summary.requests), "{summary:?}");
-        let (_, target) = streams.ensure_equal_within(summary.requests as usize, Duration::from_secs(10))?;
-        assert_eq!(target.connections.len(), 20, "running sessions went on");
+        let (_, received) =
+            streams.ensure_equal_within(summary.requests as usize, Duration::from_secs(10))?;
+        assert_eq!(received.connections.len(), 20, "running sessions went on");
         assert_eq!((forwarded()?, watch.packets()?["strangers"]), (0, 0));
         replay.stop()?;
         assert_eq!((programs(host)?, file.exists()), (before, false), "a clean stop ends it");
@@ -83,18 +132,27 @@ fn b049_b053_a_black_hole_that_stays_lets_nothing_through_until_another_assistan
 /// after the new one takes its place, and no longer after a clean stop.
 #[test]
 fn there_is_no_moment_between_two_assistants() -> Result<()> {
+    ensure_no_moment_between(Family::V4)
+}
+
+#[test]
+fn b010_there_is_no_moment_between_two_assistants_over_ipv6() -> Result<()> {
+    ensure_no_moment_between(Family::V6)
+}
+
+fn ensure_no_moment_between(family: Family) -> Result<()> {
     const PORT: u16 = 5353;
     let lab = Lab::up(Plan::default())?;
     let (host, target) = (lab.assistant(), lab.target());
-    host.namespace().set_sysctl("ipv4/ip_forward", "1")?;
+    family.forward(host)?;
     let keep_dropping = format!("--keep-dropping={}", lab.bpf_file_system()?.join("black-hole").display());
     let arguments = ["--allow-forwarding", &keep_dropping];
     let mut first = Role::assistant(&lab, host, &arguments)?;
-    let services = [format!("udp:{}", service(PORT, target.v4(), PORT))];
-    let mut online = Role::online(&lab, lab.online(), &services, host.v4().into(), &[])?;
+    let services = [format!("udp:{}", service(PORT, family.address(target), PORT))];
+    let mut online = Role::online(&lab, lab.online(), &services, family.address(host), &[])?;
     let leaked = Watch::arriving(lab.client(), &[("datagrams", &format!("udp sport {PORT}"))])?;
-    let socket = target.namespace().enter(|| UdpSocket::bind((target.v4(), PORT)))??;
-    let to = SocketAddr::from((lab.client().v4(), 40_000));
+    let socket = target.namespace().enter(|| UdpSocket::bind((family.address(target), PORT)))??;
+    let to = SocketAddr::from((family.address(lab.client()), 40_000));
     let (count, over) = (AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| -> Result<()> {
         let _ends = Ends(&over);
