@@ -4,14 +4,16 @@
 //! there is one place where a flag is defined and checked: the command line. What is typed, or in the environment, wins over what is in the file.
 
 use crate::cli::{Cli, Role};
+use crate::privileges;
 use crate::say::{caution, say};
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 use clap::error::{ContextKind, ContextValue};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, CommandFactory, Parser};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
+use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -74,8 +76,11 @@ impl Configuration {
         let Some((command, seen, file)) = named else {
             return Ok((Cli::try_parse_from(&typed)?, Configuration::default()));
         };
-        let text = std::fs::read_to_string(file)
-            .with_context(|| format!("--config {}: cannot be read; name a TOML file", file.display()))?;
+        let text = std::fs::read_to_string(file).map_err(|error| {
+            let remedy = privileges::remedy(file, &error);
+            anyhow::Error::new(error)
+                .context(format!("--config {}: cannot be read; name a TOML file{remedy}", file.display()))
+        })?;
         let mut settings = settings(&text, command).map_err(|mistake| mistake.of(file))?;
         let overridden = overridden(command, seen);
         settings.retain(|key, _| !overridden.contains(key));
@@ -94,6 +99,18 @@ impl Configuration {
             let file = file.display();
             caution!(
                 "{file} has a key in it, and others than its owner may read it: `chmod 600 {file}` ends that"
+            );
+        }
+    }
+
+    /// Warns where this process, with the rights that it has kept, may not read the file again.
+    pub fn say_if_out_of_reach(&self) {
+        let Some(file) = &self.file else { return };
+        if let Err(error) = File::open(file) {
+            caution!(
+                "SIGHUP will not have {} read again: {error}{}",
+                file.display(),
+                privileges::remedy(file, &error)
             );
         }
     }

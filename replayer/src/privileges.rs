@@ -3,6 +3,9 @@
 
 use anyhow::{Result, bail};
 use caps::{CapSet, Capability, CapsHashSet};
+use nix::unistd::geteuid;
+use std::io::{self, ErrorKind};
+use std::path::Path;
 
 /// Devices, sockets and programs.
 const NEEDED: [Capability; 5] = [
@@ -73,6 +76,22 @@ pub fn drop_all_but(keep: Keep) {
     if let Err(error) = dropped {
         log::warn!("a thread goes on with rights that it does not need: {error}");
     }
+}
+
+/// What to do about a file that this process was not let at, for the end of a message; nothing for other errors.
+pub fn remedy(path: &Path, error: &io::Error) -> String {
+    if error.kind() != ErrorKind::PermissionDenied {
+        return String::new();
+    }
+    let there = path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(path).display();
+    let user = geteuid();
+    // Root is let at everything, as long as it has its rights.
+    let why = if user.is_root() {
+        ": a role that runs has given up root's right to the files of others"
+    } else {
+        ""
+    };
+    format!("; user {user} may not{why}. `chown {user} {there}` lets it")
 }
 
 #[cfg(test)]

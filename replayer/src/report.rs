@@ -1,11 +1,12 @@
 //! What a role writes of itself: its report, with the accounts, and lines of figures.
 
+use crate::privileges;
 use crate::say::{caution, say};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use replayer_engine::histogram::Histogram;
 use serde::Serialize;
 use std::fs::OpenOptions;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::Path;
 
 /// Makes sure of the place of a report before a role starts: at its end, after hours perhaps, would be late to hear of it. What is in
@@ -23,7 +24,7 @@ pub fn check_writable(path: Option<&Path>) -> Result<()> {
         }
         Err(error) => Err(error),
     }
-    .with_context(|| unwritable(path))
+    .map_err(|error| unwritable(path, error))
 }
 
 /// A report as it is written: with the accounts at the end, and told from a final one while the role goes on.
@@ -61,11 +62,13 @@ pub(crate) fn write_interim(path: Option<&Path>, report: &impl Serialize) {
 fn write_as(path: &Path, report: &impl Serialize) -> Result<()> {
     // Sorted, for a person who looks for a name.
     let report = serde_json::to_value(report)?;
-    std::fs::write(path, format!("{report:#}\n")).with_context(|| unwritable(path))
+    std::fs::write(path, format!("{report:#}\n")).map_err(|error| unwritable(path, error))
 }
 
-fn unwritable(path: &Path) -> String {
-    format!("cannot write the report to {}; choose a writable path", path.display())
+fn unwritable(path: &Path, error: io::Error) -> anyhow::Error {
+    let remedy = privileges::remedy(path, &error);
+    let text = format!("cannot write the report to {}; choose a writable path{remedy}", path.display());
+    anyhow::Error::new(error).context(text)
 }
 
 /// Prints a line of figures to standard output. Whoever reads them may go away: that ends no replay.

@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -492,6 +493,39 @@ fn b063_the_first_line_of_figures_after_sighup_is_of_the_time_since() -> Result<
     let rate = line.split(" requests/s").next().and_then(|before| before.split_whitespace().last());
     assert_eq!(rate, Some("0"), "{line}");
     ensure!(online.stop()?.success(), "{}", online.tail());
+    Ok(())
+}
+
+/// It has given up root's rights by then, which a person may not think of.
+#[test]
+fn b063_b067_an_assistant_that_may_not_read_its_file_again_says_so_and_how_it_may() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let file = lab.dir().join("assistant.toml");
+    fs::write(&file, format!("[assistant]\ninterface = '{NIC}'\n"))?;
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600))?;
+    chown(&file, Some(65_534), Some(65_534))?;
+    let mut command = lab.assistant().command(tool("replayer")?);
+    let mut assistant =
+        Process::start(command.args(["assistant", "--config"]).arg(&file), "assistant", &lab.dir())?;
+    let remedy = format!("`chown 0 {}`", file.display());
+    assistant.wait_for_message("assistant ready", SOON)?;
+    // Told before it is needed, too.
+    assistant.wait_for_message("SIGHUP will not", SOON)?;
+    ensure!(assistant.errors().contains(&remedy), "{}", assistant.tail());
+    assistant.signal(Signal::SIGHUP)?;
+    assistant.wait_for_message("everything stays as it is", SOON)?;
+    assert_eq!(assistant.errors().matches(&remedy).count(), 2, "{}", assistant.tail());
+    chown(&file, Some(0), None)?;
+    assistant.signal(Signal::SIGHUP)?;
+    assistant.wait_for_message("says what it said before", SOON)?;
+    // So with the report.
+    let report = lab.dir().join("assistant.json");
+    fs::write(&report, "")?;
+    chown(&report, Some(65_534), None)?;
+    fs::write(&file, format!("[assistant]\ninterface = '{NIC}'\nreport = '{}'\n", report.display()))?;
+    assistant.signal(Signal::SIGHUP)?;
+    assistant.wait_for_message(&format!("`chown 0 {}`", report.display()), SOON)?;
+    ensure!(assistant.stop()?.success(), "{}", assistant.tail());
     Ok(())
 }
 

@@ -140,6 +140,7 @@ pub fn run(mut args: AssistantArgs, configuration: Configuration) -> Result<()> 
         routing.inherit(clock::now(), protocol, target);
     }
     privileges::drop_all_but(if args.report.is_some() { Keep::Writing } else { Keep::Nothing });
+    configuration.say_if_out_of_reach();
     say::ready(format_args!(
         "takes responses at {interface}, {}; listens on {listening}{}{}",
         blackhole.mode(),
