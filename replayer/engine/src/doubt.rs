@@ -16,6 +16,7 @@
 //! by an RST at the very number, and sends its SYN again.
 
 use crate::capture::FREE_STEPS;
+use crate::config::timing;
 use crate::connection::{EarlyEnd, End, Left, NewConnection, Phase, Place, Syn, acknowledges_more};
 use crate::counters::Counter;
 use crate::engine::Engine;
@@ -187,18 +188,25 @@ impl Engine {
         }
         self.drop_out_of_order(c, Counter::BytesGap);
         self.connections.set_early_end(c, None);
-        if waits && self.may_stay(c) {
+        if waits && self.may_stay(now_ns, c, out) {
             self.watch_beside(now_ns, c, behind.end, behind.ack, out);
         }
     }
 
-    /// Whether `c` may stay behind another connection of its addresses: there is room for that, and none before it.
-    fn may_stay(&self, c: u32) -> bool {
-        let connection = &self.connections[c];
-        connection.place == Place::Current
-            && self.connections.end(c) == End::Open
-            && !self.connections.is_full()
-            && self.before(c).is_none()
+    /// Whether `c` may stay behind another connection of its addresses: there is room for that, and none before it. One that was silent for long makes
+    /// way: else a stream that jumps twice would be lost for as long as that one may be idle.
+    fn may_stay<O: Output>(&mut self, now_ns: u64, c: u32, out: &mut O) -> bool {
+        let is_current = self.connections[c].place == Place::Current;
+        if !is_current || self.connections.end(c) != End::Open || self.connections.is_full() {
+            return false;
+        }
+        if let Some(before) = self.before(c) {
+            if tick(now_ns).wrapping_sub(self.connections[before].last_seen) < timing::WATCHED_IDLE {
+                return false;
+            }
+            self.replace(now_ns, before, out);
+        }
+        true
     }
 
     /// The connection behind `c`.
@@ -223,7 +231,7 @@ impl Engine {
     /// A segment is further from the stream than any window is. A part of the stream may not have been captured: it is looked for there as well.
     pub(crate) fn look_far(&mut self, now_ns: u64, c: u32, segment: &TcpSegment, out: &mut impl Output) {
         let is_data = segment.payload_len > 0 && segment.flags & (flags::SYN | flags::FIN | flags::RST) == 0;
-        if is_data && self.connections.origin(c).copies() > 0 && self.may_stay(c) {
+        if is_data && self.connections.origin(c).copies() > 0 && self.may_stay(now_ns, c, out) {
             let end = segment.seq.wrapping_add(segment.payload_len);
             self.watch_beside(now_ns, c, end, segment.ack, out);
         }

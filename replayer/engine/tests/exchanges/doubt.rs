@@ -1027,3 +1027,27 @@ fn b014_a_hole_in_a_request_that_is_filled_late_is_no_turn() {
         assert_eq!(turns_until_joined(&mut lab, 401, 101), Some(1), "{is_watched}");
     }
 }
+
+#[test]
+fn b033_a_client_that_goes_on_far_behind_a_second_hole_is_joined_there_when_the_connection_before_was_silent_for_long()
+ {
+    let mut lab = between_turns();
+    for (place, silence, is_joined) in [
+        (3_000_000, 2 * S, true),
+        (6_000_000, 2 * S, false),
+        (9_000_000, 300 * S, false),
+        (400_000_000, 2 * S, true),
+    ] {
+        lab.client(&format!("PA {place}+100 ack 51"));
+        lab.pass(silence);
+        lab.sent();
+        lab.client(&format!("PA {}+100 ack 151", place + 100));
+        let syn = format!("S {}", place + 99);
+        let sent = lab.sent();
+        assert_eq!(sent.iter().any(|segment| lab.text(segment) == syn), is_joined, "{place}");
+        assert!(lab.engine.gauges().connections_live <= 3);
+        // What is held behind a hole has its time.
+        lab.pass(2 * S);
+    }
+    lab.stop();
+}
