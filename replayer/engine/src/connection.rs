@@ -2,6 +2,7 @@
 //! stream is not decided here.
 
 use crate::config::timing;
+use crate::doubt::NEAR;
 use crate::slab::{Column, Frontier, NONE, Slab};
 use crate::timer::Tick;
 use alloc::vec::Vec;
@@ -65,8 +66,25 @@ pub(crate) struct Left {
     pub(crate) seq: u32,
     /// Where what was seen further on begins: up to there a hole may be filled late.
     pub(crate) until: u32,
-    /// What the data just before `seq` acknowledges, if that came since.
+    /// What the data just before `seq` acknowledges, if it came since.
     pub(crate) ack: Option<u32>,
+}
+
+impl Left {
+    /// Before a hole: its first number, and the one after.
+    pub(crate) fn before((seq, until): (u32, u32)) -> Left {
+        Left { seq, until, ack: None }
+    }
+
+    /// Whether little is missing there, and nothing came since.
+    pub(crate) fn is_narrow(&self) -> bool {
+        self.ack.is_none() && self.until.wrapping_sub(self.seq) < NEAR
+    }
+
+    /// Whether this number is near there, and nothing was seen at it, as far as is known.
+    pub(crate) fn has(&self, seq: u32) -> bool {
+        seq.wrapping_sub(self.seq) < self.until.wrapping_sub(self.seq).min(NEAR)
+    }
 }
 
 /// What a client's SYN says.

@@ -50,13 +50,8 @@ pub(crate) struct Behind {
     pub(crate) end: u32,
     /// The most that one of them acknowledges, near what the first one does.
     pub(crate) ack: u32,
-}
-
-impl Behind {
-    /// The number of its first byte, or of the end.
-    pub(crate) fn begin(&self) -> u32 {
-        self.first.0
-    }
+    /// The last place where bytes are missing before some of them: the first number, and the one after.
+    pub(crate) hole: (u32, u32),
 }
 
 impl Engine {
@@ -98,9 +93,13 @@ impl Engine {
             (NONE, Some(EarlyEnd { seq, ack, .. })) => ((seq, ack), seq),
             _ => ((self.store[next].seq, self.store[next].ack), self.store[next].seq),
         };
-        let mut behind = Behind { first, bytes: 0, steps: 0, last: NONE, end, ack: first.1 };
+        let hole = (self.connections[c].next_seq, first.0);
+        let mut behind = Behind { first, bytes: 0, steps: 0, last: NONE, end, ack: first.1, hole };
         while next != NONE && self.store[next].seq.wrapping_sub(behind.end) < NEAR {
             let stored = &self.store[next];
+            if stored.seq != behind.end {
+                behind.hole = (behind.end, stored.seq);
+            }
             behind.bytes += stored.len;
             behind.steps += 1;
             (behind.last, behind.end) = (next, stored.end());
@@ -189,7 +188,8 @@ impl Engine {
         self.drop_out_of_order(c, Counter::BytesGap);
         self.connections.set_early_end(c, None);
         if waits && self.may_stay(now_ns, c, out) {
-            self.watch_beside(now_ns, c, behind.end, behind.ack, out);
+            let left = Left::before(behind.hole);
+            self.watch_beside(now_ns, c, (behind.end, behind.ack), Some(left), out);
         }
     }
 
@@ -219,13 +219,22 @@ impl Engine {
     }
 
     /// Data up to `end` may be the client's, far from its stream: a connection in the place of `c` waits for what follows, and `c` stays behind it.
-    fn watch_beside<O: Output>(&mut self, now_ns: u64, c: u32, end: u32, ack: u32, out: &mut O) {
+    fn watch_beside<O: Output>(
+        &mut self,
+        now_ns: u64,
+        c: u32,
+        (end, ack): (u32, u32),
+        left: Option<Left>,
+        out: &mut O,
+    ) {
         let (old, server, origin) =
             (&self.connections[c], *self.connections.server(c), self.connections.origin(c));
         let mut new = NewConnection::beside(old, server, origin, tick(now_ns));
         (new.connection.next_seq, new.connection.last_ack) = (end, ack);
         new.connection.ack_known = true;
-        self.put_before(now_ns, c, new, out);
+        if let Some(new) = self.put_before(now_ns, c, new, out) {
+            self.connections.set_left(new, left);
+        }
     }
 
     /// A segment is further from the stream than any window is. A part of the stream may not have been captured: it is looked for there as well.
@@ -233,7 +242,7 @@ impl Engine {
         let is_data = segment.payload_len > 0 && segment.flags & (flags::SYN | flags::FIN | flags::RST) == 0;
         if is_data && self.connections.origin(c).copies() > 0 && self.may_stay(now_ns, c, out) {
             let end = segment.seq.wrapping_add(segment.payload_len);
-            self.watch_beside(now_ns, c, end, segment.ack, out);
+            self.watch_beside(now_ns, c, (end, segment.ack), None, out);
         }
     }
 
@@ -255,21 +264,21 @@ impl Engine {
         let is_repeated = next_seq.wrapping_sub(seq.wrapping_add(len)) < NEAR;
         let follows = next_seq.wrapping_sub(seq) < len;
         match self.connections.left(c) {
-            Some(left) if left.seq == seq => {
-                // What was seen before and comes once more behind a hole that was filled starts no turn.
-                let is_filled = left.until.wrapping_sub(seq) <= len;
+            Some(left) if seq == left.seq || is_repeated && left.has(seq) => {
+                // What was seen before and comes once more behind a hole that was filled starts no turn. Or it is seen there now, not further on.
+                let is_over = left.until.wrapping_sub(seq) <= len || !is_repeated;
                 let new = Left { seq: seq.wrapping_add(len), ack: Some(segment.ack), ..left };
-                self.connections.set_left(c, (!is_filled).then_some(new));
+                self.connections.set_left(c, (!is_over).then_some(new));
             }
-            Some(Left { ack: Some(_), .. }) => {}
-            _ if is_repeated || follows => {}
-            _ => self.connections.set_left(c, Some(Left { seq: next_seq, until: seq, ack: None })),
+            // What was seen near the place that was left is more likely the client's than what is seen now; further on, it is less.
+            left if !is_repeated && !follows && left.is_none_or(|left| left.is_narrow()) => {
+                self.connections.set_left(c, Some(Left::before((next_seq, seq))));
+            }
+            _ => {}
         }
-        let is_more = self.connections[c].ack_advances(segment.ack);
-        let fits = is_more && self.acknowledgment_fits(c, segment.ack);
         let connection = &mut self.connections[c];
         // Where it is not of one sender with what came before, that says nothing. Nothing is known of one that was shed at the data in its SYN.
-        if fits || !connection.ack_known || seq != next_seq && !is_repeated {
+        if !connection.ack_known || seq != next_seq && !is_repeated {
             (connection.last_ack, connection.ack_known) = (segment.ack, true);
         }
     }

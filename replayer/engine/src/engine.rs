@@ -848,9 +848,8 @@ impl Engine {
         if let Some(behind) = self.behind_hole(c)
             && self.connections.out_of_order(c) != NONE
         {
-            // Unless its client has not sent that.
-            let left = Left { seq: self.connections[c].next_seq, until: behind.begin(), ack: None };
-            self.connections.set_left(c, Some(left));
+            // Unless its client has not sent what is behind the last hole.
+            self.connections.set_left(c, Some(Left::before(behind.hole)));
             let connection = &mut self.connections[c];
             connection.next_seq = behind.end;
             if connection.ack_advances(behind.ack) {

@@ -107,7 +107,7 @@ impl Engine {
     ) -> Fate {
         let ack_fits = self.acknowledgment_fits(c, ack);
         self.shed(now_ns, c, out);
-        let left = Left { seq: self.connections[c].next_seq, until: end, ack: None };
+        let left = Left::before((self.connections[c].next_seq, end));
         self.connections.set_left(c, Some(left));
         let connection = &mut self.connections[c];
         connection.next_seq = end;

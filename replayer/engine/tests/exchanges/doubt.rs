@@ -1051,3 +1051,67 @@ fn b033_a_client_that_goes_on_far_behind_a_second_hole_is_joined_there_when_the_
     }
     lab.stop();
 }
+
+/// Whatever was seen of a client's address and port, a client that goes on there is replayed within a few turns.
+#[test]
+fn whatever_a_stranger_has_sent_a_client_that_goes_on_is_joined() {
+    for seed in 1..=3_000u64 {
+        let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut below = |bound: u64| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random % bound
+        };
+        let mut lab = Lab::new();
+        let (mut place, mut read) = (1u32, 1u32);
+        if below(2) == 0 {
+            lab.handshake();
+        }
+        let (mut said, mut is_guessed) = (Vec::new(), false);
+        for number in 0..1 + below(6) {
+            let text = if number == 0 || below(3) == 0 {
+                // The client's own, of which a part may not be captured.
+                place += [0, 0, 0, 100, 5_000][below(5) as usize];
+                let len = 1 + below(1400) as u32;
+                let text = format!("PA {place}+{len} ack {read}");
+                (place, read) = (place + len, read + below(300) as u32);
+                text
+            } else {
+                let near = below(1 << 21) as u32;
+                let at = match below(3) {
+                    // One of 4 096 is: so there is one.
+                    0 if !is_guessed => {
+                        is_guessed = true;
+                        place.wrapping_add(near)
+                    }
+                    1 => place.wrapping_sub(near),
+                    _ => place.wrapping_add((1 << 21) + below((1 << 32) - (1 << 22)) as u32),
+                };
+                let ack = if below(2) == 0 { read } else { below(1 << 32) as u32 };
+                let len = below(300);
+                match below(7) {
+                    0 => format!("S {at}"),
+                    1 => format!("R {at}"),
+                    2 => format!("A {at} ack {ack}"),
+                    _ => format!("PA {at}+{len} ack {ack}"),
+                }
+            };
+            lab.client(&text);
+            said.push(text);
+            lab.pass(MS * [0, 10, 1_200, 3_000][below(4) as usize]);
+        }
+        if lab.engine.gauges().connections_live > 1 {
+            continue;
+        }
+        let mut accepted = 0;
+        for _ in 0..5 {
+            accepted = lab.count(Counter::BytesAccepted);
+            lab.client(&format!("PA {place}+100 ack {read}"));
+            accepted = lab.count(Counter::BytesAccepted) - accepted;
+            (place, read) = (place + 100, read + 50);
+            lab.pass(1_200 * MS);
+        }
+        assert!(accepted >= 100, "seed {seed}: {said:?}, then from {} on", place - 500);
+    }
+}
