@@ -2,27 +2,28 @@
 //!
 //! The file has a table for each role, whose keys are the role's long flags. They are turned into arguments behind those that were typed, so that
 //! there is one place where a flag is defined and checked: the command line. What is typed, or in the environment, wins over what is in the file.
+//!
+//! - `file`: what the table says, as arguments
 
 use crate::cli::{Cli, Role};
 use crate::privileges;
 use crate::say::{caution, say};
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow};
 use clap::error::{ContextKind, ContextValue};
 use clap::parser::ValueSource;
-use clap::{Arg, ArgAction, ArgMatches, Args, Command, CommandFactory, Parser};
-use std::collections::{BTreeMap, BTreeSet};
+use clap::{Arg, ArgMatches, Args, Command, CommandFactory, Parser};
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
-use std::fmt::Display;
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
-use toml::de::{DeTable, DeValue};
 
-/// The roles that a file may have tables for.
-const ROLES: [&str; 4] = ["online", "assistant", "offline", "record"];
-/// The flag that names the file, which is no key of it.
-const CONFIG: &str = "config";
+mod file;
+
+use file::{CONFIG, Mistake, settings};
+
+pub use file::{Setting, Settings};
 
 /// Names the file.
 #[derive(Clone, Debug, Default, Args)]
@@ -41,21 +42,10 @@ pub struct Configuration {
     settings: Settings,
 }
 
-/// By key.
-pub type Settings = BTreeMap<String, Setting>;
-
 /// Context of an error after a part of the file was taken over: what was, and what was not.
 #[derive(Debug, Error)]
 #[error("{0}")]
 pub struct Partly(pub &'static str);
-
-/// One key of the file.
-#[derive(Clone, Debug)]
-pub struct Setting {
-    line: usize,
-    /// As they would be typed; none for a flag that is false.
-    arguments: Vec<String>,
-}
 
 impl Configuration {
     /// Parses what was typed, the program's name first, together with the file that it names.
@@ -211,108 +201,6 @@ fn overridden(command: &Command, seen: &ArgMatches) -> BTreeSet<String> {
     keys.filter_map(Arg::get_long).map(str::to_owned).collect()
 }
 
-/// What is wrong in a file, and where.
-struct Mistake {
-    line: usize,
-    what: String,
-}
-
-impl Mistake {
-    fn of(self, file: &Path) -> anyhow::Error {
-        anyhow!("{}, line {}: {}", file.display(), self.line, self.what)
-    }
-}
-
-/// The settings of the command's table.
-fn settings(text: &str, command: &Command) -> Result<Settings, Mistake> {
-    let line = |at: usize| text[..at].matches('\n').count() + 1;
-    let mistake = |at: usize, what: String| Mistake { line: line(at), what };
-    let root = DeTable::parse(text)
-        .map_err(|error| mistake(error.span().map_or(0, |span| span.start), error.message().to_owned()))?;
-    let mut of_role = None;
-    for (name, table) in root.get_ref() {
-        let (at, name) = (name.span().start, name.get_ref());
-        let DeValue::Table(table) = table.get_ref() else {
-            return Err(mistake(at, format!("{name} is in no table; put it below [{}]", command.get_name())));
-        };
-        if !ROLES.contains(&name.as_ref()) {
-            return Err(mistake(
-                at,
-                format!("there is no role [{name}]; tables can be {}", ROLES.join(", ")),
-            ));
-        }
-        if name == command.get_name() {
-            of_role = Some(table);
-        }
-    }
-    let Some(table) = of_role else {
-        return Err(mistake(0, format!("there is no table [{}] in the file", command.get_name())));
-    };
-    let mut settings = Settings::new();
-    for (key, value) in table {
-        let (at, key) = (key.span().start, key.get_ref());
-        let named = |argument: &&Arg| argument.get_long() == Some(key) && is_key(argument);
-        let argument =
-            command.get_arguments().find(named).ok_or_else(|| mistake(at, unknown(command, key)))?;
-        let arguments = arguments(argument, key, value.get_ref())
-            .map_err(|error| mistake(at, format!("{key}: {error}")))?;
-        settings.insert(key.to_string(), Setting { line: line(at), arguments });
-    }
-    Ok(settings)
-}
-
-fn is_key(argument: &Arg) -> bool {
-    argument.get_id() != CONFIG
-        && !argument.is_hide_set()
-        && !matches!(argument.get_action(), ArgAction::Help)
-}
-
-/// What a value would be on the command line.
-fn arguments(argument: &Arg, key: &str, value: &DeValue<'_>) -> Result<Vec<String>> {
-    if matches!(argument.get_action(), ArgAction::SetTrue) {
-        return match value {
-            DeValue::Boolean(true) => Ok(vec![format!("--{key}")]),
-            DeValue::Boolean(false) => Ok(Vec::new()),
-            _ => bail!("write true or false"),
-        };
-    }
-    let typed = |value: &dyn Display| vec![format!("--{key}={value}")];
-    match value {
-        DeValue::String(text) => Ok(typed(text)),
-        DeValue::Integer(number) => Ok(typed(number)),
-        DeValue::Float(number) => Ok(typed(number)),
-        DeValue::Array(list) if argument.get_value_delimiter().is_some() => {
-            let each = list.iter().map(|item| match item.get_ref() {
-                DeValue::Array(_) => bail!("a list of lists is none"),
-                item => arguments(argument, key, item),
-            });
-            Ok(each.collect::<Result<Vec<_>>>()?.concat())
-        }
-        _ => bail!("write a text or a number, as for {argument} on the command line"),
-    }
-}
-
-/// No flag of the role is called that; the nearest one that is, or all.
-fn unknown(command: &Command, key: &str) -> String {
-    let role = command.get_name();
-    let error = command
-        .clone()
-        .ignore_errors(false)
-        .try_get_matches_from([role.to_owned(), format!("--{key}")])
-        .err();
-    let nearest = error.as_ref().and_then(|error| match error.get(ContextKind::SuggestedArg) {
-        Some(ContextValue::String(flag)) => flag.strip_prefix("--"),
-        _ => None,
-    });
-    let keys = || -> BTreeSet<&str> {
-        command.get_arguments().filter(|argument| is_key(argument)).filter_map(Arg::get_long).collect()
-    };
-    match nearest.filter(|nearest| keys().contains(nearest)) {
-        Some(nearest) => format!("[{role}] has no key {key}; there is {nearest}"),
-        None => format!("[{role}] has no key {key}; its keys are {}", Vec::from_iter(keys()).join(", ")),
-    }
-}
-
 /// An error of the command line, with line and key where it is about what the file has added.
 fn locate(error: clap::Error, file: &Path, settings: &Settings) -> anyhow::Error {
     let about = |kind: ContextKind| match error.get(kind) {
@@ -339,12 +227,14 @@ fn text_of(error: &clap::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::file::ROLES;
     use super::*;
     use crate::capture::CaptureArg;
     use crate::cli::{CheckedRole, Role};
     use crate::offline::pace::Speed;
     use crate::online::OnlineArgs;
     use crate::say::LogFormat;
+    use anyhow::bail;
 
     /// A role with a file of this text.
     fn parsed(text: &str, typed: &str) -> Result<Cli> {
@@ -508,7 +398,7 @@ mod tests {
 
     #[test]
     fn the_example_of_the_documentation_is_one() {
-        let page = include_str!("../../docs/operation.md");
+        let page = include_str!("../../../docs/operation.md");
         let (_, rest) = page.split_once("```toml\n").unwrap();
         let (example, _) = rest.split_once("```").unwrap();
         let tables: Vec<&str> =
