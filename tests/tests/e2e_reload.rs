@@ -175,28 +175,45 @@ fn write_file(lab: &Lab, key: &str, of_online: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Two assistants, an online role that names the first of them in the file that all three have, and 400 requests/s that are replayed.
+struct Replayed {
+    streams: StreamPair,
+    assistants: [Role; 2],
+    online: Role,
+    load: Load,
+}
+
+impl Replayed {
+    fn through_the_first(lab: &Lab, hosts: [&Host; 2], key: &str) -> Result<Replayed> {
+        let streams = StreamPair::start(lab, STREAM)?;
+        let file = write_file(lab, key, &format!("assistant = '{}'", hosts[0].v4()))?;
+        let [first, second] = hosts.map(|host| Role::configured(lab, host, "assistant", &file));
+        let assistants = [first?, second?];
+        let online = Role::configured(lab, lab.online(), "online", &file)?;
+        let load = format!(
+            "--connect {}:{STREAM} --connections 20 --rate 400 --seconds 6 --body 1-3000",
+            lab.online().v4()
+        );
+        let load = Load::start(lab, lab.client(), "load", &load)?;
+        Ok(Replayed { streams, assistants, online, load })
+    }
+}
+
+/// Waits until the target has got so many requests.
+fn arrived(streams: &mut StreamPair, wanted: usize) -> Result<()> {
+    wait_for("further requests", SOON, || {
+        streams.target.record().is_ok_and(|record| record.requests() >= wanted)
+    })
+}
+
 #[test]
 fn b063_sighup_takes_over_other_assistants_and_a_key_and_no_session_notices() -> Result<()> {
     let lab = Lab::up(Plan { assistants: 2, ..Plan::default() })?;
-    let mut streams = StreamPair::start(&lab, STREAM)?;
     let hosts = [lab.assistant(), lab.host("assistant2")];
     let [first, second] = hosts.map(Host::v4);
-    let file = write_file(&lab, "one", &format!("assistant = '{first}'"))?;
-    let [mut old, mut new] = [
-        Role::configured(&lab, hosts[0], "assistant", &file)?,
-        Role::configured(&lab, hosts[1], "assistant", &file)?,
-    ];
-    let mut online = Role::configured(&lab, lab.online(), "online", &file)?;
-    let load = format!(
-        "--connect {}:{STREAM} --connections 20 --rate 400 --seconds 6 --body 1-3000",
-        lab.online().v4()
-    );
-    let mut load = Load::start(&lab, lab.client(), "load", &load)?;
-    let mut requests = |wanted: usize| {
-        wait_for("further requests", SOON, || {
-            streams.target.record().is_ok_and(|record| record.requests() >= wanted)
-        })
-    };
+    let Replayed { mut streams, assistants: [mut old, mut new], mut online, mut load } =
+        Replayed::through_the_first(&lab, hosts, "one")?;
+    let mut requests = |wanted: usize| arrived(&mut streams, wanted);
     requests(100)?;
 
     // The second one can be reached with the new key only.
@@ -422,25 +439,11 @@ fn b063_before_anything_is_attached_a_stop_waits_for_nothing() -> Result<()> {
 #[test]
 fn b063_after_sighup_responses_that_come_through_a_former_assistant_still_count() -> Result<()> {
     let lab = Lab::up(Plan { assistants: 2, ..Plan::default() })?;
-    let mut streams = StreamPair::start(&lab, STREAM)?;
     let hosts = [lab.assistant(), lab.host("assistant2")];
-    let [first, second] = hosts.map(Host::v4);
-    let file = write_file(&lab, "", &format!("assistant = '{first}'"))?;
-    let [mut old, mut new] = [
-        Role::configured(&lab, hosts[0], "assistant", &file)?,
-        Role::configured(&lab, hosts[1], "assistant", &file)?,
-    ];
-    let mut online = Role::configured(&lab, lab.online(), "online", &file)?;
-    let load = format!(
-        "--connect {}:{STREAM} --connections 20 --rate 400 --seconds 6 --body 1-3000",
-        lab.online().v4()
-    );
-    let mut load = Load::start(&lab, lab.client(), "load", &load)?;
-    let mut requests = |wanted: usize| {
-        wait_for("further requests", SOON, || {
-            streams.target.record().is_ok_and(|record| record.requests() >= wanted)
-        })
-    };
+    let second = hosts[1].v4();
+    let Replayed { mut streams, assistants: [mut old, mut new], mut online, mut load } =
+        Replayed::through_the_first(&lab, hosts, "")?;
+    let mut requests = |wanted: usize| arrived(&mut streams, wanted);
     requests(100)?;
     write_file(&lab, "", &format!("assistant = '{second}'"))?;
     online.process.signal(Signal::SIGHUP)?;

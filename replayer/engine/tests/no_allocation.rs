@@ -68,6 +68,23 @@ fn allocations(work: impl FnOnce()) -> usize {
     COUNTED.get()
 }
 
+/// Stops the engine, whose accounts must add up and have at least so much of each; allocations meanwhile.
+fn end(engine: &mut Engine, now: u64, wire: &mut Wire, least: &[(Counter, u64)]) -> usize {
+    let count = allocations(|| {
+        engine.stop(now, wire);
+        engine.on_timers(now + 600 * MS, wire);
+    });
+    assert!(engine.stopped());
+    let counters = engine.counters();
+    for (name, left, right) in counters.identities(&engine.pending()) {
+        assert_eq!(left, right, "{name}");
+    }
+    for &(counter, least) in least {
+        assert!(counters[counter] >= least, "{} {}", counters[counter], counter.name());
+    }
+    count
+}
+
 #[test]
 fn the_hot_path_allocates_nothing_with_copies_and_a_pool() {
     let mut config = config();
@@ -134,23 +151,13 @@ fn the_hot_path_allocates_nothing_with_datagrams() {
         // A flow is forgotten after minutes: in the second half they come and go.
         now += if round < ROUNDS / 2 { 20 * MS } else { 10 * lab::S };
     }
-    total += allocations(|| {
-        engine.stop(now, &mut wire);
-        engine.on_timers(now + 600 * MS, &mut wire);
-    });
-    let counters = engine.counters();
-    for (name, left, right) in counters.identities(&engine.pending()) {
-        assert_eq!(left, right, "{name}");
-    }
     let least = [
         (Counter::DatagramsSent, 10_000),
         (Counter::DatagramFlows, 2_000),
         (Counter::DatagramsRefusedLimit, 100),
         (Counter::DatagramResponses, 10_000),
     ];
-    for (counter, least) in least {
-        assert!(counters[counter] >= least, "{} {}", counters[counter], counter.name());
-    }
+    total += end(&mut engine, now, &mut wire, &least);
     assert_eq!(total, 0, "allocations");
 }
 
@@ -260,15 +267,6 @@ fn live(mut config: Config, client: Ip) {
         engine.check();
         now += u64::from(next(20)) * MS;
     }
-    total += allocations(|| {
-        engine.stop(now, &mut wire);
-        engine.on_timers(now + 600 * MS, &mut wire);
-    });
-    assert!(engine.stopped());
-    let counters = engine.counters();
-    for (name, left, right) in counters.identities(&engine.pending()) {
-        assert_eq!(left, right, "{name}");
-    }
     // All that the hot path can do was among it.
     let least = [
         (Counter::SessionsOpened, 2_000),
@@ -279,9 +277,7 @@ fn live(mut config: Config, client: Ip) {
         (Counter::ReplayBytesDelivered, 100_000),
         (Counter::TurnsSent, 500),
     ];
-    for (counter, least) in least {
-        assert!(counters[counter] >= least, "{} {}", counters[counter], counter.name());
-    }
+    total += end(&mut engine, now, &mut wire, &least);
     assert!(wire.count_sent > 50_000, "{} packets", wire.count_sent);
     assert_eq!(total, 0, "allocations");
 }

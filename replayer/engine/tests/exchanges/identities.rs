@@ -231,14 +231,20 @@ fn b044_a_smaller_sample_closes_what_leaves_it_and_a_larger_one_joins_it_at_a_tu
     assert_eq!((lab.sent().len(), lab.count(Counter::SessionsOpened)), (1, 2));
 }
 
-#[test]
-fn b041_copies_beyond_what_a_backlog_holds_wait_for_others_to_be_answered() {
+/// A client that has sent a request.
+fn thirty_copies_of_which_eight_may_wait() -> Lab {
     let mut config = config();
     config.copies_millionths = 30_000_000;
     config.limits.copies_unanswered = 8;
     let mut lab = Lab::with(config);
     lab.client("S 0 mss 1460");
     lab.client_segments(&["A 1 ack 1", "PA 1+100 ack 1"]);
+    lab
+}
+
+#[test]
+fn b041_copies_beyond_what_a_backlog_holds_wait_for_others_to_be_answered() {
+    let mut lab = thirty_copies_of_which_eight_may_wait();
     let mut asked = Vec::new();
     let mut delivered = 0;
     while asked.len() < 30 {
@@ -261,12 +267,7 @@ fn b041_copies_beyond_what_a_backlog_holds_wait_for_others_to_be_answered() {
 
 #[test]
 fn b016_copies_that_wait_for_a_silent_target_are_given_up_in_the_end() {
-    let mut config = config();
-    config.copies_millionths = 30_000_000;
-    config.limits.copies_unanswered = 8;
-    let mut lab = Lab::with(config);
-    lab.client("S 0 mss 1460");
-    lab.client_segments(&["A 1 ack 1", "PA 1+100 ack 1"]);
+    let mut lab = thirty_copies_of_which_eight_may_wait();
     assert_eq!(lab.sent().len(), 8);
     lab.pass(60 * S);
     assert_eq!(lab.count(Counter::SessionsHandshakeTimeout), 30);
