@@ -112,3 +112,24 @@ impl CheckArgs {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_documentation_has_every_flag() {
+        let page = include_str!("../../../docs/flags.md");
+        let (online, assistant) = page.split_once("## `replayer assistant`").unwrap();
+        for (role, of_role) in [("online", online), ("assistant", assistant)] {
+            let mut command = Cli::command();
+            command.build();
+            let flags = command.find_subcommand(role).unwrap().get_arguments();
+            for flag in flags.filter(|flag| !flag.is_hide_set()).filter_map(|flag| flag.get_long()) {
+                let is_there = of_role.split(['`', ' ', '[']).any(|word| word == format!("--{flag}"));
+                assert!(is_there || flag == "help", "--{flag} of {role}");
+            }
+        }
+    }
+}
