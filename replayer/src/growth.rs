@@ -40,6 +40,9 @@ struct Table {
 impl Growth {
     /// Starts the thread, which ends with this value. To be called where threads may run on any CPU; of a worker that is bound to one, `cpu` is that
     /// one: the kernel takes a page from the memory node of the CPU that touches it first.
+    ///
+    /// # Errors
+    /// When there can be no more threads.
     pub fn start(cpu: Option<usize>) -> Result<Growth> {
         let (asked, wanted) = sync_channel(MOST_ASKED);
         thread::Builder::new().name("memory".to_owned()).spawn(move || {

@@ -31,6 +31,9 @@ impl Namespace {
     }
 
     /// The namespace of the calling thread.
+    ///
+    /// # Errors
+    /// The kernel's, where /proc is not there for example.
     pub fn current() -> io::Result<Namespace> {
         Ok(Namespace(File::open("/proc/thread-self/ns/net")?.into()))
     }

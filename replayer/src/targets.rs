@@ -16,6 +16,9 @@ const NEXT_HOP_PATIENCE: Duration = Duration::from_secs(2);
 const TARGET_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The device that sends. A target whose next hop does not answer may come up later; one without a route is a mistake.
+///
+/// # Errors
+/// When a target has no route, or two are reached by different interfaces; what the kernel refused.
 pub fn output_device(network: &mut Network, replay: &ReplayArgs, services: &[ServiceArg]) -> Result<Device> {
     let output = replay.output_interface.as_deref();
     let mut chosen: Option<Device> = None;
@@ -46,6 +49,9 @@ pub fn output_device(network: &mut Network, replay: &ReplayArgs, services: &[Ser
 }
 
 /// The end of a check that has found everything else: whether something listens where copies of TCP go.
+///
+/// # Errors
+/// When a target refuses the connection: nothing listens there.
 pub fn conclude_check(services: &[ServiceArg]) -> Result<()> {
     for service in services.iter().filter(|service| service.protocol == Protocol::Tcp) {
         let target = service.service.target.to_std();

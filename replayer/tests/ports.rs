@@ -370,9 +370,9 @@ fn b009_errors_name_cause_and_remedy() {
         assert!(matches!(error, MirrorError::Mtu { mtu: 9000 }), "{error}");
 
         let mut programs = Programs::load().expect("the programs");
-        assert_eq!(programs.attach_responses("in1").expect("XDP"), Attachment::Native);
+        assert_eq!(programs.attach_to_nic(Program::Responses, "in1").expect("XDP"), Attachment::Native);
         let mut other = Programs::load().expect("the programs");
-        let error = other.attach_responses("in1").unwrap_err();
+        let error = other.attach_to_nic(Program::Responses, "in1").unwrap_err();
         assert!(matches!(error, ProgramsError::Attach { .. }), "{error}");
         assert!(error.to_string().contains("ip link show"), "{error}");
     });
@@ -415,7 +415,7 @@ fn b052_responses_are_taken_in_native_and_in_generic_mode() {
             };
             let mut port = Port::open(&config).expect("a port");
             programs.set_socket(0, port.rx_fd().expect("an RX side")).expect("the socket's place");
-            assert_eq!(programs.attach_responses(device).expect("XDP"), expected);
+            assert_eq!(programs.attach_to_nic(Program::Responses, device).expect("XDP"), expected);
 
             let mut sender = sender();
             let sniffer = sniffer();

@@ -64,14 +64,15 @@ impl BlackHole {
         let received = Vec::with_capacity(BATCH);
         if !keep {
             say_before_xdp(interface)?;
-            let attachment = programs.attach_responses(interface).map_err(|error| match pin.left() {
-                Ok(Some(left)) => anyhow!(
-                    "{}: --keep-dropping takes it over, `rm {}` removes it",
-                    left_by_another(&pin, &left),
-                    pin.path().display()
-                ),
-                _ => error.into(),
-            })?;
+            let attachment =
+                programs.attach_to_nic(Program::Responses, interface).map_err(|error| match pin.left() {
+                    Ok(Some(left)) => anyhow!(
+                        "{}: --keep-dropping takes it over, `rm {}` removes it",
+                        left_by_another(&pin, &left),
+                        pin.path().display()
+                    ),
+                    _ => error.into(),
+                })?;
             return Ok(BlackHole {
                 ports,
                 received,
@@ -92,7 +93,7 @@ impl BlackHole {
             }
             None => {
                 say_before_xdp(interface)?;
-                let attachment = programs.attach_responses(interface)?;
+                let attachment = programs.attach_to_nic(Program::Responses, interface)?;
                 programs.pin(Program::Responses, pin.path())?;
                 (Services::new(), attachment)
             }

@@ -61,6 +61,9 @@ pub fn before_xdp(device: &Device) -> Option<String> {
 
 impl Programs {
     /// Hands a program to the kernel, whose verifier may refuse it, and attaches it to nothing yet.
+    ///
+    /// # Errors
+    /// [`ProgramsError::Program`], with what the verifier says.
     pub fn verify(&mut self, which: Program) -> Result<(), ProgramsError> {
         let name = which.name();
         match self.ebpf.program_mut(name) {
@@ -72,6 +75,9 @@ impl Programs {
 
     /// Attaches [`Program::Mirror`] or [`Program::Ring`] to the ingress side of `device`, in front of what is there already: they
     /// let everything pass. See [`has_tcx`].
+    ///
+    /// # Errors
+    /// [`ProgramsError::Attach`], with the remedy.
     pub fn attach_ingress(&mut self, which: Program, device: &str) -> Result<Attachment, ProgramsError> {
         let name = which.name();
         let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
@@ -89,6 +95,9 @@ impl Programs {
 
     /// Attaches [`Program::Capture`] to the mirror's far end, in native mode: generic XDP skips clones
     /// (net/core/dev.c, `do_xdp_generic`).
+    ///
+    /// # Errors
+    /// [`ProgramsError::Attach`], with the remedy; [`ProgramsError::Namespace`].
     pub fn attach_capture(&mut self, mirror: &Mirror) -> Result<Attachment, ProgramsError> {
         let program: &mut Xdp = program(&mut self.ebpf, Program::Capture.name())?;
         let link = mirror
@@ -99,25 +108,23 @@ impl Programs {
         Ok(link.1)
     }
 
-    /// Attaches [`Program::Span`] to `device`: in native mode where the driver can, else in generic mode. See [`before_xdp`].
-    pub fn attach_span(&mut self, device: &str) -> Result<Attachment, ProgramsError> {
-        let program: &mut Xdp = program(&mut self.ebpf, Program::Span.name())?;
+    /// Attaches [`Program::Span`] or [`Program::Responses`] to `device`: in native mode where the driver can, else in generic mode. See
+    /// [`before_xdp`].
+    ///
+    /// # Errors
+    /// [`ProgramsError::Attach`], with the remedy.
+    pub fn attach_to_nic(&mut self, which: Program, device: &str) -> Result<Attachment, ProgramsError> {
+        let program: &mut Xdp = program(&mut self.ebpf, which.name())?;
         let modes = [Attachment::Native, Attachment::Generic];
-        let link = attach_xdp(program, Program::Span.name(), device, &modes)?;
-        self.links.push((Program::Span, link.0));
-        Ok(link.1)
-    }
-
-    /// Attaches [`Program::Responses`] to `device`: in native mode where the driver can, else in generic mode. See [`before_xdp`].
-    pub fn attach_responses(&mut self, device: &str) -> Result<Attachment, ProgramsError> {
-        let program: &mut Xdp = program(&mut self.ebpf, Program::Responses.name())?;
-        let modes = [Attachment::Native, Attachment::Generic];
-        let link = attach_xdp(program, Program::Responses.name(), device, &modes)?;
-        self.links.push((Program::Responses, link.0));
-        Ok(link.1)
+        let (link, attachment) = attach_xdp(program, which.name(), device, &modes)?;
+        self.links.push((which, link));
+        Ok(attachment)
     }
 
     /// Puts [`Program::Responses`] in the place of the program that `link` has attached, without a moment between them.
+    ///
+    /// # Errors
+    /// When `link` is none of XDP; the kernel's. The program before stays then.
     pub fn replace_responses(&mut self, link: FdLink) -> Result<(), ProgramsError> {
         let name = Program::Responses.name();
         let program: &mut Xdp = program(&mut self.ebpf, name)?;
@@ -132,6 +139,9 @@ impl Programs {
     }
 
     /// Pins the link of an attached program to a file: the program stays attached as long as the file is there.
+    ///
+    /// # Errors
+    /// [`ProgramsError::Pin`], where there is such a file, or no BPF file system.
     pub fn pin(&mut self, which: Program, path: &Path) -> Result<(), ProgramsError> {
         let at = self.links.iter().position(|(program, _)| *program == which);
         let Some(at) = at else { return Err(program_error(which.name())(ProgramError::NotAttached)) };

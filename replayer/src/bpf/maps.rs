@@ -24,6 +24,9 @@ impl Programs {
     /// Makes `services` the services: addresses and ports of the online servers for [`Program::Mirror`] (an
     /// address may be [`replayer_common::addr::ANY`]), of the targets for [`Program::Responses`]. May be
     /// called while programs run: services that stay never miss a packet.
+    ///
+    /// # Errors
+    /// [`ProgramsError::Limit`] for more than [`MAX_SERVICES`]; [`ProgramsError::Map`].
     pub fn set_services(&mut self, services: &Services) -> Result<(), ProgramsError> {
         if services.len() > MAX_SERVICES as usize {
             return Err(ProgramsError::Limit { what: "services", limit: MAX_SERVICES });
@@ -50,6 +53,9 @@ impl Programs {
     }
 
     /// Whose packets the programs on the capture interface take, while [`CaptureConfig::choose_clients`] is set. To be called before that.
+    ///
+    /// # Errors
+    /// [`ProgramsError::Map`]: the kernel's.
     pub fn set_clients(&mut self, clients: &Clients) -> Result<(), ProgramsError> {
         let map = self.ebpf.map_mut(names::CLIENTS).ok_or_else(|| missing(names::CLIENTS))?;
         let mut map: LpmTrie<_, Ip, u32> = map.try_into().map_err(map_error(names::CLIENTS))?;
@@ -60,6 +66,9 @@ impl Programs {
     }
 
     /// What the programs on the capture interface sample, and where [`Program::Mirror`] clones to.
+    ///
+    /// # Errors
+    /// [`ProgramsError::Map`]: the kernel's.
     pub fn set_capture(&mut self, config: CaptureConfig) -> Result<(), ProgramsError> {
         let mut bytes = [0; 24];
         bytes[..8].copy_from_slice(&config.sample_threshold.to_ne_bytes());
@@ -71,6 +80,9 @@ impl Programs {
     }
 
     /// The addresses of this host: what a target sends to one of them is not taken by [`Program::Responses`].
+    ///
+    /// # Errors
+    /// [`ProgramsError::Limit`] for more than [`MAX_LOCAL_ADDRESSES`]; [`ProgramsError::Map`].
     pub fn set_local_addresses(&mut self, addresses: &BTreeSet<Ip>) -> Result<(), ProgramsError> {
         if addresses.len() > MAX_LOCAL_ADDRESSES as usize {
             return Err(ProgramsError::Limit { what: "addresses of this host", limit: MAX_LOCAL_ADDRESSES });
@@ -89,6 +101,9 @@ impl Programs {
 
     /// Makes the ring of a shard, for [`Program::Ring`] to copy into: its reading end, and the map in which the reader says at the shard's
     /// place that it sleeps.
+    ///
+    /// # Errors
+    /// [`ProgramsError::Map`]: the kernel's, for want of memory perhaps.
     pub fn add_ring(
         &mut self,
         shard: u32,
@@ -116,6 +131,9 @@ impl Programs {
 
     /// Sends what [`Program::Capture`], [`Program::Span`] or [`Program::Responses`] take on a queue to an AF_XDP socket bound to
     /// that queue.
+    ///
+    /// # Errors
+    /// [`ProgramsError::Limit`] for a queue beyond [`MAX_QUEUES`]; [`ProgramsError::Map`].
     pub fn set_socket(&mut self, queue: u32, socket: BorrowedFd<'_>) -> Result<(), ProgramsError> {
         if queue >= MAX_QUEUES {
             return Err(ProgramsError::Limit { what: "queues", limit: MAX_QUEUES });
@@ -141,6 +159,9 @@ impl Programs {
 
 /// Of a program `responses` that another process has loaded, by its number: whose responses it takes, and how many packets it has dropped
 /// since there was no socket.
+///
+/// # Errors
+/// When there is no such program, or it may not be looked at.
 pub fn responses_of(program: u32) -> Result<(Services, u64), ProgramsError> {
     let name = Program::Responses.name();
     let programs = loaded_programs().filter_map(Result::ok);

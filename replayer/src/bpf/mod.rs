@@ -72,6 +72,9 @@ impl fmt::Debug for Programs {
 
 impl Programs {
     /// Makes the maps. A program is loaded when it is attached, or before that by [`Programs::verify`].
+    ///
+    /// # Errors
+    /// [`ProgramsError::Load`], for want of rights most often.
     pub fn load() -> Result<Programs, ProgramsError> {
         crate::afxdp::raise_memlock();
         let ebpf = Ebpf::load(OBJECT).map_err(|error| ProgramsError::Load(Box::new(error)))?;
@@ -79,6 +82,9 @@ impl Programs {
     }
 
     /// What the program with these verdicts has counted.
+    ///
+    /// # Errors
+    /// [`ProgramsError::Map`]: the kernel's.
     pub fn counts<V: Verdict>(&self) -> Result<Counts<V>, ProgramsError> {
         let map = self.ebpf.map(V::MAP).ok_or_else(|| missing(V::MAP))?;
         let map: PerCpuArray<_, u64> = map.try_into().map_err(map_error(V::MAP))?;
@@ -87,6 +93,9 @@ impl Programs {
     }
 
     /// How long a program has run and how often, as far as the kernel kept statistics (`kernel.bpf_stats_enabled`). It must be loaded.
+    ///
+    /// # Errors
+    /// [`ProgramsError::Program`]: the kernel's.
     pub fn run_time(&self, program: Program) -> Result<(Duration, u64), ProgramsError> {
         let name = program.name();
         let info = match self.ebpf.program(name) {

@@ -59,6 +59,9 @@ pub struct Facts {
 
 impl Facts {
     /// Looks at the device. `wildcard`: some service is a port on any address.
+    ///
+    /// # Errors
+    /// The kernel's.
     pub fn find(network: &mut Network, device: &Device, wildcard: bool) -> Result<Facts, NetError> {
         Ok(Facts {
             serves: network.service_of(device)?,

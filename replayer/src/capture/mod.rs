@@ -116,6 +116,9 @@ impl Capture {
     }
 
     /// What comes from the wire for a worker out of `workers`: by the receiving side of `port`, which was opened for it, or else.
+    ///
+    /// # Errors
+    /// What the kernel refused; a port without a receiving side where the back end needs one.
     pub fn source(&mut self, worker: u32, workers: u32, port: Option<&Port>) -> Result<Source> {
         let Parts::Ring = self.parts else {
             let receiving = port.and_then(|port| port.rx_queue().zip(port.rx_fd()));
@@ -127,6 +130,9 @@ impl Capture {
     }
 
     /// Takes connections with flow hashes below `threshold`, shared by `workers`. May be called at any time.
+    ///
+    /// # Errors
+    /// What the kernel refused: a map that cannot be written.
     pub fn configure(&mut self, workers: u32, threshold: u64) -> Result<()> {
         self.config = CaptureConfig { sample_threshold: threshold, shards: workers, ..self.config };
         Ok(self.programs.set_capture(self.config)?)
@@ -138,6 +144,9 @@ impl Capture {
     }
 
     /// Attaches to the device: from here on packets come.
+    ///
+    /// # Errors
+    /// What the kernel refused, with the remedy. Nothing is attached then.
     pub fn attach(&mut self) -> Result<()> {
         let attachment = match &mut self.parts {
             Parts::Mirror(_) => self.programs.attach_ingress(Program::Mirror, &self.device.name)?,
@@ -146,7 +155,7 @@ impl Capture {
                 if let Some(notice) = before_xdp(&self.device) {
                     say!("{notice}");
                 }
-                let attachment = self.programs.attach_span(&self.device.name)?;
+                let attachment = self.programs.attach_to_nic(Program::Span, &self.device.name)?;
                 *promiscuous = Some(Promiscuous::set(&self.device)?);
                 attachment
             }
@@ -180,6 +189,9 @@ impl Capture {
     }
 
     /// How long the program on the device has run, and how often, while the kernel kept such statistics (`kernel.bpf_stats_enabled`).
+    ///
+    /// # Errors
+    /// The kernel's.
     pub fn run_time(&self) -> Result<(Duration, u64)> {
         Ok(self.programs.run_time(self.program())?)
     }

@@ -30,6 +30,9 @@ pub struct Promiscuous {
 
 impl Promiscuous {
     /// Takes in all that arrives at the device.
+    ///
+    /// # Errors
+    /// What the kernel refused, with the remedy.
     pub fn set(device: &Device) -> Result<Promiscuous> {
         let what =
             || format!("switch {} to promiscuous mode; CAP_NET_RAW is needed, run as root", device.name);

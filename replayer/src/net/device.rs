@@ -89,6 +89,9 @@ pub struct VlanTag {
 
 impl Network {
     /// All devices.
+    ///
+    /// # Errors
+    /// The kernel's.
     pub fn devices(&mut self) -> Result<Vec<Device>, NetError> {
         let messages = self.netlink.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
         let mut devices: Vec<Device> = messages.into_iter().filter_map(parse).collect();
@@ -111,12 +114,18 @@ impl Network {
     }
 
     /// The device with that index.
+    ///
+    /// # Errors
+    /// [`NetError`], with the devices that there are, when there is none.
     pub fn device_by_index(&mut self, ifindex: u32) -> Result<Device, NetError> {
         by_index(&self.devices()?, ifindex).cloned()
     }
 
     /// What a device does for this host, in words, with what would end it; `None`: nothing. Link-local addresses, which every device has,
     /// serve nobody.
+    ///
+    /// # Errors
+    /// The kernel's.
     pub fn service_of(&mut self, device: &Device) -> Result<Option<String>, NetError> {
         let name = &device.name;
         if let Some(address) = device.addresses.iter().find(|address| !is_link_local(address)) {
@@ -146,6 +155,9 @@ impl Network {
     }
 
     /// All addresses, each with the index of its device.
+    ///
+    /// # Errors
+    /// The kernel's.
     pub fn addresses(&mut self) -> Result<Vec<(u32, IpAddr)>, NetError> {
         let messages = self.netlink.dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
         let parse = |message| {

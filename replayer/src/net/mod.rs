@@ -197,6 +197,9 @@ fn via(device: &Option<String>) -> String {
 
 impl Network {
     /// Opens a netlink socket in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// The kernel's.
     pub fn open() -> Result<Network, NetError> {
         Ok(Network { netlink: Netlink::open::<RouteNetlinkMessage>()? })
     }
@@ -240,6 +243,9 @@ impl Network {
 
     /// Where to capture when nobody said so: the interface that has the address `source` if that is given,
     /// else the one that packets to `target` leave by.
+    ///
+    /// # Errors
+    /// When no interface has the address, or there is no route.
     pub fn find_capture_interface(
         &mut self,
         source: Option<IpAddr>,

@@ -24,6 +24,9 @@ const INTERVAL: Duration = Duration::from_millis(2);
 impl Network {
     /// The MAC address of `hop` on the segment of `device`. Makes the kernel ask for it when it is not known
     /// or stale; waits for an unknown one at most `patience`. `None`: no answer yet.
+    ///
+    /// # Errors
+    /// The kernel's.
     pub fn neighbour(
         &mut self,
         device: &Device,

@@ -66,6 +66,9 @@ impl Network {
     }
 
     /// Whether there are routes through a device, those to its own link left out.
+    ///
+    /// # Errors
+    /// The kernel's.
     pub fn routes_through(&mut self, ifindex: u32) -> Result<bool, NetError> {
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut request = RouteMessage::default();

@@ -33,6 +33,9 @@ pub struct Files {
 
 impl Files {
     /// Opens all.
+    ///
+    /// # Errors
+    /// That of the first that cannot be opened, or does not begin as a capture file.
     pub fn open(paths: &[PathBuf], order: Order) -> Result<Files, ReadError> {
         let readers: Vec<Reader> =
             paths.iter().map(|path| Reader::open(path)).collect::<Result<_, ReadError>>()?;

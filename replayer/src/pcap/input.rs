@@ -73,6 +73,9 @@ impl std::fmt::Debug for Input {
 
 impl Input {
     /// Opens a file, or standard input for `-`.
+    ///
+    /// # Errors
+    /// The file system's; when it is compressed, and not as it should be.
     pub fn open(path: &Path) -> io::Result<Input> {
         if path.as_os_str() == STANDARD_INPUT {
             return Input::new(io::stdin(), None);
@@ -86,6 +89,9 @@ impl Input {
     }
 
     /// Reads from anything.
+    ///
+    /// # Errors
+    /// That of `source`, whose first bytes are read; when they are of a compression and wrong.
     pub fn new(source: impl Read + Send + 'static, size: Option<u64>) -> io::Result<Input> {
         let read = Arc::new(AtomicU64::new(0));
         let mut source = Counted { source, read: read.clone() };

@@ -155,6 +155,9 @@ pub struct Reader {
 
 impl Reader {
     /// Opens a file, or standard input for `-`, and reads its header.
+    ///
+    /// # Errors
+    /// When it cannot be opened, or does not begin as a capture file.
     pub fn open(path: &Path) -> Result<Reader, ReadError> {
         let name = if path.as_os_str() == super::input::STANDARD_INPUT {
             "standard input".to_owned()
@@ -166,6 +169,9 @@ impl Reader {
     }
 
     /// Reads the header of an open file.
+    ///
+    /// # Errors
+    /// When it does not begin as a capture file.
     pub fn new(name: String, input: Input) -> Result<Reader, ReadError> {
         let mut reader = Reader {
             name,

@@ -19,6 +19,9 @@ pub struct Writer<W: Write> {
 
 impl Writer<BufWriter<File>> {
     /// Makes the file, or empties it.
+    ///
+    /// # Errors
+    /// The file system's.
     pub fn create(path: &Path) -> io::Result<Self> {
         Writer::new(BufWriter::with_capacity(1 << 18, File::create(path)?))
     }
@@ -26,6 +29,9 @@ impl Writer<BufWriter<File>> {
 
 impl<W: Write> Writer<W> {
     /// Begins with the file's header.
+    ///
+    /// # Errors
+    /// That of `out`, as for all that writes.
     pub fn new(mut out: W) -> io::Result<Writer<W>> {
         out.write_all(&MAGIC_NANOSECONDS.to_le_bytes())?;
         out.write_all(&[2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0])?;
@@ -80,6 +86,9 @@ pub struct NgWriter<W: Write> {
 
 impl NgWriter<BufWriter<File>> {
     /// Makes the file, or empties it.
+    ///
+    /// # Errors
+    /// The file system's.
     pub fn create(path: &Path) -> io::Result<Self> {
         NgWriter::new(BufWriter::with_capacity(1 << 18, File::create(path)?))
     }
@@ -87,6 +96,9 @@ impl NgWriter<BufWriter<File>> {
 
 impl<W: Write> NgWriter<W> {
     /// Begins with the section's and the interface's description.
+    ///
+    /// # Errors
+    /// That of `out`, as for all that writes.
     pub fn new(out: W) -> io::Result<NgWriter<W>> {
         let mut writer = NgWriter { out, written: 0 };
         let mut body = BYTE_ORDER_MAGIC.to_le_bytes().to_vec();
