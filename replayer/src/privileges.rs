@@ -83,7 +83,6 @@ pub fn remedy(path: &Path, error: &io::Error) -> String {
     if error.kind() != ErrorKind::PermissionDenied {
         return String::new();
     }
-    let there = path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(path).display();
     let user = geteuid();
     // Root is let at everything, as long as it has its rights.
     let why = if user.is_root() {
@@ -91,7 +90,13 @@ pub fn remedy(path: &Path, error: &io::Error) -> String {
     } else {
         ""
     };
-    format!("; user {user} may not{why}. `chown {user} {there}` lets it")
+    // Of a directory nobody should be told to give it away.
+    let remedy = if path.is_file() {
+        format!("`chown {user} {}` lets it", path.display())
+    } else {
+        "Name a file in a directory that is this user's".to_owned()
+    };
+    format!("; user {user} may not{why}. {remedy}")
 }
 
 #[cfg(test)]

@@ -437,7 +437,7 @@ impl Worker {
     }
 
     /// A new assistant is told of all live identities, as one that came back is.
-    fn change_assistants(&mut self, Change { keep, new, key }: Change) {
+    fn change_assistants(&mut self, Change { keep, former, new, key }: Change) {
         let channels = std::mem::take(&mut self.surroundings.channels).into_iter();
         let kept = channels.zip(std::mem::take(&mut self.renewals));
         let kept = kept.filter(|(channel, _)| keep.contains(&channel.assistant()));
@@ -445,6 +445,7 @@ impl Worker {
         (self.surroundings.channels, self.renewals) = all.unzip();
         for channel in &mut self.surroundings.channels {
             channel.set_key(key.clone());
+            channel.set_former(former.contains(&channel.assistant()));
         }
     }
 
@@ -632,7 +633,8 @@ impl Worker {
         snapshot.channels.clear();
         snapshot.channels.extend(self.surroundings.channels.iter().map(|channel| *channel.counters()));
         snapshot.connected.clear();
-        snapshot.connected.extend(self.surroundings.channels.iter().map(Client::is_connected));
+        let named = self.surroundings.channels.iter().filter(|channel| !channel.is_former());
+        snapshot.connected.extend(named.map(Client::is_connected));
         snapshot.tls.clear();
         snapshot.tls.extend(self.engine.tls_seen());
     }

@@ -445,7 +445,9 @@ fn b063_after_sighup_responses_that_come_through_a_former_assistant_still_count(
         Replayed::through_the_first(&lab, hosts, "")?;
     let mut requests = |wanted: usize| arrived(&mut streams, wanted);
     requests(100)?;
-    write_file(&lab, "", &format!("assistant = '{second}'"))?;
+    let file = write_file(&lab, "", &format!("assistant = '{second}'"))?;
+    // Figures for people tell of assistants that are away.
+    fs::write(&file, fs::read_to_string(&file)?.replace("stats-format = 'json'\n", ""))?;
     online.process.signal(Signal::SIGHUP)?;
     online.process.wait_for_message("replayer.toml says: assistant", SOON)?;
     requests(1000)?;
@@ -453,11 +455,16 @@ fn b063_after_sighup_responses_that_come_through_a_former_assistant_still_count(
     let summary = load.finish()?;
     assert_eq!((summary.errors, summary.unanswered), (0, 0), "{summary:?}");
     streams.ensure_equal(summary.requests as usize)?;
+    // It is not missed.
+    old.stop::<Value>()?;
+    let lines = |online: &Role| online.process.errors().matches(" requests/s").count();
+    let before = lines(&online);
+    wait_for("three lines of figures", SOON, || lines(&online) >= before + 3)?;
+    ensure!(!online.process.errors().contains("unreachable"), "{}", online.process.tail());
     let report = online.stop_online()?;
     // Each went when the one before was answered, and none for it had waited long enough.
     let counted = ["sessions_opened", "turns_sent", "turns_released_by_hold_limit"];
     assert_eq!(counted.map(|name| report.counter(name)), [20, summary.requests, 0]);
-    old.stop::<Value>()?;
     new.stop::<Value>()?;
     Ok(())
 }

@@ -27,7 +27,7 @@ const MAX_DISTANCE: u32 = 1 << 28;
 pub(crate) const FREE_STEPS: u32 = 64;
 /// Steps beyond that, of one connection. Where a network reorders packets they are a few for each; who strews thousands of segments and then sends
 /// others in between wants to keep the worker busy.
-const MOST_STEPS: u32 = 1 << 17;
+pub(crate) const MOST_STEPS: u32 = 1 << 17;
 
 /// Where a packet ends in the accounts: its counter, or why it is not replayed, with the counter for its bytes.
 pub(crate) type Fate = Result<Counter, (Counter, Counter)>;
@@ -731,7 +731,7 @@ impl Engine {
             if let Some(segment) = self.hold(c, new, Self::payload(out, in_hand)) {
                 break segment;
             }
-            if !self.drop_doubtful(c) && !self.make_room(now_ns, c, len, out) {
+            if !self.drop_doubtful_for_room(c) && !self.make_room(now_ns, c, len, out) {
                 return self.over_limit(now_ns, c, seq.wrapping_add(len), ack, out);
             }
         };
@@ -886,9 +886,7 @@ impl Engine {
                 if let Some(segment) = self.hold(c, new, piece) {
                     break segment;
                 }
-                let is_dropped = self.drop_doubtful(c);
-                let is_doubtful = !self.continues(c, seq, ack) && self.connections.walked(c) <= MOST_STEPS;
-                if is_dropped || is_doubtful {
+                if self.drop_doubtful_for_room(c) || !self.continues(c, seq, ack) {
                     // What was kept of it is still held, or has just been counted.
                     self.counters[Counter::BytesLimit] += whole as u64 - kept;
                     return Ok(Counter::PacketsLimit);

@@ -15,7 +15,7 @@
 //! A genuine SYN that the server did not take, for it still has an older connection, does no harm either: the client answers the challenge ACK
 //! by an RST at the very number, and sends its SYN again.
 
-use crate::capture::FREE_STEPS;
+use crate::capture::{FREE_STEPS, MOST_STEPS};
 use crate::config::timing;
 use crate::connection::{EarlyEnd, End, Left, NewConnection, Phase, Place, Syn, acknowledges_more};
 use crate::counters::Counter;
@@ -146,6 +146,11 @@ impl Engine {
             self.connections.walk(c, behind.steps, self.connections.walked_to(c), FREE_STEPS);
         }
         is_dropped
+    }
+
+    /// The same, unless that led through too much of it for nothing already: where the store stays full it would for each segment.
+    pub(crate) fn drop_doubtful_for_room(&mut self, c: u32) -> bool {
+        self.connections.walked(c) <= MOST_STEPS && self.drop_doubtful(c)
     }
 
     /// Whether what is held behind the hole is not near it, if anything is.

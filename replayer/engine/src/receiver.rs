@@ -174,6 +174,8 @@ impl Engine {
             }
             None => {
                 self.counters[Counter::ResponsesUnknown] += 1;
+                // Of a session that has ended meanwhile, most often: the target answers all the same.
+                self.services[usize::from(record.service)].heard_at = tick(now_ns);
                 self.answer_stray(record, Endpoint { ip: record.addr, port: record.port }, out);
             }
         }

@@ -61,6 +61,8 @@ pub struct Found {
 pub struct Change {
     /// Those to these addresses stay, the others end.
     pub keep: Vec<SocketAddr>,
+    /// Of these, those that are not to stay for long: nobody has to be told when they are gone.
+    pub former: Vec<SocketAddr>,
     /// These come in addition; connected.
     pub new: Vec<Client>,
     /// The key from now on, should one have to connect again.
@@ -108,16 +110,19 @@ impl Assistants {
             say!("SIGHUP: connected to the assistant at {new}");
         }
         self.former.retain(|(address, _)| !found.named.contains(address));
-        for &gone in self.named.iter().filter(|address| !found.named.contains(address)) {
-            let seconds = KEEP_FORMER.as_secs();
-            say!(
-                "SIGHUP: the assistant at {gone} is none any more; responses that come through it still count for {seconds} s"
-            );
-            self.former.push((gone, now + KEEP_FORMER));
-        }
+        let gone = self.named.iter().filter(|address| !found.named.contains(address));
+        self.former.extend(gone.map(|&gone| (gone, now + KEEP_FORMER)));
         // A worker has room for so many.
         let too_many = (found.named.len() + self.former.len()).saturating_sub(MAX_CHANNELS);
-        self.former.drain(..too_many);
+        for (address, _) in self.former.drain(..too_many) {
+            say!("SIGHUP: left the assistant at {address}");
+        }
+        for (address, _) in self.former.iter().filter(|(address, _)| self.named.contains(address)) {
+            let seconds = KEEP_FORMER.as_secs();
+            say!(
+                "SIGHUP: the assistant at {address} is none any more; responses that come through it still count for {seconds} s"
+            );
+        }
         let same_key = found.key == self.key;
         (self.named, self.key) = (found.named, found.key);
         let now = self.connected();
@@ -140,7 +145,10 @@ impl Assistants {
     }
 
     fn changes(&self, new: impl IntoIterator<Item = Vec<Client>>) -> Vec<Change> {
-        let change = |new| Change { keep: self.connected(), new, key: self.key.clone().into_bytes() };
+        let former: Vec<_> = self.former.iter().map(|&(address, _)| address).collect();
+        let keep = self.connected();
+        let key = self.key.as_bytes();
+        let change = |new| Change { keep: keep.clone(), former: former.clone(), new, key: key.to_vec() };
         new.into_iter().map(change).collect()
     }
 

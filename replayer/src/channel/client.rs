@@ -136,6 +136,7 @@ pub struct Client {
     last_received: u64,
     last_sent: u64,
     renewal_due: bool,
+    is_former: bool,
     error: Option<ChannelError>,
     counters: ClientCounters,
 }
@@ -167,6 +168,7 @@ impl Client {
             last_received: 0,
             last_sent: 0,
             renewal_due: false,
+            is_former: false,
             error: None,
             counters: ClientCounters::default(),
         })
@@ -205,6 +207,16 @@ impl Client {
     /// The key from the next hello on.
     pub fn set_key(&mut self, key: Vec<u8>) {
         self.config.key = key;
+    }
+
+    /// Whether the assistant is one for a short while only.
+    pub fn is_former(&self) -> bool {
+        self.is_former
+    }
+
+    /// Says whether the assistant is one for a short while only.
+    pub fn set_former(&mut self, is_former: bool) {
+        self.is_former = is_former;
     }
 
     /// Whether the assistant has said welcome and the connection stands.

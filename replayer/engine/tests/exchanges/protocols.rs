@@ -34,8 +34,12 @@ fn tls_before_the_target_answered_takes_the_syn_back() {
     lab.client("S 0 mss 1460");
     lab.client_bytes("PA 1 ack 1", HELLO);
     lab.expect(&["S 0", "R 1"]);
+    lab.pass(20 * MS);
+    let heard = |lab: &Lab| lab.engine.service_counters().map(|counters| counters.heard).sum::<u64>();
+    assert_eq!(heard(&lab), 0);
     lab.target("SA 0 ack 1 mss 1460");
     lab.expect(&["R 1"]);
+    assert!(heard(&lab) > 0, "the target answers, though nothing was replayed");
     assert_eq!(lab.engine.gauges().sessions_live, 0);
 }
 
