@@ -131,7 +131,7 @@ pub struct Engine {
     pool: Option<Pool>,
     pub(crate) udp: Udp,
     copies: Copies,
-    ports: Ports,
+    pub(crate) ports: Ports,
     pub(crate) dirty: Vec<u32>,
     /// The session that a record of the target's was of last: a place, whatever has become of it; `NONE` before the first.
     pub(crate) answered_last: u32,
@@ -511,6 +511,9 @@ impl Engine {
         if copy == 0 && !self.in_use(protocol, &client, target) {
             return Some(client);
         }
+        if self.ports.has_none(&client.ip, target, now) {
+            return None;
+        }
         // Another port of the client's own address, of those that capture gives to this worker: another worker's client may have one
         // of the rest.
         let workers = self.config.workers.max(1);
@@ -521,6 +524,7 @@ impl Engine {
                 return Some(candidate);
             }
         }
+        self.ports.set_none(client.ip, *target, now);
         None
     }
 

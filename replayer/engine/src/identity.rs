@@ -1,6 +1,6 @@
 //! Identities: the source address and port that a session uses towards its target.
 
-use crate::timer::Tick;
+use crate::timer::{Tick, ticks};
 use alloc::{collections::VecDeque, vec::Vec};
 use replayer_common::addr::{Endpoint, Ip};
 
@@ -138,14 +138,30 @@ impl Copies {
 }
 
 /// Candidates for a port of the client's own address, when its own port is taken or when it has several copies.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ports {
     next: u32,
+    /// Of what address none was free towards what target, and when.
+    none: Option<(Ip, Endpoint, Tick)>,
 }
+
+/// For so long, a millisecond, no other port of that address is looked for: where all are taken, each missing copy would look at hundreds at every
+/// turn.
+const NONE_FOR: u32 = ticks(1_000_000);
 
 impl Ports {
     pub(crate) fn new(seed: u64) -> Ports {
-        Ports { next: seed as u32 }
+        Ports { next: seed as u32, none: None }
+    }
+
+    /// Whether it was found a moment ago that the address has none free.
+    pub(crate) fn has_none(&self, ip: &Ip, target: &Endpoint, now: Tick) -> bool {
+        self.none
+            .is_some_and(|(of, to, since)| of == *ip && to == *target && now.wrapping_sub(since) < NONE_FOR)
+    }
+
+    pub(crate) fn set_none(&mut self, ip: Ip, target: Endpoint, now: Tick) {
+        self.none = Some((ip, target, now));
     }
 
     pub(crate) fn candidate(&mut self) -> u16 {
@@ -158,8 +174,14 @@ impl Ports {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Config, Service};
+    use crate::engine::Engine;
+    use crate::gate::Turns;
+    use crate::session::Session;
     use replayer_common::addr::from_v4;
+    use replayer_common::packet::Protocol;
     use std::collections::HashSet;
+    use std::vec;
 
     #[test]
     fn workers_share_no_identity_and_use_all() {
@@ -203,5 +225,30 @@ mod tests {
             (0..25).map(|_| u32::from(copies.next())).sum::<u32>()
         };
         assert_eq!((0..4).map(few).sum::<u32>(), 1);
+    }
+
+    #[test]
+    fn b041_of_an_address_whose_ports_are_all_taken_none_is_looked_for_again_and_again() {
+        let end = |ip, port| Endpoint { ip: from_v4(ip), port };
+        let (client, target) = (end([192, 0, 2, 1], 1), end([10, 0, 2, 1], 80));
+        let mut config = Config::new(vec![Service { online: end([10, 0, 1, 1], 80), target }]);
+        config.limits.sessions = 1 << 17;
+        let mut engine = Engine::new(config, 0);
+        for port in FIRST_PORT..=u16::MAX {
+            let identity = Endpoint { port, ..client };
+            let session = Session::new(identity, 0, 0, 0);
+            let s = engine.sessions.insert(session, Turns::default(), &identity).unwrap();
+            engine.by_identity.insert(engine.identity_hash(s), s);
+        }
+        let mut look = |client: Endpoint, now| {
+            let before = engine.ports;
+            let found = engine.choose_identity(now, client, &target, 1, Protocol::Tcp);
+            (found.is_some(), engine.ports.next != before.next)
+        };
+        assert_eq!(look(client, 1), (false, true));
+        assert_eq!(look(client, 1), (false, false));
+        assert_eq!(look(end([192, 0, 2, 2], 1), 1), (true, true));
+        assert_eq!(look(client, NONE_FOR), (false, false));
+        assert_eq!(look(client, NONE_FOR + 1), (false, true), "some may be free again");
     }
 }

@@ -74,7 +74,11 @@ impl Engine {
             return;
         }
         let number = session.service;
+        // Of many sessions that find it at the same time the first one tells the others: that takes a walk through all.
+        let is_news = self.path_mtu(number, now) > mtu;
         self.services[usize::from(number)].narrow_path = Some((mtu, now));
-        self.narrow(number, mtu);
+        if is_news {
+            self.narrow(number, mtu);
+        }
     }
 }
