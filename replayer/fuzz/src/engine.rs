@@ -1,4 +1,4 @@
-//! Sequences of events at a small engine: captured packets, header records, time, links, limits, a stop. Ten bytes make an event, so that
+//! Sequences of events at a small engine: captured packets, header records, time, links, limits, a file's time and end, sampling, a stop. Ten bytes make an event, so that
 //! inputs stay meaningful when the fuzzer moves, repeats or joins parts of them; what is natural next needs the smallest numbers.
 
 use crate::lab::wire::{Frame, Segment, Wire};
@@ -53,6 +53,8 @@ struct World {
     engine: Engine,
     wire: Wire,
     now: u64,
+    /// Where packets come from a file: its time.
+    file_time: u64,
     clients: Vec<Client>,
     services: Vec<Service>,
     /// Services and identities that were seen, in the order of appearance.
@@ -80,6 +82,7 @@ impl World {
             config.pool = vec![AddressRange { first: from_v4([10, 9, 0, 0]), count: 2 }];
         }
         config.frame_room = MAX_FRAME as u16;
+        config.spread_ns = if tags & 16 != 0 { 5 * MS } else { 0 };
         // So small that all are reached.
         config.limits = Limits {
             connections: if bit(3) { 2 } else { 8 },
@@ -109,6 +112,7 @@ impl World {
             engine,
             wire: Wire::with_room(64, MAX_FRAME),
             now,
+            file_time: 0,
             clients: vec![
                 client("10.0.0.1:40000", 0, u32::MAX - 100),
                 client("10.0.0.1:40001", 0, 1_000_000),
@@ -145,7 +149,7 @@ impl World {
                 let client = &self.clients[usize::from(who) % self.clients.len()];
                 self.engine.expect_turn(self.now, client.source, client.destination);
             }
-            _ => match who % 6 {
+            _ => match who % 9 {
                 0 => self.wire.full = !self.wire.full,
                 1 => {
                     self.engine.set_link(usize::from(a % 2), None);
@@ -161,6 +165,13 @@ impl World {
                     self.away.extend(self.wire.take_away(count));
                 }
                 4 => self.wire.give_back(std::mem::take(&mut self.away)),
+                5 => {
+                    // From here on packets come from a file, which is read at any speed.
+                    self.file_time = self.file_time.max(self.now) + u64::from(wide(a, b)) * MS;
+                    self.engine.set_capture_time(self.file_time);
+                }
+                6 => self.engine.end_of_capture(self.now, &mut self.wire),
+                7 => self.engine.set_sample(self.now, u64::from(a) << 24, &mut self.wire),
                 _ => {
                     if a == 0xff {
                         self.engine.stop(self.now, &mut self.wire);
