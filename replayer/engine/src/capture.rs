@@ -512,6 +512,9 @@ impl Engine {
             && (connection.phase == Phase::BetweenTurns
                 || (segment.seq == connection.next_seq && connection.ack_advances(segment.ack))
                 || self.starts_turn_where_left(c, segment));
+        if starts_turn {
+            self.connections.set_left(c, None);
+        }
         // With `-O`, connections that were open before are not in the table: one that is here was lost to a hole or a limit.
         if starts_turn && protocol::tls_record(Self::payload(out, in_hand)) {
             self.begin_encrypted(now_ns, c, out);
@@ -527,7 +530,6 @@ impl Engine {
             if !connection.timestamps {
                 connection.set_timestamps(options, now_ns);
             }
-            self.connections.set_left(c, None);
             self.counters[Counter::ConnectionsJoined] += 1;
             self.open_sessions(now_ns, c, segment.seq.wrapping_sub(1), true, out);
             return self.on_stream(now_ns, c, segment, segment.seq, in_hand, out);

@@ -18,7 +18,7 @@ use alloc::vec::Vec;
 /// Who holds more than this part of the store is known; fewer than so many can.
 const PART: usize = 64;
 /// So many of the places where holes are known are looked at for room, each time it is needed.
-const LOOK: u32 = 64;
+const LOOK: u32 = 16;
 
 /// Where room may be found.
 #[derive(Debug)]
