@@ -109,6 +109,59 @@ fn the_store_that_all_share_is_full() {
 }
 
 #[test]
+fn b028_whoever_fills_the_store_clients_that_hold_little_are_never_shed() {
+    for seed in 1..=30u64 {
+        let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut below = |bound: u32| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            (random % u64::from(bound)) as u32
+        };
+        let mut config = config();
+        config.limits.held_bytes = 1_280 * 256;
+        config.limits.held_bytes_per_connection = 640 * 256;
+        let mut lab = Lab::with(config);
+        // Clients whose target answers soon; then uploads to a target that does not.
+        let (clients, uploads) = (0..20, 20..24);
+        // Where each stream is, how far the target has acknowledged it, and what the client has read.
+        let mut streams = [(1u32, 1u32, 1u32); 24];
+        let port = |number: usize| 20_000 + number as u16;
+        for number in 0..streams.len() {
+            lab.client.port = port(number);
+            lab.handshake();
+        }
+        for _ in 0..1_500 {
+            let number = if below(3) == 0 { below(20) } else { 20 + below(4) } as usize;
+            lab.client.port = port(number);
+            let (next, acknowledged, read) = &mut streams[number];
+            let len = 1 + below(1400);
+            if below(4) == 0 {
+                lab.client(&format!("A {}+{len} ack {}", below(1 << 27) + (1 << 27), below(1 << 31)));
+            } else if uploads.contains(&number) {
+                // Of what is shed a part is joined again.
+                *read += below(2);
+                lab.client(&format!("A {next}+{len} ack {read}"));
+                *next += len;
+            } else if *next - *acknowledged > 2_000 {
+                lab.target(&format!("A {read} ack {next}"));
+                *acknowledged = *next;
+            } else {
+                let accepted = lab.count(Counter::BytesAccepted);
+                lab.client(&format!("A {next}+{len} ack {read}"));
+                assert_eq!(lab.count(Counter::BytesAccepted) - accepted, u64::from(len), "seed {seed}");
+                *next += len;
+            }
+            let resets = lab.wire.take_sent().into_iter().filter(|segment| segment.flags & flags::RST != 0);
+            let shed: Vec<_> = resets.map(|segment| segment.source.port).collect();
+            assert!(clients.clone().all(|number| !shed.contains(&port(number))), "seed {seed}: {shed:?}");
+        }
+        assert!(lab.count(Counter::SessionsLimit) > 0);
+        lab.stop();
+    }
+}
+
+#[test]
 fn b020_a_flood_of_syns_is_bounded_and_live_sessions_go_on() {
     let mut config = config();
     config.limits.connections = 100;
