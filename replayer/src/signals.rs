@@ -1,6 +1,6 @@
 //! SIGTERM, SIGINT and SIGHUP as something to wait for. The first two end a role cleanly, or, while it starts and there is nothing yet that would have
-//! to be cleaned up, at once. SIGHUP asks it to look at its files anew and goes on; but when the terminal that it was started from is gone, nobody is left to stop it, and SIGHUP ends it too. A role that was started by
-//! nohup(1), which has SIGHUP ignored, knows nothing of it.
+//! to be cleaned up, at once. SIGHUP asks it to look at its files anew, and it goes on; but when the terminal that it was started from is gone, nobody
+//! is left to stop it, and SIGHUP ends it too. A role that was started by nohup(1), which has SIGHUP ignored, knows nothing of it.
 
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};

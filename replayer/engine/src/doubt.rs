@@ -1,7 +1,8 @@
 //! Segments that anybody can send in the name of an open connection's client. A server takes an RST only at the very number that it expects next,
 //! no SYN at all, and data only within its window and with an acknowledgment that may be; it answers the rest by a challenge ACK, and the
 //! connection goes on (RFC 5961 sections 3 to 5). Here the server is not seen, nor most of what the client acknowledges, and captured packets may be
-//! missing. So what the client sends next decides. Nothing of that ends a session whose client goes on.
+//! missing. So what the client sends next decides. Nothing of that ends a session whose client goes on, but for a jump of one that was silent for five minutes,
+//! and for near guesses (docs/engine.md says what they cost).
 //!
 //! - **RST** at the next number: believed. Ahead of it, where the client may have sent what the capture has missed: the end behind a hole. When
 //!   nothing else comes, the sessions end as with any hole, and the connection is joined at its next turn; new bytes show that it was not the
