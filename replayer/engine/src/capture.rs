@@ -5,6 +5,7 @@ use crate::connection::{EarlyEnd, End, NewConnection, Origin, Phase, Place, Plai
 use crate::counters::{Counter, EndReason};
 use crate::doubt::NEAR;
 use crate::engine::{BATCH, Engine, ServiceState};
+use crate::fast_path::COPIES_AHEAD;
 use crate::gate::Ahead;
 use crate::output::{InHand, Output};
 use crate::protocol::{self, Opening};
@@ -13,7 +14,6 @@ use crate::session::{State, seq_before};
 use crate::slab::NONE;
 use crate::store::{self, Segment};
 use crate::timer::{Tick, before, tick};
-use crate::usual::COPIES_AHEAD;
 use alloc::vec::Vec;
 use replayer_common::addr::{Endpoint, from_v4};
 use replayer_common::hash::{pair_hash, pair_hash_v4};

@@ -5,26 +5,28 @@
 //!
 //! - [`config`]: what to replay, and the limits
 //! - [`output`]: what the engine needs from its surroundings
-//! - `engine`: the state, opening and ending sessions, timers
+//! - `engine`: the state, and what it tells of itself
+//! - `fast_path`: the packet that nearly all are, in one piece
 //! - `capture`: captured packets: order, turns, joining in the middle, holes
 //! - `doubt`: segments inside a connection that its client may not have sent
 //! - `connection`: a client connection as it was captured
 //! - `session`: a connection replayed to a target
+//! - `opening`, `ending`: connections and sessions come and go
+//! - `deadlines`: what the clock asks for
 //! - `gate`: the turn gate
 //! - `sender`: what a session sends, and sends again
 //! - `sack`: what a target has beyond its acknowledgment
 //! - `receiver`: what a target's segments do
 //! - [`counters`], [`histogram`]: where everything ends
 //! - `udp`: datagrams, which are sent on as they come
-//! - `usual`: the packet that nearly all are, in one piece
 //! - `identity`: source addresses and ports
-//! - `path`: the path's MTU where nobody tells it
+//! - `path_mtu`: the path's MTU where nobody tells it
 //! - `protocol`: what a stream's first bytes say of it
 //! - `store`: client data that is held
 //! - `room`: who makes way where there is no room for more of it
 //! - `timer`, [`table`], [`slab`]: mechanism
 //! - `wire`: writing segments
-//! - `check`: the invariants, in debug builds
+//! - `invariants`: what must hold of the state, checked in debug builds
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -33,18 +35,22 @@ extern crate alloc;
 extern crate std;
 
 mod capture;
-#[cfg(debug_assertions)]
-mod check;
 pub mod config;
 mod connection;
 pub mod counters;
+mod deadlines;
 mod doubt;
+mod ending;
 mod engine;
+mod fast_path;
 mod gate;
 pub mod histogram;
 mod identity;
+#[cfg(debug_assertions)]
+mod invariants;
+mod opening;
 pub mod output;
-mod path;
+mod path_mtu;
 mod protocol;
 mod receiver;
 mod room;
@@ -56,7 +62,6 @@ mod store;
 pub mod table;
 mod timer;
 mod udp;
-mod usual;
 mod wire;
 
 pub use config::QUARANTINE_SECONDS;
