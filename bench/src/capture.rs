@@ -9,8 +9,9 @@
 //!
 //! `span` takes from a NIC of its own, which serves nobody: a packet's whole delivery is what is said of it.
 //!
-//! Each way to capture stands beside none, beside an AF_PACKET socket and beside a raw IP socket, both with a filter in the kernel, and reads all that it was
-//! sent: the sender waits for the reader, outside of what is timed, so that nothing is cheap because it is thrown away.
+//! Each way to capture stands beside none, beside an AF_PACKET socket and beside a raw IP socket, both with a filter in the kernel, and
+//! reads all that it was sent: the sender waits for the reader, outside of what is timed, so that nothing is cheap because it is thrown
+//! away.
 
 use crate::Options;
 use crate::report::{Figure, Wanted};

@@ -1,8 +1,8 @@
 //! Memory for more sessions before they come: a thread that is no worker makes the next pages of a worker's tables ready.
 //!
-//! A huge page has to be cleared (0.3 ms), and a hypervisor may have to find it first (up to 8 ms). A worker that touches it first waits for that, and
-//! every request with it. So a worker says how far its tables are filled ([`Growth::look`]), and where one will soon need its next page, it is asked for
-//! here. What does not grow takes nothing.
+//! A huge page has to be cleared (0.3 ms), and a hypervisor may have to find it first (up to 8 ms). A worker that touches it first waits
+//! for that, and every request with it. So a worker says how far its tables are filled ([`Growth::look`]), and where one will soon need its
+//! next page, it is asked for here. What does not grow takes nothing.
 
 use crate::placement;
 use crate::privileges::{self, Keep};

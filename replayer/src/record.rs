@@ -1,8 +1,8 @@
 //! `replayer record`: writes what a live capture would replay to capture files, to be replayed later.
 //!
-//! The capture is the online role's ([`crate::capture`]): requests of clients to the services, whole packets, and nothing else. Files
-//! are pcapng with nanoseconds; one follows the other when it is large or old enough, and the oldest goes when there are too many. A file that is being
-//! written has `.part` at the end of its name, so that whoever takes files away takes whole ones.
+//! The capture is the online role's ([`crate::capture`]): requests of clients to the services, whole packets, and nothing else. Files are
+//! pcapng with nanoseconds; one follows the other when it is large or old enough, and the oldest goes when there are too many. A file that
+//! is being written has `.part` at the end of its name, so that whoever takes files away takes whole ones.
 
 use crate::afxdp::{Port, PortConfig, Received};
 use crate::capture::choice::{self, Facts};

@@ -628,13 +628,13 @@ fn set_queues(namespace: &Namespace, device: &str, count: u8) -> Result<()> {
 
 /// Lets a kernel thread of the switch, and not the sender, do what happens to a packet after the host's NIC.
 ///
-/// On veth the sender of a packet runs the whole receive path of the others within its own system call: bridge, IP and TCP of the target. On the
-/// online host that is charged to the process whose CPU time is measured, more than half of it, while on a NIC it is the work of other
-/// machines. So the switch's end of the cable receives by a thread of its own (threaded NAPI); veth uses NAPI only for packets of a
-/// device without TSO (`veth_skb_is_eligible_for_gro()` in drivers/net/veth.c). Between sender and thread lies a ring of 256 packets; like a NIC
-/// the device makes its sender wait instead of losing the packet, which veth does only where it has a queueing discipline
-/// (`veth_xmit()`, from Linux 6.17). Each such thread adds a wake-up to a packet's way, and an impaired cable ([`crate::servers::impair`]) is none for
-/// what it aggregates: other hosts and other labs do without.
+/// On veth the sender of a packet runs the whole receive path of the others within its own system call: bridge, IP and TCP of the target.
+/// On the online host that is charged to the process whose CPU time is measured, more than half of it, while on a NIC it is the work of
+/// other machines. So the switch's end of the cable receives by a thread of its own (threaded NAPI); veth uses NAPI only for packets of a
+/// device without TSO (`veth_skb_is_eligible_for_gro()` in drivers/net/veth.c). Between sender and thread lies a ring of 256 packets; like
+/// a NIC the device makes its sender wait instead of losing the packet, which veth does only where it has a queueing discipline
+/// (`veth_xmit()`, from Linux 6.17). Each such thread adds a wake-up to a packet's way, and an impaired cable ([`crate::servers::impair`])
+/// is none for what it aggregates: other hosts and other labs do without.
 fn deliver_by_own_thread(host: &Host, switch: &Namespace) -> Result<()> {
     run(host.namespace.command("ethtool").args(["-K", NIC, "tso", "off"]))?;
     run(host.namespace.command("tc").args(["qdisc", "add", "dev", NIC, "root", "pfifo", "limit", "1000"]))?;

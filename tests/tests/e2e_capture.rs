@@ -121,8 +121,8 @@ fn b041_span_copies_what_arrives_on_several_queues_by_native_and_by_generic_xdp(
         let (report, assistant) = replay.stop()?;
         assert_eq!(Way::Span.verdict(&report, "redirected")?, report.counter("packets_captured"));
         let sessions: Vec<u64> = report.workers.iter().map(|worker| worker.sessions_opened).collect();
-        // Which queue a connection is on is tossed by the switch, evenly, or with one of three sides for the second queue where its end of the cable has
-        // three: five standard deviations.
+        // Which queue a connection is on is tossed by the switch, evenly, or with one of three sides for the second queue where its end of
+        // the cable has three: five standard deviations.
         let least = match driver {
             Driver::NativeXdp => 25,
             Driver::GenericXdp => 9,

@@ -162,8 +162,8 @@ fn b034_a_silent_connection_answers_the_target_s_probes_and_stays_the_same() -> 
 }
 
 /// A twentieth of what goes to the target is lost, and the target remembers no SYN (SYN cookies): it knows of a connection only by the
-/// first segment after it, and resets those of which it sees another one first. A burst of connections before the losses begin: only after one does the
-/// replayer expect such a target.
+/// first segment after it, and resets those of which it sees another one first. A burst of connections before the losses begin: only after
+/// one does the replayer expect such a target.
 #[test]
 fn b031_segments_lost_on_the_way_to_a_target_with_syn_cookies() -> Result<()> {
     let lab = Lab::up(Plan { offloads: false, ..Plan::default() })?;

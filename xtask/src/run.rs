@@ -1,8 +1,8 @@
 //! `cargo xtask run --role ROLE [--config FILE] [-- ARGUMENTS]`: builds a role and runs it with the privileges that it needs.
 //!
-//! Without arguments, and without a file of them, the role runs on its host of the lab, which is brought up when it is not: for a first look at Replayer
-//! in a few terminals of one machine. An offline role that is given a file, but no assistant, replays it in the lab: what is in a file goes
-//! to a real network only when its assistant was named.
+//! Without arguments, and without a file of them, the role runs on its host of the lab, which is brought up when it is not: for a first
+//! look at Replayer in a few terminals of one machine. An offline role that is given a file, but no assistant, replays it in the lab: what
+//! is in a file goes to a real network only when its assistant was named.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};

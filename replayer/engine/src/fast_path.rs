@@ -1,5 +1,5 @@
-//! The fast path: what is usual, in one piece. Of captured packets: new data, the next in the order of a stream that is followed, not its first, with no
-//! hole open and nothing ended. Of the target's segments: an acknowledgment, and nothing else, of what was sent once.
+//! The fast path: what is usual, in one piece. Of captured packets: new data, the next in the order of a stream that is followed, not its
+//! first, with no hole open and nothing ended. Of the target's segments: an acknowledgment, and nothing else, of what was sent once.
 //!
 //! Nearly all are like that, so this is what a packet costs. It does for them in one piece what `capture.rs`, `sender.rs` and `receiver.rs`
 //! do step by step, with the same outcome; whatever is not usual, of the packet or of one of its sessions, is left to them. The test at the

@@ -25,8 +25,8 @@ pub struct Named<'a> {
     pub key: &'a str,
 }
 
-/// How long a former assistant is kept beside those that are named now: whoever moves the target's route has this time for it, and what the target sends
-/// by the old one meanwhile still counts.
+/// How long a former assistant is kept beside those that are named now: whoever moves the target's route has this time for it, and what the
+/// target sends by the old one meanwhile still counts.
 const KEEP_FORMER: Duration = Duration::from_secs(30);
 
 /// Whom the workers are connected to.

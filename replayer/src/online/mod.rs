@@ -42,9 +42,9 @@ pub use args::OnlineArgs;
 
 use ramp::Ramp;
 
-/// After so long connections that were in the middle of a request are looked at once more: the kernel's times of their sockets have moved on
-/// by a tick (4 ms at 250 Hz). Also how long a look may take to be worth another one, for captured packets wait meanwhile; and how long a packet may be on
-/// its way through the programs.
+/// After so long connections that were in the middle of a request are looked at once more: the kernel's times of their sockets have moved
+/// on by a tick (4 ms at 250 Hz). Also how long a look may take to be worth another one, for captured packets wait meanwhile; and how long
+/// a packet may be on its way through the programs.
 const MOMENT: Duration = Duration::from_millis(5);
 
 /// Keys of `--config` that a running role takes over.

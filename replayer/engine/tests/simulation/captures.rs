@@ -1,6 +1,6 @@
-//! Traffic of real clients, out of the project's capture files and those of `../shared/pcaps` where that is there: each goes through the engine as it is,
-//! and over lossy paths.
-//! What must arrive is put together from the file by the code here and in `streams`, with another parser than the engine's.
+//! Traffic of real clients, out of the project's capture files and those of `../shared/pcaps` where that is there: each goes through the
+//! engine as it is, and over lossy paths. What must arrive is put together from the file by the code here and in `streams`, with another
+//! parser than the engine's.
 
 use crate::for_seeds;
 use crate::network::Path;
