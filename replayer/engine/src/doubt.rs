@@ -16,7 +16,6 @@
 //! A genuine SYN that the server did not take, for it still has an older connection, does no harm either: the client answers the challenge ACK
 //! by an RST at the very number, and sends its SYN again.
 
-use crate::capture::{FREE_STEPS, MOST_STEPS};
 use crate::config::timing;
 use crate::connection::{EarlyEnd, End, Left, NewConnection, Phase, Place, Syn, acknowledges_more};
 use crate::counters::Counter;
@@ -24,6 +23,7 @@ use crate::engine::Engine;
 use crate::output::Output;
 use crate::session::seq_before;
 use crate::slab::NONE;
+use crate::stream::{FREE_STEPS, MOST_STEPS};
 use crate::timer::tick;
 use replayer_common::addr::Endpoint;
 use replayer_common::packet::{TcpSegment, flags};

@@ -7,7 +7,8 @@
 //! - [`output`]: what the engine needs from its surroundings
 //! - `engine`: the state, and what it tells of itself
 //! - `fast_path`: the packet that nearly all are, in one piece
-//! - `capture`: captured packets: order, turns, joining in the middle, holes
+//! - `capture`: captured packets: whose they are; joining in the middle
+//! - `stream`: a client's stream: order, turns, holes
 //! - `doubt`: segments inside a connection that its client may not have sent
 //! - `connection`: a client connection as it was captured
 //! - `session`: a connection replayed to a target
@@ -59,6 +60,7 @@ mod sender;
 mod session;
 pub mod slab;
 mod store;
+mod stream;
 pub mod table;
 mod timer;
 mod udp;
