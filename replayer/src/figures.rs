@@ -230,7 +230,8 @@ impl Figures {
         if c[Counter::BytesAccepted] + c[Counter::PacketsDatagrams] > 0 && sent == 0 {
             bail!("the target took nothing: {}", self.reasons());
         }
-        let absent: Vec<String> = self.services.iter().filter_map(ServiceFigures::absence).collect();
+        let absence = |service: &ServiceFigures| service.absence(excused);
+        let absent: Vec<String> = self.services.iter().filter_map(absence).collect();
         if !absent.is_empty() {
             bail!("nothing was replayed to {}", absent.join(", nor to "));
         }
@@ -406,8 +407,8 @@ impl Serialize for ServiceFigures {
 
 impl ServiceFigures {
     /// The target, and why nothing came to it in the whole run, where something was to come. A client that left at once says nothing of a target
-    /// that answers others.
-    fn absence(&self) -> Option<String> {
+    /// that answers others; nor do `excused` sessions, which may have been closed before it could answer.
+    fn absence(&self, excused: u64) -> Option<String> {
         let c = &self.counters;
         let target = self.service.service.target;
         if self.service.protocol == Protocol::Udp {
@@ -415,7 +416,7 @@ impl ServiceFigures {
             return absent.then(|| format!("{target} (UDP: no route or next hop)"));
         }
         let missed = c.sessions_refused + c.sessions_unanswered + c.packets_no_link;
-        let silent = c.sessions_opened > 0 && c.heard == 0;
+        let silent = c.sessions_opened > excused && c.heard == 0;
         (c.sessions_established == 0 && (missed > 0 || silent)).then(|| {
             let counts = [
                 (c.sessions_refused, "refused"),
@@ -491,6 +492,13 @@ mod tests {
         assert!(told.starts_with("the target took nothing: 1 datagrams_no_link"), "{told}");
         assert_eq!(run(&[&datagram[..], &[C::DatagramsSent]].concat(), 0), "");
         assert_eq!(run(&[], 0), "");
+        // A session that turned out to be TLS before the target had answered.
+        let mut encrypted = Figures::of(&services[..1]);
+        for counter in [C::SessionsWanted, C::SessionsOpened, C::SessionsTls] {
+            encrypted.counters[counter] = 1;
+        }
+        encrypted.services[0].counters.sessions_opened = 1;
+        encrypted.ensure_done().unwrap();
         // One of several: `what` happens at a second target of TCP.
         let other = |what: fn(&mut ServiceCounters)| {
             let mut figures = Figures::of(
