@@ -43,7 +43,14 @@ impl Room {
     /// Whether a connection that holds so many places may have more, without becoming heavy by that.
     #[inline(always)]
     pub(crate) fn has(&self, held: u32, more: u32) -> bool {
-        held + more <= self.much || held > self.much && held + more <= self.most
+        held + more <= self.much || self.has_for_heavy(held, more)
+    }
+
+    /// The same of one that is heavy: seldom, and then other things take longer.
+    #[cold]
+    #[inline(never)]
+    fn has_for_heavy(&self, held: u32, more: u32) -> bool {
+        held > self.much && held + more <= self.most
     }
 }
 
