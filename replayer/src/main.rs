@@ -24,13 +24,11 @@ fn main() -> ExitCode {
     say::begin(cli.role.name(), cli.log_format);
     configuration.say_who_reads_the_key();
     let result = run(cli.role, configuration);
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            say::fatal(&error);
-            ExitCode::FAILURE
-        }
+    if let Err(error) = &result {
+        say::fatal(error);
     }
+    say::finish();
+    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn run(role: Role, configuration: Configuration) -> anyhow::Result<()> {

@@ -1,7 +1,7 @@
 //! What a role writes of itself: its report, with the accounts, and lines of figures.
 
 use crate::privileges;
-use crate::say::{caution, say};
+use crate::say::{self, caution, say};
 use anyhow::{Result, bail};
 use replayer_engine::histogram::Histogram;
 use serde::Serialize;
@@ -76,9 +76,7 @@ fn unwritable(path: &Path, error: io::Error) -> anyhow::Error {
 /// # Errors
 /// None that is known.
 pub fn print(line: &impl Serialize) -> Result<()> {
-    use std::io::Write as _;
-    let line = serde_json::to_string(line)?;
-    let _ = writeln!(std::io::stdout(), "{line}");
+    say::figures(&serde_json::to_string(line)?);
     Ok(())
 }
 

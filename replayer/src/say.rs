@@ -1,10 +1,12 @@
-//! What roles say to people, on standard error, as text or as JSON. Whoever reads it may be gone, which ends no replay: `eprintln!` would panic.
+//! What roles say to people, on standard error, as text or as JSON. Whoever reads it may be gone, which ends no replay: `eprintln!` would panic. Or
+//! stand still, as a pager does: a thread of its own writes, nobody waits for it, and what it has no room for is counted.
 //!
 //! - `say!`, `caution!`: a message; as text it begins with the role
 //! - `plain!`: one that as text stands for itself: a line of figures, a report
 //! - `show!`: what a terminal shows for a moment; a log has nothing of it
 //! - the macros of the crate `log`: what happens to connections and threads
 
+use crate::privileges::{self, Keep};
 use clap::ValueEnum;
 use jiff::Timestamp;
 use log::Level;
@@ -13,6 +15,9 @@ use serde_json::{Map, Value};
 use std::fmt;
 use std::io::{IsTerminal, Write};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
 
 /// How messages look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -26,6 +31,29 @@ pub enum LogFormat {
 
 /// Set once, before anything is said.
 static SPEAKER: OnceLock<Speaker> = OnceLock::new();
+/// Set with it: one for messages, one for figures, so that neither waits for the other's reader.
+static QUEUES: [OnceLock<SyncSender<Outgoing>>; 2] = [const { OnceLock::new() }; 2];
+/// What they had no room for.
+static LEFT_OUT: AtomicU64 = AtomicU64::new(0);
+
+/// Texts that wait to be written to each, at most: minutes of those that are said every second, and any report.
+const WAITING: usize = 1024;
+/// How long the end of a role waits for its last words to be written.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Where something is written; the number of its queue.
+#[derive(Clone, Copy)]
+enum To {
+    StandardError = 0,
+    StandardOutput = 1,
+}
+
+/// What is in a queue.
+enum Outgoing {
+    Text(String),
+    /// To be answered when all before was written.
+    Mark(SyncSender<()>),
+}
 
 struct Speaker {
     format: LogFormat,
@@ -42,7 +70,18 @@ fn speaker() -> &'static Speaker {
 /// Says who speaks from now on, and how. Of the crate `log`, `RUST_LOG=debug` shows more, `RUST_LOG=error` less.
 pub fn begin(role: &'static str, format: LogFormat) {
     let _ = SPEAKER.set(Speaker { format, role });
+    for to in [To::StandardError, To::StandardOutput] {
+        let (queue, outgoing) = sync_channel(WAITING);
+        let writer = std::thread::Builder::new().name("messages".into()).spawn(move || {
+            privileges::drop_all_but(Keep::Nothing);
+            write_all(to, &outgoing);
+        });
+        if writer.is_ok() {
+            let _ = QUEUES[to as usize].set(queue);
+        }
+    }
     let mut builder = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"));
+    builder.target(env_logger::Target::Pipe(Box::new(Log)));
     if format == LogFormat::Json {
         builder.format(|out, record| {
             out.write_all(json(record.level(), record.args().to_string(), Map::new()).as_bytes())
@@ -53,6 +92,77 @@ pub fn begin(role: &'static str, format: LogFormat) {
         }));
     }
     builder.format_target(false).init();
+}
+
+/// What `log` writes, a line at a time.
+struct Log;
+
+impl Write for Log {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        write(&String::from_utf8_lossy(line));
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Writes what comes by a queue, as fast as it is read.
+fn write_all(to: To, outgoing: &Receiver<Outgoing>) {
+    for next in outgoing {
+        // Whoever reads it may be gone.
+        let _ = match (next, to) {
+            (Outgoing::Text(text), To::StandardError) => std::io::stderr().write_all(text.as_bytes()),
+            (Outgoing::Text(text), To::StandardOutput) => std::io::stdout().write_all(text.as_bytes()),
+            (Outgoing::Mark(seen), _) => seen.send(()).map_err(std::io::Error::other),
+        };
+        let left_out = LEFT_OUT.swap(0, Ordering::Relaxed);
+        if left_out > 0 {
+            let text = format_args!(
+                "{left_out} messages or lines of figures were left out: they were not read in time"
+            );
+            message(Level::Warn, Prefix::Role, Value::Null, text);
+        }
+    }
+}
+
+/// False when there was no room.
+fn send(to: To, outgoing: Outgoing) -> bool {
+    match QUEUES[to as usize].get() {
+        Some(queue) => queue.try_send(outgoing).is_ok(),
+        // Before a role has begun, and in tests of the library.
+        None => {
+            let (queue, only) = sync_channel(1);
+            let sent = queue.try_send(outgoing).is_ok();
+            drop(queue);
+            write_all(to, &only);
+            sent
+        }
+    }
+}
+
+fn send_text(to: To, text: String) {
+    if !send(to, Outgoing::Text(text)) {
+        LEFT_OUT.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Waits until all that was said is written, or for [`LAST_WORDS`].
+pub fn finish() {
+    let until = Instant::now() + LAST_WORDS;
+    for to in [To::StandardError, To::StandardOutput] {
+        let (seen, written) = sync_channel(1);
+        while !send(to, Outgoing::Mark(seen.clone())) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let _ = written.recv_timeout(until.saturating_duration_since(Instant::now()));
+    }
+}
+
+/// A line of figures for programs, to standard output.
+pub(crate) fn figures(line: &str) {
+    send_text(To::StandardOutput, format!("{line}\n"));
 }
 
 /// The error that a role ends with.
@@ -124,7 +234,7 @@ fn json(level: Level, message: String, fields: Map<String, Value>) -> String {
 
 /// To standard error, whether somebody reads it or not.
 pub(crate) fn write(text: &str) {
-    let _ = std::io::stderr().write_all(text.as_bytes());
+    send_text(To::StandardError, text.to_owned());
 }
 
 /// A message.

@@ -3,11 +3,11 @@
 //!
 //! Root only; each test has a lab of its own.
 
-use std::fs::Permissions;
-use std::io::{BufRead, BufReader, Write};
+use std::fs::{OpenOptions, Permissions};
+use std::io::{BufRead, BufReader, PipeReader, Write};
 use std::net::TcpStream;
-use std::os::unix::fs::PermissionsExt;
-use std::process::Stdio;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -311,13 +311,21 @@ fn b067_roles_run_with_named_capabilities_and_keep_hardly_any() -> Result<()> {
         let to = format!("record -i {NIC} --capture {way} -x {STREAM} -w {}/recorded", dir.display());
         let mut recorder = start(lab.online(), "record", &to)?;
 
-        assert_eq!(capabilities(assistant.pid())?, [("replayer".to_owned(), 0)]);
-        let mut threads = capabilities(online.pid())?;
-        threads.sort();
         let main = if runner == nobody { net_admin } else { net_admin | dac_override };
-        let expected = [("memory", 0), ("network", net_admin), ("replayer", main), ("worker 0", 0)];
-        assert_eq!(threads, expected.map(|(name, bits)| (name.to_owned(), bits)), "by {way}");
-        assert_eq!(capabilities(recorder.pid())?, [("replayer".to_owned(), main)], "by {way}");
+        let of_online = [("memory", 0), ("network", net_admin), ("replayer", main), ("worker 0", 0)];
+        for (role, own) in [
+            (&assistant, &[("replayer", 0)][..]),
+            (&online, &of_online[..]),
+            (&recorder, &[("replayer", main)][..]),
+        ] {
+            // In each, two that write what it says.
+            let mut expected = [&[("messages", 0); 2], own].concat();
+            let mut threads = capabilities(role.pid())?;
+            threads.sort();
+            expected.sort();
+            let expected: Vec<_> = expected.into_iter().map(|(name, bits)| (name.to_owned(), bits)).collect();
+            assert_eq!(threads, expected, "{} by {way}", role.name());
+        }
 
         std::thread::sleep(Duration::from_millis(1500)); // The ramp's end.
         let load = format!("--connect {}:{STREAM} --connections 10 --requests 100", lab.online().v4());
@@ -376,6 +384,84 @@ fn b063_a_role_goes_on_when_nobody_reads_what_it_says_or_its_terminal_is_gone() 
     ended?;
     ensure!(status.success(), "{status}");
     ensure!(std::fs::read_to_string(&report)?.contains("\"turns_sent\""), "no report");
+    Ok(())
+}
+
+/// A role whose output goes into a pipe that nobody empties any more, as that of a log service that stands still.
+struct Unheard {
+    child: Child,
+    _pipe: PipeReader,
+}
+
+impl Drop for Unheard {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Unheard {
+    /// From `ready` on it is not heard.
+    fn start(mut command: Command, ready: &str) -> Result<Self> {
+        let (reader, writer) = std::io::pipe()?;
+        command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
+        let this = Self { child: command.spawn()?, _pipe: reader.try_clone()? };
+        // With it go this process's ends, so that the role's end is an end here too.
+        drop(command);
+        let mut said = BufReader::new(reader).lines().map_while(Result::ok);
+        ensure!(said.any(|line| line.contains(ready)), "it has ended before it was ready");
+        // Opened anew: how the role writes is not changed.
+        let pipe = format!("/proc/{}/fd/2", this.child.id());
+        let mut pipe = OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(pipe)?;
+        for piece in [4096, 1] {
+            while pipe.write(&vec![b' '; piece]).is_ok() {}
+        }
+        Ok(this)
+    }
+
+    fn stop(mut self) -> Result<()> {
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM)?;
+        wait_for("the end", Duration::from_secs(5), || !matches!(self.child.try_wait(), Ok(None)))?;
+        let status = self.child.wait()?;
+        ensure!(status.success(), "{status}");
+        Ok(())
+    }
+}
+
+#[test]
+fn b040_b063_a_reader_that_stands_still_keeps_no_role_from_working_or_stopping() -> Result<()> {
+    let lab = Lab::up(Plan::default())?;
+    let mut streams = StreamPair::start(&lab, STREAM)?;
+    let mut command = lab.assistant().command(tool("replayer")?);
+    // It says whose responses it takes before it takes them.
+    command.args(["assistant", "-i", NIC, "--stats", "1"]);
+    let assistant = Unheard::start(command, "assistant ready")?;
+    let (report, service) = (lab.dir().join("unheard.json"), service(STREAM, lab.target().v4(), STREAM));
+    let mut command = lab.online().command(tool("replayer")?);
+    command.args([
+        "online",
+        "-x",
+        &service,
+        "-s",
+        &lab.assistant().v4().to_string(),
+        "-i",
+        NIC,
+        "--stats",
+        "1",
+    ]);
+    command.args(["--stats-format", "json", "--report"]).arg(&report);
+    let online = Unheard::start(command, "online ready")?;
+    let load = format!("--connect {}:{STREAM} --rate 50 --seconds 4", lab.online().v4());
+    let summary = Load::run(&lab, "load", &load)?;
+    assert!(summary.errors == 0 && summary.responses > 100, "{summary:?}");
+    streams.ensure_equal(summary.responses as usize)?;
+    kill(Pid::from_raw(online.child.id() as i32), Signal::SIGHUP)?;
+    let written = || std::fs::read_to_string(&report).is_ok_and(|text| text.contains("\"running\": true"));
+    wait_for("a report", Duration::from_secs(5), written)?;
+    online.stop()?;
+    assistant.stop()?;
+    let report: Report = serde_json::from_slice(&std::fs::read(&report)?)?;
+    assert_eq!(report.counter("turns_sent"), summary.requests);
     Ok(())
 }
 
