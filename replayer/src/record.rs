@@ -243,9 +243,6 @@ fn record(
         {
             return Ok(());
         }
-        if count >= BATCH {
-            continue;
-        }
         match signals.take() {
             Some(Asked::Stop) => return Ok(()),
             Some(Asked::Reload) => {
@@ -255,6 +252,9 @@ fn record(
                 say!("SIGHUP: {} files are complete", files.made);
             }
             None => {}
+        }
+        if count >= BATCH {
+            continue;
         }
         let now = Instant::now();
         if count > 0 {

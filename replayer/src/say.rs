@@ -167,10 +167,25 @@ pub(crate) fn figures(line: &str) {
 
 /// The error that a role ends with.
 pub fn fatal(error: &anyhow::Error) {
+    let text = told(error);
     match speaker().format {
-        LogFormat::Text => write(&format!("replayer: {error:#}\n")),
-        LogFormat::Json => write(&json(Level::Error, format!("{error:#}"), Map::new())),
+        LogFormat::Text => write(&format!("replayer: {text}\n")),
+        LogFormat::Json => write(&json(Level::Error, text, Map::new())),
     }
+}
+
+/// An error with its causes, each once: some errors say theirs themselves, in front of the remedy.
+pub(crate) fn told(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text += ": ";
+            text += &cause;
+        }
+    }
+    text
 }
 
 /// That the role does from now on what it is for.
@@ -266,3 +281,18 @@ macro_rules! show {
 }
 
 pub(crate) use {caution, plain, say, show};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::anyhow;
+
+    #[test]
+    fn b009_a_cause_is_told_once() {
+        let error = anyhow!("the disk is full")
+            .context("cannot write: the disk is full; make room")
+            .context("no report");
+        assert_eq!(told(&error), "no report: cannot write: the disk is full; make room");
+        assert_eq!(told(&anyhow!("x").context("y")), "y: x");
+    }
+}

@@ -147,11 +147,6 @@ impl Online {
                 Some(Asked::Reload) => self.reload.ask(),
                 None => {}
             }
-            if self.reload.is_due()
-                && let Err(error) = self.begin_reload(args, signals)
-            {
-                configuration::say_not_taken_over(&error);
-            }
             if let Some(outcome) = self.reload.outcome() {
                 let asked = args.replay.stats;
                 if let Err(error) = outcome.and_then(|reloaded| self.take_over(args, reloaded)) {
@@ -168,6 +163,11 @@ impl Online {
                     next_line = Instant::now() + interval;
                     before = figures;
                 }
+            }
+            if self.reload.is_due()
+                && let Err(error) = self.begin_reload(args, signals)
+            {
+                configuration::say_not_taken_over(&error);
             }
             self.take_step()?;
             if Instant::now() < next_look {
