@@ -21,14 +21,15 @@ fn main() -> ExitCode {
             }
         },
     };
-    say::begin(cli.role.name(), cli.log_format);
+    let _last_words = say::begin(cli.role.name(), cli.log_format);
     configuration.say_who_reads_the_key();
-    let result = run(cli.role, configuration);
-    if let Err(error) = &result {
-        say::fatal(error);
+    match run(cli.role, configuration) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say::fatal(&error);
+            ExitCode::FAILURE
+        }
     }
-    say::finish();
-    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn run(role: Role, configuration: Configuration) -> anyhow::Result<()> {

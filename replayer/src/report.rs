@@ -1,7 +1,7 @@
 //! What a role writes of itself: its report, with the accounts, and lines of figures.
 
 use crate::privileges;
-use crate::say::{self, caution, say};
+use crate::say::{self, caution, say, told};
 use anyhow::{Result, bail};
 use replayer_engine::histogram::Histogram;
 use serde::Serialize;
@@ -55,7 +55,7 @@ pub(crate) fn write_interim(path: Option<&Path>, report: &impl Serialize) {
     };
     match write_as(path, &Written { report, accounting: &[], running: true }) {
         Ok(()) => say!("SIGHUP: the report until now is in {}", path.display()),
-        Err(error) => caution!("{error:#}"),
+        Err(error) => caution!("{}", told(&error)),
     }
 }
 

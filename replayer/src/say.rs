@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use log::Level;
 use serde::Serialize;
 use serde_json::{Map, Value};
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fmt;
 use std::io::{IsTerminal, Write};
 use std::sync::OnceLock;
@@ -39,7 +40,7 @@ static LEFT_OUT: AtomicU64 = AtomicU64::new(0);
 /// Texts that wait to be written to each, at most: minutes of those that are said every second, and any report.
 const WAITING: usize = 1024;
 /// How long the end of a role waits for its last words to be written.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(1);
 
 /// Where something is written; the number of its queue.
 #[derive(Clone, Copy)]
@@ -68,13 +69,13 @@ fn speaker() -> &'static Speaker {
 }
 
 /// Says who speaks from now on, and how. Of the crate `log`, `RUST_LOG=debug` shows more, `RUST_LOG=error` less.
-pub fn begin(role: &'static str, format: LogFormat) {
+pub fn begin(role: &'static str, format: LogFormat) -> LastWords {
     let _ = SPEAKER.set(Speaker { format, role });
     for to in [To::StandardError, To::StandardOutput] {
         let (queue, outgoing) = sync_channel(WAITING);
         let writer = std::thread::Builder::new().name("messages".into()).spawn(move || {
             privileges::drop_all_but(Keep::Nothing);
-            write_all(to, &outgoing);
+            serve(to, &outgoing);
         });
         if writer.is_ok() {
             let _ = QUEUES[to as usize].set(queue);
@@ -86,12 +87,22 @@ pub fn begin(role: &'static str, format: LogFormat) {
         builder.format(|out, record| {
             out.write_all(json(record.level(), record.args().to_string(), Map::new()).as_bytes())
         });
-        // What a thread dies of is a line of the log like any other.
-        std::panic::set_hook(Box::new(|panic| {
-            write(&json(Level::Error, panic.to_string(), Map::new()));
-        }));
     }
+    // What a thread dies of is a line of the log like any other, and waits for nobody either.
+    std::panic::set_hook(Box::new(|panic| match speaker().format {
+        LogFormat::Json => write(&json(Level::Error, panic.to_string(), Map::new())),
+        LogFormat::Text => {
+            let (thread, backtrace) = (std::thread::current(), Backtrace::capture());
+            let trace = if backtrace.status() == BacktraceStatus::Captured {
+                backtrace.to_string()
+            } else {
+                String::new()
+            };
+            write(&format!("thread '{}' {panic}\n{trace}", thread.name().unwrap_or_default()));
+        }
+    }));
     builder.format_target(false).init();
+    LastWords
 }
 
 /// What `log` writes, a line at a time.
@@ -109,20 +120,30 @@ impl Write for Log {
 }
 
 /// Writes what comes by a queue, as fast as it is read.
-fn write_all(to: To, outgoing: &Receiver<Outgoing>) {
+fn serve(to: To, outgoing: &Receiver<Outgoing>) {
+    match to {
+        To::StandardError => write_all(std::io::stderr(), Some(&LEFT_OUT), outgoing),
+        To::StandardOutput => write_all(std::io::stdout(), None, outgoing),
+    }
+}
+
+/// `left_out`: so many that had no room are to be told of.
+fn write_all(mut out: impl Write, left_out: Option<&AtomicU64>, outgoing: &Receiver<Outgoing>) {
     for next in outgoing {
         // Whoever reads it may be gone.
-        let _ = match (next, to) {
-            (Outgoing::Text(text), To::StandardError) => std::io::stderr().write_all(text.as_bytes()),
-            (Outgoing::Text(text), To::StandardOutput) => std::io::stdout().write_all(text.as_bytes()),
-            (Outgoing::Mark(seen), _) => seen.send(()).map_err(std::io::Error::other),
-        };
-        let left_out = LEFT_OUT.swap(0, Ordering::Relaxed);
+        if let Outgoing::Text(text) = &next {
+            let _ = out.write_all(text.as_bytes());
+        }
+        // In front of a mark: it may be the last that is said.
+        let left_out = left_out.map_or(0, |count| count.swap(0, Ordering::Relaxed));
         if left_out > 0 {
             let text = format_args!(
                 "{left_out} messages or lines of figures were left out: they were not read in time"
             );
-            message(Level::Warn, Prefix::Role, Value::Null, text);
+            let _ = out.write_all(text_of(Level::Warn, Prefix::Role, Value::Null, text).as_bytes());
+        }
+        if let Outgoing::Mark(seen) = next {
+            let _ = seen.send(());
         }
     }
 }
@@ -136,7 +157,7 @@ fn send(to: To, outgoing: Outgoing) -> bool {
             let (queue, only) = sync_channel(1);
             let sent = queue.try_send(outgoing).is_ok();
             drop(queue);
-            write_all(to, &only);
+            serve(to, &only);
             sent
         }
     }
@@ -148,9 +169,20 @@ fn send_text(to: To, text: String) {
     }
 }
 
-/// Waits until all that was said is written, or for [`LAST_WORDS`].
+/// Waits, when it is dropped, until all that was said is written: also where the process ends by a panic.
+#[derive(Debug)]
+#[must_use]
+pub struct LastWords;
+
+impl Drop for LastWords {
+    fn drop(&mut self) {
+        finish();
+    }
+}
+
+/// Waits until all that was said is written, or for [`LAST_WORDS_LIMIT`].
 pub fn finish() {
-    let until = Instant::now() + LAST_WORDS;
+    let until = Instant::now() + LAST_WORDS_LIMIT;
     for to in [To::StandardError, To::StandardOutput] {
         let (seen, written) = sync_channel(1);
         while !send(to, Outgoing::Mark(seen.clone())) && Instant::now() < until {
@@ -210,18 +242,20 @@ pub(crate) enum Prefix {
 
 /// Says something; `fields`, an object, are for programs.
 pub(crate) fn message(level: Level, prefix: Prefix, fields: Value, message: fmt::Arguments<'_>) {
+    write(&text_of(level, prefix, fields, message));
+}
+
+fn text_of(level: Level, prefix: Prefix, fields: Value, message: fmt::Arguments<'_>) -> String {
     let Speaker { format, role } = speaker();
     match (format, prefix) {
         (LogFormat::Json, _) => {
-            let Value::Object(fields) = fields else {
-                return write(&json(level, message.to_string(), Map::new()));
-            };
-            write(&json(level, message.to_string(), fields));
+            let fields = if let Value::Object(fields) = fields { fields } else { Map::new() };
+            json(level, message.to_string(), fields)
         }
-        (LogFormat::Text, Prefix::Nothing) => write(&format!("{message}\n")),
+        (LogFormat::Text, Prefix::Nothing) => format!("{message}\n"),
         (LogFormat::Text, Prefix::Role) => {
             let warning = if level == Level::Warn { "warning: " } else { "" };
-            write(&format!("{role}: {warning}{message}\n"));
+            format!("{role}: {warning}{message}\n")
         }
     }
 }
@@ -286,6 +320,23 @@ pub(crate) use {caution, plain, say, show};
 mod tests {
     use super::*;
     use anyhow::anyhow;
+
+    #[test]
+    fn what_was_left_out_is_told_where_messages_are_before_the_last_word() {
+        let (left_out, mut figures, mut messages) = (AtomicU64::new(7), Vec::new(), Vec::new());
+        for (out, counted) in [(&mut figures, None), (&mut messages, Some(&left_out))] {
+            let (queue, outgoing) = sync_channel(2);
+            let (seen, _written) = sync_channel(1);
+            queue.send(Outgoing::Text("said\n".into())).unwrap();
+            queue.send(Outgoing::Mark(seen)).unwrap();
+            drop(queue);
+            write_all(out, counted, &outgoing);
+        }
+        assert_eq!(figures, b"said\n");
+        let messages = String::from_utf8(messages).unwrap();
+        assert!(messages.starts_with("said\nreplayer: warning: 7 messages or lines"), "{messages}");
+        assert_eq!(left_out.into_inner(), 0);
+    }
 
     #[test]
     fn b009_a_cause_is_told_once() {

@@ -3,6 +3,7 @@
 use crate::timer::{Tick, ticks};
 use alloc::{collections::VecDeque, vec::Vec};
 use replayer_common::addr::{Endpoint, Ip};
+use replayer_common::packet::Protocol;
 
 /// The lowest port of an identity that is not the client's own.
 const FIRST_PORT: u16 = 1024;
@@ -141,8 +142,8 @@ impl Copies {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ports {
     next: u32,
-    /// Of what address none was free towards what target, and when.
-    none: Option<(Ip, Endpoint, Tick)>,
+    /// Of what address none was free towards what target, by what protocol, and when.
+    none: Option<(Ip, Endpoint, Protocol, Tick)>,
 }
 
 /// For so long, a millisecond, no other port of that address is looked for: where all are taken, each missing copy would look at hundreds at every
@@ -155,13 +156,14 @@ impl Ports {
     }
 
     /// Whether it was found a moment ago that the address has none free.
-    pub(crate) fn has_none(&self, ip: &Ip, target: &Endpoint, now: Tick) -> bool {
-        self.none
-            .is_some_and(|(of, to, since)| of == *ip && to == *target && now.wrapping_sub(since) < NONE_FOR)
+    pub(crate) fn has_none(&self, ip: &Ip, target: &Endpoint, protocol: Protocol, now: Tick) -> bool {
+        self.none.is_some_and(|(of, to, by, since)| {
+            (of, to, by) == (*ip, *target, protocol) && now.wrapping_sub(since) < NONE_FOR
+        })
     }
 
-    pub(crate) fn set_none(&mut self, ip: Ip, target: Endpoint, now: Tick) {
-        self.none = Some((ip, target, now));
+    pub(crate) fn set_none(&mut self, ip: Ip, target: Endpoint, protocol: Protocol, now: Tick) {
+        self.none = Some((ip, target, protocol, now));
     }
 
     pub(crate) fn candidate(&mut self) -> u16 {
@@ -179,7 +181,6 @@ mod tests {
     use crate::gate::Turns;
     use crate::session::Session;
     use replayer_common::addr::from_v4;
-    use replayer_common::packet::Protocol;
     use std::collections::HashSet;
     use std::vec;
 
@@ -250,5 +251,7 @@ mod tests {
         assert_eq!(look(end([192, 0, 2, 2], 1), 1), (true, true));
         assert_eq!(look(client, NONE_FOR), (false, false));
         assert_eq!(look(client, NONE_FOR + 1), (false, true), "some may be free again");
+        let by_udp = engine.choose_identity(NONE_FOR + 1, client, &target, 1, Protocol::Udp);
+        assert!(by_udp.is_some(), "those of TCP are others");
     }
 }

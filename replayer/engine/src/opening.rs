@@ -184,7 +184,7 @@ impl Engine {
         if copy == 0 && !self.in_use(protocol, &client, target) {
             return Some(client);
         }
-        if self.ports.has_none(&client.ip, target, now) {
+        if self.ports.has_none(&client.ip, target, protocol, now) {
             return None;
         }
         // Another port of the client's own address, of those that capture gives to this worker: another worker's client may have one
@@ -197,7 +197,7 @@ impl Engine {
                 return Some(candidate);
             }
         }
-        self.ports.set_none(client.ip, *target, now);
+        self.ports.set_none(client.ip, *target, protocol, now);
         None
     }
 

@@ -7,7 +7,7 @@ use super::pin::{Left, Pin};
 use crate::afxdp::{BATCH, Endpoint as Queue, Port, PortConfig, PortError, Received, SocketStatistics};
 use crate::bpf::{Attachment, Counts, Program, Programs, Services, before_xdp};
 use crate::net::Network;
-use crate::say::{caution, say};
+use crate::say::{caution, say, told};
 use anyhow::{Result, anyhow, bail};
 use replayer_common::addr::{Endpoint, Ip};
 use replayer_common::counters::ResponsesVerdict;
@@ -137,7 +137,7 @@ impl BlackHole {
                 pin.path().display()
             ),
             Err(error) if keep => return Err(error),
-            Err(error) => caution!("{error:#}"),
+            Err(error) => caution!("{}", told(&error)),
         }
         Ok(())
     }

@@ -33,7 +33,7 @@ use crate::metrics::{self, Metrics};
 use crate::moderation::{Moderation, Next};
 use crate::privileges::{self, Keep};
 use crate::report::Identity;
-use crate::say::{self, caution, plain, say};
+use crate::say::{self, caution, plain, say, told};
 use crate::signals::{Asked, Signals};
 use anyhow::{Context, Result, anyhow, bail};
 use blackhole::BlackHole;
@@ -193,7 +193,7 @@ pub fn run(mut args: AssistantArgs, configuration: Configuration) -> Result<()> 
 /// What went wrong, all of it, in one message.
 fn all(results: impl IntoIterator<Item = Result<()>>) -> Result<()> {
     let both = |before: Result<()>, result: Result<()>| match (before, result) {
-        (Err(before), Err(error)) => Err(anyhow!("{before:#}; and {error:#}")),
+        (Err(before), Err(error)) => Err(anyhow!("{}; and {}", told(&before), told(&error))),
         (before, result) => before.and(result),
     };
     results.into_iter().fold(Ok(()), both)
@@ -396,7 +396,7 @@ impl Assistant {
         if if_nametoindex(self.interface.as_str()) != Ok(self.ifindex) {
             // What is attached to nothing is nothing to be taken over.
             if let Err(error) = self.blackhole.let_go() {
-                caution!("{error:#}");
+                caution!("{}", told(&error));
             }
             bail!(
                 "interface {} is gone, and the target's responses with it; start the assistant again when it is back",

@@ -7,7 +7,7 @@
 
 use crate::cli::{Cli, Role};
 use crate::privileges;
-use crate::say::{caution, say};
+use crate::say::{caution, say, told};
 use anyhow::{Result, anyhow};
 use clap::error::{ContextKind, ContextValue};
 use clap::parser::ValueSource;
@@ -160,7 +160,7 @@ impl Configuration {
 /// What a running role did not take over, and why.
 pub fn say_not_taken_over(error: &anyhow::Error) {
     let rest = if error.is::<Partly>() { "" } else { "; everything stays as it is" };
-    caution!("SIGHUP: {error:#}{rest}");
+    caution!("SIGHUP: {}{rest}", told(error));
 }
 
 /// The keys that do not say the same.

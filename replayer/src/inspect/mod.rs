@@ -9,7 +9,7 @@
 
 use crate::pcap::link::LinkType;
 use crate::pcap::{Files, Order, Packet};
-use crate::say::{show, to_terminal};
+use crate::say::{self, show, to_terminal};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use replayer_common::addr::Endpoint;
@@ -64,6 +64,8 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     let mut files = Files::open(&args.files, order)?;
     let report = inspect(&mut files, to_terminal());
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.text() };
+    // The terminal shows no progress any more.
+    say::finish();
     match std::io::stdout().write_all(text.as_bytes()) {
         // Whoever reads it, `head` for one, has seen enough.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => {}

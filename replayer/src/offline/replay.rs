@@ -179,11 +179,6 @@ impl Running {
                 Some(Asked::Reload) => self.reload.ask(),
                 None => {}
             }
-            if self.reload.is_due()
-                && let Err(error) = self.begin_reload(args, signals)
-            {
-                configuration::say_not_taken_over(&error);
-            }
             if let Some(outcome) = self.reload.outcome() {
                 let asked = (args.replay.stats, terminal);
                 match outcome {
@@ -200,6 +195,11 @@ impl Running {
                     next = Instant::now() + interval;
                     before = figures;
                 }
+            }
+            if self.reload.is_due()
+                && let Err(error) = self.begin_reload(args, signals)
+            {
+                configuration::say_not_taken_over(&error);
             }
             if Instant::now() >= next_look {
                 next_look += diagnosis::INTERVAL;

@@ -20,7 +20,7 @@ use crate::net::{Device, Monitor};
 use crate::privileges::{self, Keep};
 use crate::reload::Reload;
 use crate::report;
-use crate::say::{caution, plain, say};
+use crate::say::{caution, plain, say, told};
 use crate::signals::{Asked, Signals};
 use crate::worker::{Ask, Shared};
 use anyhow::{Context, Result, bail};
@@ -345,7 +345,7 @@ impl Drop for Online {
         if self.workers.iter().any(|worker| worker.thread.is_some())
             && let Err(error) = self.stop()
         {
-            caution!("{error:#}");
+            caution!("{}", told(&error));
         }
     }
 }
