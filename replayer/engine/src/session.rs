@@ -1,5 +1,5 @@
 //! A session: one TCP connection replayed to a target. This file holds its state and what can be said of one session alone;
-//! `sender.rs` and `receiver.rs` hold what it does, `gate.rs` when its turns may begin.
+//! `sender.rs` and `receiver.rs` hold what it does, `gate/` when its turns may begin.
 //!
 //! Sequence numbers are the client's own: the session's ISN is the client's, or, when it joins in the middle, the one that makes
 //! the first byte sent the next one. So a byte has the same number in the capture, in the store and towards the target.

@@ -1,6 +1,6 @@
 //! What anybody can send in the name of a connection's client: none of it ends a session whose client goes on.
 
-use crate::lab::{Lab, MS, ONLINE, S, config, endpoint};
+use crate::lab::{Lab, MS, ONLINE, S, config, endpoint, numbers};
 use replayer_engine::counters::Counter;
 
 /// A request that was answered; the client is quiet since.
@@ -888,13 +888,7 @@ fn a_strangers_acknowledgment_before_any_data_does_not_say_what_the_client_has_r
 #[test]
 fn whatever_a_stranger_guesses_the_client_has_its_session_and_every_byte() {
     for seed in 1..=400u64 {
-        let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let mut below = |bound: u64| {
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            random % bound
-        };
+        let mut below = numbers(seed);
         let mut lab = Lab::new();
         lab.handshake();
         let (mut sent, mut read, mut arrived) = (1u32, 1u32, 1u32);
@@ -1056,13 +1050,7 @@ fn b033_a_client_that_goes_on_far_behind_a_second_hole_is_joined_there_when_the_
 #[test]
 fn whatever_a_stranger_has_sent_a_client_that_goes_on_is_joined() {
     for seed in 1..=3_000u64 {
-        let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let mut below = |bound: u64| {
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            random % bound
-        };
+        let mut below = numbers(seed);
         let mut lab = Lab::new();
         let (mut place, mut read) = (1u32, 1u32);
         if below(2) == 0 {

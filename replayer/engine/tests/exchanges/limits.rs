@@ -1,6 +1,6 @@
 //! What is shed when a limit is reached, and that the rest goes on.
 
-use crate::lab::{CLIENT, Lab, MS, ONLINE, S, Segment, Wire, config, endpoint, link};
+use crate::lab::{CLIENT, Lab, MS, ONLINE, S, Segment, Wire, config, endpoint, link, numbers};
 use replayer_common::addr::{Endpoint, from_v4};
 use replayer_common::packet::flags;
 use replayer_engine::counters::Counter;
@@ -111,13 +111,8 @@ fn the_store_that_all_share_is_full() {
 #[test]
 fn b028_whoever_fills_the_store_clients_that_hold_little_are_never_shed() {
     for seed in 1..=30u64 {
-        let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let mut below = |bound: u32| {
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            (random % u64::from(bound)) as u32
-        };
+        let mut random = numbers(seed);
+        let mut below = |bound: u32| random(u64::from(bound)) as u32;
         let mut config = config();
         config.limits.held_bytes = 1_280 * 256;
         config.limits.held_bytes_per_connection = 640 * 256;

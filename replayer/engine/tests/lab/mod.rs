@@ -44,6 +44,17 @@ pub fn byte(n: u32) -> u8 {
     (n ^ (n >> 8) ^ (n >> 13)) as u8
 }
 
+/// Numbers below the bound that each is asked for with, the same ones for a seed that is not 0 (xorshift, Marsaglia 2003).
+pub fn numbers(seed: u64) -> impl FnMut(u64) -> u64 {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    move |bound| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % bound
+    }
+}
+
 pub fn endpoint(text: &str) -> Endpoint {
     text.parse::<SocketAddr>().unwrap().into()
 }
